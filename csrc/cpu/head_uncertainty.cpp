@@ -1,0 +1,80 @@
+#include <tuple>
+
+#include "common.h"
+
+namespace tsynd {
+namespace {
+
+// Rows of images worked on at once. The logits block [T * C, rows] should stay in a core's L2 between the two
+// products, and the weights, streamed once per block, should be reused by enough rows when they are large.
+int64_t block_rows(int64_t images, int64_t columns, int64_t units, int64_t threads) {
+  const int64_t kLogitsInCache = 96 * 1024, kWeightsInCache = 256 * 1024;  // floats
+  int64_t rows = std::max<int64_t>(64, kLogitsInCache / columns);
+  if (columns * units > kWeightsInCache) rows = std::max<int64_t>(rows, 256);
+  rows = std::min(rows, (images + threads - 1) / threads);
+  return (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+}
+
+// logits^T [T * C, rows] = W F^T, one sweep for value and logit gradient with an image per lane, dF = dlogits W.
+std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Tensor& weight_in,
+                                            const std::optional<Tensor>& bias_in, const std::string& objective,
+                                            const std::string& task) {
+  const Objective goal = parse_objective(objective);
+  const Task kind = parse_task(task);
+  check_rank(features_in, "features", 2, "[images, units]");
+  check_rank(weight_in, "weight", 3, "[samples, classes, units]");
+  check_cpu_dtype(features_in, "features");
+  check_same_kind(weight_in, "weight", features_in, "features");
+  const int64_t images = features_in.size(0), units = features_in.size(1);
+  const int64_t samples = weight_in.size(0), classes = weight_in.size(1), columns = samples * classes;
+  STD_TORCH_CHECK(weight_in.size(2) == units, "weight: got shape ", shape_of(weight_in), ", wanted its last size to be ",
+                  units, " as in features ", shape_of(features_in));
+  check_samples(samples);
+  check_sizes(classes, units);
+  if (bias_in) {
+    check_same_kind(*bias_in, "bias", features_in, "features");
+    STD_TORCH_CHECK(bias_in->dim() == 2 && bias_in->size(0) == samples && bias_in->size(1) == classes,
+                    "bias: got shape ", shape_of(*bias_in), ", wanted [", samples, ", ", classes, "]");
+  }
+  const bool narrow_type = features_in.scalar_type() != ScalarType::Float;
+  const Tensor features = as_float(features_in), weight = as_float(weight_in);
+  std::optional<Tensor> bias;
+  if (bias_in) bias = as_float(*bias_in);
+  Tensor value = new_values(features, images);
+  Tensor gradient = torch::stable::empty_like(features);
+
+  const Kernels& k = kernels();
+  float* f = static_cast<float*>(features.mutable_data_ptr());
+  float* w = static_cast<float*>(weight.mutable_data_ptr());
+  float* df = static_cast<float*>(gradient.mutable_data_ptr());
+  float* values = static_cast<float*>(value.mutable_data_ptr());
+  const float* b = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  const Matrix weights{w, columns, units, units};
+
+  if (images > 0) {
+    const int64_t rows = block_rows(images, columns, units, torch::stable::get_num_threads());
+    const int64_t blocks = (images + rows - 1) / rows;
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      const Scratch logits(columns * rows), scratch(uncertainty_scratch(samples, classes)), tile_values(rows);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * rows, count = std::min(rows, images - first);
+        const int64_t stride = (count + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+        const Matrix part{f + first * units, count, units, units};
+        if (stride != count) std::fill(logits.get(), logits.get() + columns * stride, 0.f);
+        multiply({logits.get(), columns, count, stride}, weights, {part.data, count, units, units, true});
+        for (int64_t image = 0; image < count; image += k.lanes)
+          k.uncertainty({logits.get() + image, stride, b, samples, classes, goal, kind, tile_values.get() + image,
+                         scratch.get()});
+        std::copy(tile_values.get(), tile_values.get() + count, values + first);
+        multiply({df + first * units, count, units, units}, {logits.get(), columns, count, stride, true}, weights);
+      }
+    });
+  }
+  return {value, narrow_type ? torch::stable::to(gradient, features_in.scalar_type()) : gradient};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tsynd, CPU, m) { m.impl("head_uncertainty", TORCH_BOX(&head_uncertainty)); }
+
+}  // namespace tsynd

@@ -1,0 +1,246 @@
+"""Plain-torch twins of every operator: the test oracle, the export path and the fallback without the extension.
+
+They follow the formulas of the operators line by line, work in any floating dtype and on any device, and are
+themselves checked by automatic differentiation in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MASK_ROUNDS",
+    "OBJECTIVES",
+    "RULES",
+    "TASKS",
+    "ascend_",
+    "dropout_head_uncertainty",
+    "dropout_mask",
+    "head_uncertainty",
+    "keep_count",
+    "logits_uncertainty",
+    "philox4x32",
+    "uncertainty_value",
+]
+
+OBJECTIVES = ("mutual_information", "entropy")
+TASKS = ("multiclass", "multilabel")
+RULES = ("l2", "linf")
+MASK_ROUNDS = 7
+_LOG_FLOOR = -1e30
+
+
+def _log_probabilities(logits: Tensor, task: str) -> Tensor:
+    """Log-probabilities [T, B, C, K]: over the classes (C = 1 group) or over {1, 0} of each label."""
+    if task == "multiclass":
+        logp = torch.log_softmax(logits, dim=-1).unsqueeze(-2)
+    elif task == "multilabel":
+        # two log-sigmoids: softplus switches to the identity at 20 and loses the last digits
+        logp = torch.nn.functional.logsigmoid(torch.stack([logits, -logits], dim=-1))
+    else:
+        raise ValueError(f"task: got {task!r}, wanted 'multiclass' or 'multilabel'")
+    return torch.where(logp < _LOG_FLOOR, _LOG_FLOOR, logp)
+
+
+def _relative(logp: Tensor, objective: str) -> Tensor:
+    """r of the two formulas: log p - log pbar for mutual information, -log pbar for the entropy."""
+    log_mean = torch.logsumexp(logp, dim=0, keepdim=True) - math.log(logp.shape[0])
+    if objective == "mutual_information":
+        return logp - log_mean
+    if objective == "entropy":
+        return (-log_mean).expand_as(logp)
+    raise ValueError(f"objective: got {objective!r}, wanted 'mutual_information' or 'entropy'")
+
+
+def uncertainty_value(
+    logits: Tensor, objective: str = "mutual_information", task: str = "multiclass"
+) -> Tensor:
+    """Uncertainty of posterior samples, differentiable by autograd.
+
+    Args:
+        logits: [T, B, C], one row of logits per posterior sample, image and class (or label).
+        objective: ``mutual_information`` (BALD, Houlsby et al. 2011) or ``entropy`` of the mean prediction.
+        task: ``multiclass`` (softmax) or ``multilabel`` (sigmoid; summed over labels).
+
+    Returns:
+        [B] in nats, at least 0.
+    """
+    logp = _log_probabilities(logits, task)
+    terms = (logp.exp() * _relative(logp, objective)).sum(-1)
+    return terms.sum(-1).mean(0).clamp_min(0)
+
+
+def logits_uncertainty(
+    logits: Tensor, objective: str = "mutual_information", task: str = "multiclass"
+) -> tuple[Tensor, Tensor]:
+    """Twin of the operator: value [B] (see :func:`uncertainty_value`) and its gradient [T, B, C]."""
+    samples = logits.shape[0]
+    logp = _log_probabilities(logits, task)
+    p, r = logp.exp(), _relative(logp, objective)
+    inner = (p * r).sum(-1, keepdim=True)
+    slope = p * (r - inner) / samples  # [T, B, groups, K]
+    # in a Bernoulli group the logit moves p(1) alone: d/dlogit is the entry of outcome 1
+    gradient = slope[..., 0, :] if task == "multiclass" else slope[..., 0]
+    value = inner.squeeze(-1).sum(-1).mean(0).clamp_min(0)
+    return value, gradient.to(logits.dtype)
+
+
+def head_uncertainty(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    objective: str = "mutual_information",
+    task: str = "multiclass",
+) -> tuple[Tensor, Tensor]:
+    """Twin: uncertainty under T sampled linear heads.
+
+    Args:
+        features: [B, D].
+        weight: [T, C, D], one head per posterior sample.
+        bias: [T, C] or None.
+        objective: see :func:`uncertainty_value`.
+        task: see :func:`uncertainty_value`.
+
+    Returns:
+        value [B] and its gradient with respect to the features [B, D].
+    """
+    samples, classes, units = weight.shape
+    logits = (features @ weight.reshape(samples * classes, units).t()).reshape(-1, samples, classes)
+    logits = logits.transpose(0, 1)
+    if bias is not None:
+        logits = logits + bias.unsqueeze(1)
+    value, slope = logits_uncertainty(logits, objective, task)
+    flat = slope.transpose(0, 1).reshape(-1, samples * classes)
+    return value, flat @ weight.reshape(samples * classes, units)
+
+
+def dropout_head_uncertainty(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    p: float,
+    samples: int,
+    seed: int,
+    layer: int,
+    sample_ids: Tensor,
+    objective: str = "mutual_information",
+    task: str = "multiclass",
+) -> tuple[Tensor, Tensor]:
+    """Twin: uncertainty of a linear head behind dropout, with a fresh mask per image and pass.
+
+    Args:
+        features: [B, D], before the dropout.
+        weight: [C, D].
+        bias: [C] or None.
+        p: drop probability in [0, 1), quantised by :func:`keep_count`.
+        samples: T.
+        seed: key of the generator.
+        layer: which dropout of the network.
+        sample_ids: [B] int64, the images' global indices.
+        objective: see :func:`uncertainty_value`.
+        task: see :func:`uncertainty_value`.
+
+    Returns:
+        value [B] and its gradient with respect to the features [B, D].
+    """
+    mask = dropout_mask(features.shape[1], p, samples, seed, layer, sample_ids)
+    scaled = mask.to(features.dtype) * (256.0 / keep_count(p))  # [T, B, D]
+    logits = (features * scaled) @ weight.t()
+    if bias is not None:
+        logits = logits + bias
+    value, slope = logits_uncertainty(logits, objective, task)
+    return value, ((slope @ weight) * scaled).sum(0)
+
+
+def keep_count(p: float) -> int:
+    """How many of 256 byte values keep a unit: 1 - p rounded to 1/256, at least 1 and (for p > 0) at most 255."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: got {p}, wanted a drop probability in [0, 1)")
+    return 256 if p == 0.0 else min(255, max(1, round((1.0 - p) * 256.0)))
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int], rounds: int = MASK_ROUNDS) -> Tensor:
+    """Philox4x32 (Salmon et al., SC 2011).
+
+    Args:
+        counter: [..., 4] int64 words in [0, 2^32).
+        key: two words in [0, 2^32).
+        rounds: 7 for masks, 10 in most libraries.
+
+    Returns:
+        [..., 4] int64 words in [0, 2^32).
+    """
+    low = 0xFFFFFFFF
+    x, y, z, w = counter.unbind(-1)
+    k0, k1 = key
+    for _ in range(rounds):
+        a, b = x * 0xD2511F53, z * 0xCD9E8D57  # wrap to 64 bits; the masked shifts below undo the sign
+        x, y, z, w = ((b >> 32) & low) ^ y ^ k0, b & low, ((a >> 32) & low) ^ w ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([x, y, z, w], dim=-1)
+
+
+def dropout_mask(units: int, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor) -> Tensor:
+    """Twin: which units are kept.
+
+    The bit of unit u is addressed by (seed, layer, pass, sample id, u) alone: byte u % 16 of the Philox block
+    with key = seed and counter = (u // 16, pass, layer, sample id), kept when below :func:`keep_count`.
+
+    Args:
+        units: D, elements of one image at that layer.
+        p: drop probability in [0, 1).
+        samples: T.
+        seed: any 64-bit integer.
+        layer: 0 .. 2^32 - 1.
+        sample_ids: [N] int64 in [0, 2^32).
+
+    Returns:
+        [T, N, D] bool.
+    """
+    device = sample_ids.device
+    blocks = (units + 15) // 16
+    shape = (samples, sample_ids.shape[0], blocks)
+    axes = (
+        torch.arange(blocks, device=device).expand(shape),
+        torch.arange(samples, device=device)[:, None, None].expand(shape),
+        torch.full(shape, layer, dtype=torch.int64, device=device),
+        (sample_ids & 0xFFFFFFFF)[None, :, None].expand(shape),
+    )
+    words = philox4x32(torch.stack(axes, dim=-1), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    shifts = torch.arange(0, 32, 8, device=device)
+    draws = (words.unsqueeze(-1) >> shifts) & 0xFF  # [T, N, blocks, 4, 4]
+    return draws.reshape(samples, -1, blocks * 16)[:, :, :units] < keep_count(p)
+
+
+def ascend_(
+    latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2"
+) -> None:
+    """Twin: one projected ascent step in place, each image by itself.
+
+    ``l2``: z <- P(z + step * g / |g|) onto the ball |z - origin| <= radius. ``linf``: z <- P(z + step * sign(g))
+    onto the box. An image whose gradient is zero or not finite stays where it is.
+
+    Args:
+        latents: [B, ...], changed in place.
+        gradient: [B, ...].
+        origin: [B, ...], the ball's centres.
+        step: length of the step (latent units).
+        radius: at least 0 (latent units).
+        rule: ``l2`` or ``linf``.
+    """
+    dims = tuple(range(1, latents.dim()))
+    z, g, z0 = latents.double(), gradient.double(), origin.double()
+    squares = g.square().sum(dims, keepdim=True) if dims else g.square()
+    if rule == "l2":
+        offset = z + step * g / squares.sqrt() - z0
+        length = offset.square().sum(dims, keepdim=True).sqrt() if dims else offset.abs()
+        moved = z0 + torch.where(length > radius, radius / length, 1.0) * offset
+    elif rule == "linf":
+        moved = z0 + (z + step * g.sign() - z0).clamp(-radius, radius)
+    else:
+        raise ValueError(f"rule: got {rule!r}, wanted 'l2' or 'linf'")
+    usable = (squares > 0) & torch.isfinite(squares)
+    latents.copy_(torch.where(usable, moved, z))
