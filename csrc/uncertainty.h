@@ -16,28 +16,22 @@ enum class Task : int { kMulticlass = 0, kMultilabel = 1 };
 
 // Below any log-probability that matters, far from overflow: stands in for -inf so that 0 * r stays 0.
 constexpr float kLogFloor = -1e30f;
-// A mean probability below this is recomputed by a shifted log-sum-exp: the plain sum may have underflowed.
-constexpr float kMeanFloor = 1e-30f;
 
-// A Math policy M gives: V (a value per image), exp (arguments <= 0), log (positive arguments), max(a, b)
-// returning a when a is NaN, select(mask, a, b), less(a, b), any(mask), splat(float).
+// A Math policy M gives: V (a value per image), exp (arguments <= 0), log (positive arguments), log1p (0 .. 1),
+// max(a, b) returning a when a is NaN, select(mask, a, b), less(a, b), splat(float).
 //
 // `rows` addresses T * C values per image: in(i) reads a logit, get/put read and write the same storage.
 // `p` holds T * C values, `q` holds C (multiclass) or 2 C (multilabel).
 
-template <class M>
-TSYND_HD typename M::V log_mean(typename M::V mean) {
-  return M::log(M::max(mean, M::splat(kMeanFloor)));
-}
-
-// log(mean_t exp(logp_t)) without underflow; `logp(t)` gives a value per image.
+// log(mean_t exp(logp(t))), shifted by the largest: nothing underflows, and where all samples agree the result is
+// exactly their log-probability, so the mutual information is exactly 0.
 template <class M, class LogP>
-TSYND_HD typename M::V shifted_log_mean(const LogP& logp, int64_t samples, typename M::V log_samples) {
+TSYND_HD typename M::V log_mean(const LogP& logp, int64_t samples) {
   typename M::V top = logp(0);
   for (int64_t t = 1; t < samples; ++t) top = M::max(top, logp(t));
   typename M::V sum = M::splat(0.f);
   for (int64_t t = 0; t < samples; ++t) sum = sum + M::exp(logp(t) - top);
-  return top + M::log(sum) - log_samples;
+  return top + (M::log(sum) - M::log(M::splat(static_cast<float>(samples))));
 }
 
 template <class M, class Rows>
@@ -45,7 +39,6 @@ TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, type
                                               int64_t classes, Objective objective) {
   using V = typename M::V;
   const V zero = M::splat(0.f), floor = M::splat(kLogFloor);
-  for (int64_t c = 0; c < classes; ++c) q[c] = zero;
   for (int64_t t = 0; t < samples; ++t) {
     const int64_t base = t * classes;
     V top = rows.in(base);
@@ -60,24 +53,13 @@ TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, type
     }
     const V inverse = M::splat(1.f) / sum, log_sum = M::log(sum);
     for (int64_t c = 0; c < classes; ++c) {
-      const V probability = p[base + c] * inverse;
-      p[base + c] = probability;
-      q[c] = q[c] + probability;
+      p[base + c] = p[base + c] * inverse;
       rows.put(base + c, rows.get(base + c) - log_sum);
     }
   }
+  for (int64_t c = 0; c < classes; ++c)
+    q[c] = log_mean<M>([&](int64_t t) { return rows.get(t * classes + c); }, samples);
   const V inverse_samples = M::splat(1.f / static_cast<float>(samples));
-  const V log_samples = M::log(M::splat(static_cast<float>(samples)));
-  for (int64_t c = 0; c < classes; ++c) {
-    const V mean = q[c] * inverse_samples;
-    V log_q = log_mean<M>(mean);
-    const auto tiny = M::less(mean, M::splat(kMeanFloor));
-    if (M::any(tiny)) {
-      const auto logp = [&](int64_t t) { return rows.get(t * classes + c); };
-      log_q = M::select(tiny, shifted_log_mean<M>(logp, samples, log_samples), log_q);
-    }
-    q[c] = log_q;
-  }
   const bool entropy = objective == Objective::kEntropy;
   V value = zero;
   for (int64_t t = 0; t < samples; ++t) {
@@ -95,26 +77,22 @@ TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, type
   return M::max(value * inverse_samples, zero);
 }
 
-// One label's Bernoulli: probabilities of 1 and 0 and their logarithms, exact at both ends.
+// Log-probabilities of one label's 1 and 0, exact at both ends.
 template <class M>
 struct Bernoulli {
-  typename M::V p1, p0, log1, log0;
+  typename M::V log1, log0;
 };
 
 template <class M>
 TSYND_HD Bernoulli<M> bernoulli(typename M::V logit) {
   using V = typename M::V;
-  const V zero = M::splat(0.f), one = M::splat(1.f);
+  const V zero = M::splat(0.f);
   const V x = M::max(M::select(M::less(M::splat(-kLogFloor), logit), M::splat(-kLogFloor), logit),
                      M::splat(kLogFloor));
   const auto negative = M::less(x, zero);
   const V low = M::select(negative, x, zero - x);  // -|x|
-  const V e = M::exp(low);
-  const V inverse = one / (one + e), log_sum = M::log(one + e);
-  const V large = inverse, small = e * inverse;
+  const V log_sum = M::log1p(M::exp(low));
   Bernoulli<M> out;
-  out.p1 = M::select(negative, small, large);
-  out.p0 = M::select(negative, large, small);
   out.log1 = M::select(negative, low, zero) - log_sum;
   out.log0 = M::select(negative, zero, low) - log_sum;
   return out;
@@ -122,44 +100,29 @@ TSYND_HD Bernoulli<M> bernoulli(typename M::V logit) {
 
 // Sum over the labels of each label's binary uncertainty.
 template <class M, class Rows>
-TSYND_HD typename M::V multilabel_uncertainty(Rows& rows, typename M::V* q, int64_t samples, int64_t classes,
-                                              Objective objective) {
+TSYND_HD typename M::V multilabel_uncertainty(Rows& rows, typename M::V* log0, typename M::V* q, int64_t samples,
+                                              int64_t classes, Objective objective) {
   using V = typename M::V;
   const V zero = M::splat(0.f);
-  for (int64_t c = 0; c < 2 * classes; ++c) q[c] = zero;
-  for (int64_t t = 0; t < samples; ++t)
-    for (int64_t c = 0; c < classes; ++c) {
-      const V logit = rows.in(t * classes + c);
-      rows.put(t * classes + c, logit);
-      const Bernoulli<M> b = bernoulli<M>(logit);
-      q[2 * c] = q[2 * c] + b.p1;
-      q[2 * c + 1] = q[2 * c + 1] + b.p0;
-    }
-  const V inverse_samples = M::splat(1.f / static_cast<float>(samples));
-  const V log_samples = M::log(M::splat(static_cast<float>(samples)));
-  for (int64_t c = 0; c < 2 * classes; ++c) {
-    const V mean = q[c] * inverse_samples;
-    V log_q = log_mean<M>(mean);
-    const auto tiny = M::less(mean, M::splat(kMeanFloor));
-    if (M::any(tiny)) {
-      const bool second = c % 2 != 0;
-      const auto logp = [&](int64_t t) {
-        const Bernoulli<M> b = bernoulli<M>(rows.get(t * classes + c / 2));
-        return second ? b.log0 : b.log1;
-      };
-      log_q = M::select(tiny, shifted_log_mean<M>(logp, samples, log_samples), log_q);
-    }
-    q[c] = log_q;
+  for (int64_t i = 0; i < samples * classes; ++i) {
+    const Bernoulli<M> b = bernoulli<M>(rows.in(i));
+    rows.put(i, b.log1);
+    log0[i] = b.log0;
   }
+  for (int64_t c = 0; c < classes; ++c) {
+    q[2 * c] = log_mean<M>([&](int64_t t) { return rows.get(t * classes + c); }, samples);
+    q[2 * c + 1] = log_mean<M>([&](int64_t t) { return log0[t * classes + c]; }, samples);
+  }
+  const V inverse_samples = M::splat(1.f / static_cast<float>(samples));
   const bool entropy = objective == Objective::kEntropy;
   V value = zero;
   for (int64_t t = 0; t < samples; ++t)
     for (int64_t c = 0; c < classes; ++c) {
-      const Bernoulli<M> b = bernoulli<M>(rows.get(t * classes + c));
-      const V r1 = (entropy ? zero : b.log1) - q[2 * c];
-      const V r0 = (entropy ? zero : b.log0) - q[2 * c + 1];
-      value = value + b.p1 * r1 + b.p0 * r0;
-      rows.put(t * classes + c, b.p1 * b.p0 * (r1 - r0) * inverse_samples);
+      const int64_t i = t * classes + c;
+      const V log1 = rows.get(i), p1 = M::exp(log1), p0 = M::exp(log0[i]);
+      const V r1 = (entropy ? zero : log1) - q[2 * c], r0 = (entropy ? zero : log0[i]) - q[2 * c + 1];
+      value = value + p1 * r1 + p0 * r0;
+      rows.put(i, p1 * p0 * (r1 - r0) * inverse_samples);
     }
   return M::max(value * inverse_samples, zero);
 }

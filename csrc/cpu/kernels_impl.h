@@ -25,7 +25,7 @@ void uncertainty(const UncertaintyTile& tile) {
   VFloat* q = p + tile.samples * tile.classes;
   const VFloat value = tile.task == Task::kMulticlass
                            ? multiclass_uncertainty<VMath>(rows, p, q, tile.samples, tile.classes, tile.objective)
-                           : multilabel_uncertainty<VMath>(rows, q, tile.samples, tile.classes, tile.objective);
+                           : multilabel_uncertainty<VMath>(rows, p, q, tile.samples, tile.classes, tile.objective);
   store(tile.value, value);
 }
 

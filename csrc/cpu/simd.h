@@ -30,11 +30,6 @@ struct VMath {
   TSYND_HD VInt less(V a, V b) { return a < b; }
   TSYND_HD V select(VInt mask, V a, V b) { return mask ? a : b; }
   TSYND_HD V max(V a, V b) { return a < b ? b : a; }
-  TSYND_HD bool any(VInt mask) {
-    int32_t found = 0;
-    for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
-    return found != 0;
-  }
 
   // exp for x <= 0, about 1 ulp; below -87.3 (a denormal result) it is 0. Cephes' polynomial.
   TSYND_HD V exp(V x) {
@@ -73,6 +68,12 @@ struct VMath {
     y = y * m * square + e * -2.12194440e-4f - 0.5f * square;
     const V result = m + y + e * 0.693359375f;
     return x == x ? result : x;
+  }
+
+  // log(1 + x) for 0 <= x <= 1: log of the rounded sum, corrected by what the rounding lost.
+  TSYND_HD V log1p(V x) {
+    const V sum = x + 1.f;
+    return log(sum) + (x - (sum - 1.f)) / sum;
   }
 };
 

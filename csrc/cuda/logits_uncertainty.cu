@@ -29,6 +29,7 @@ struct Scalar {
   TSYND_HD float splat(float x) { return x; }
   TSYND_HD float exp(float x) { return expf(x); }
   TSYND_HD float log(float x) { return logf(x); }
+  TSYND_HD float log1p(float x) { return log1pf(x); }
   TSYND_HD float max(float a, float b) { return a < b ? b : a; }
   TSYND_HD float select(bool mask, float a, float b) { return mask ? a : b; }
   TSYND_HD bool less(float a, float b) { return a < b; }
@@ -68,29 +69,20 @@ __device__ __forceinline__ Lane lane_of(const Layout& layout) {
   return {lane / layout.width, kWarp / layout.width, lane % layout.width};
 }
 
-// log(mean_t exp(logp(t))) for this lane's class; every lane of the warp must call it.
+// log_mean of uncertainty.h for this lane's class, the passes shared out over the groups; every lane of the warp
+// must call it.
 template <class LogP>
 __device__ __forceinline__ float log_mean_over_passes(const LogP& logp, bool active, const Layout& layout,
                                                       const Lane& lane) {
-  float sum = 0.f;
+  float top = 2.f * kLogFloor, sum = 0.f;
   if (active)
-    for (int64_t t = lane.group; t < layout.samples; t += lane.groups) sum += expf(logp(t));
-  const float mean = across_groups(sum, layout.width) / static_cast<float>(layout.samples);
-  float result = log_mean<Scalar>(mean);
-  const bool tiny = active && mean < kMeanFloor;
-  if (__any_sync(~0u, tiny)) {
-    float top = 2.f * kLogFloor;
-    if (active)
-      for (int64_t t = lane.group; t < layout.samples; t += lane.groups) top = Scalar::max(top, logp(t));
-    for (int offset = kWarp / 2; offset >= layout.width; offset /= 2)
-      top = Scalar::max(top, __shfl_xor_sync(~0u, top, offset));
-    float shifted = 0.f;
-    if (active)
-      for (int64_t t = lane.group; t < layout.samples; t += lane.groups) shifted += expf(logp(t) - top);
-    shifted = across_groups(shifted, layout.width);
-    if (tiny) result = top + logf(shifted) - logf(static_cast<float>(layout.samples));
-  }
-  return result;
+    for (int64_t t = lane.group; t < layout.samples; t += lane.groups) top = Scalar::max(top, logp(t));
+  for (int offset = kWarp / 2; offset >= layout.width; offset /= 2)
+    top = Scalar::max(top, __shfl_xor_sync(~0u, top, offset));
+  if (active)
+    for (int64_t t = lane.group; t < layout.samples; t += lane.groups) sum += expf(logp(t) - top);
+  sum = across_groups(sum, layout.width);
+  return top + (Scalar::log(sum) - Scalar::log(static_cast<float>(layout.samples)));
 }
 
 template <class T>
@@ -185,8 +177,9 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerMultiprocesso
     for (int64_t t = lane.group; t < layout.samples; t += lane.groups) {
       const Bernoulli<Scalar> b = at(t);
       const float r1 = (layout.entropy ? 0.f : b.log1) - q1, r0 = (layout.entropy ? 0.f : b.log0) - q0;
-      total += b.p1 * r1 + b.p0 * r0;
-      store(out + t * pass + c, b.p1 * b.p0 * (r1 - r0) * inverse);
+      const float p1 = expf(b.log1), p0 = expf(b.log0);
+      total += p1 * r1 + p0 * r0;
+      store(out + t * pass + c, p1 * p0 * (r1 - r0) * inverse);
     }
   }
   total = group_sum(total, kWarp);

@@ -1,0 +1,173 @@
+"""The ascent itself: one batch of latents moved uphill on the posterior's uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from tsynd import ops
+from tsynd.errors import InputError
+from tsynd.posterior import Posterior, check_choice
+from tsynd.reference import OBJECTIVES, RULES, TASKS
+
+__all__ = ["Ascent", "AscentSettings", "Status", "ascend_latents"]
+
+
+class Status(IntEnum):
+    """How the ascent of one image ended."""
+
+    RAISED = 0
+    """A latent of higher uncertainty than the source's was found."""
+    UNCHANGED = 1
+    """No step raised the uncertainty; the image is the reconstruction."""
+    NON_FINITE = 2
+    """A value or gradient was not finite; the image is the best one before that."""
+    LABEL_LIMIT = 3
+    """A step left the region where the source label keeps its wanted probability; best image before that."""
+
+
+@dataclass(frozen=True)
+class AscentSettings:
+    """What one ascent maximises and how far it goes.
+
+    Attributes:
+        objective: ``mutual_information`` or ``entropy``.
+        task: ``multiclass`` or ``multilabel``.
+        steps: K, at least 1.
+        radius: of the ball around the source latent, times latent standard deviation times sqrt(dimension)
+            (rule ``l2``) or times latent standard deviation (rule ``linf``).
+        step_size: length of one step in the same unit; None is 2.5 * radius / steps.
+        rule: ``l2`` (normalised gradient) or ``linf`` (its sign).
+        label_consistency: least mean probability that the source label must keep, or None.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    objective: str = "mutual_information"
+    task: str = "multiclass"
+    steps: int = 5
+    radius: float = 0.5
+    step_size: float | None = None
+    rule: str = "l2"
+    label_consistency: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("task", self.task, TASKS)
+        check_choice("rule", self.rule, RULES)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"steps: got {self.steps!r}, wanted an integer of at least 1")
+        if not (math.isfinite(self.radius) and self.radius > 0):
+            raise InputError(f"radius: got {self.radius!r}, wanted a number above 0")
+        if self.step_size is not None and not (math.isfinite(self.step_size) and self.step_size > 0):
+            raise InputError(f"step_size: got {self.step_size!r}, wanted a number above 0, or None")
+        if self.label_consistency is not None and not 0 < self.label_consistency < 1:
+            raise InputError(f"label_consistency: got {self.label_consistency!r}, wanted a number between 0 and 1")
+
+    def lengths(self, latent_std: float, dimension: int) -> tuple[float, float]:
+        """Step and radius in latent units."""
+        unit = latent_std * (math.sqrt(dimension) if self.rule == "l2" else 1.0)
+        step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
+        return step * unit, self.radius * unit
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Result for one batch; tensors on the batch's device.
+
+    Attributes:
+        images: [B, C, H, W] in [0, 1], decoded best iterates.
+        latents: [B, ...], best iterates.
+        uncertainty: [B], of the best iterates, under the samples climbed on.
+        trajectory: [steps + 1, B], value at every iterate; row 0 is the reconstruction's.
+        status: [B] int8, see :class:`Status`.
+    """
+
+    images: Tensor
+    latents: Tensor
+    uncertainty: Tensor
+    trajectory: Tensor
+    status: Tensor
+
+    def cpu(self) -> Ascent:
+        """The same on the CPU."""
+        return Ascent(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
+
+
+def _label_probability(posterior: Posterior, images: Tensor, labels: Tensor, ids: Tensor, task: str) -> Tensor:
+    """Mean probability [B] of the source label; for several labels, of the least certain one."""
+    with torch.no_grad():
+        p = posterior.probabilities(images, ids, task)
+    if task == "multiclass":
+        return p.gather(1, labels[:, None]).squeeze(1)
+    return torch.where(labels > 0.5, p, 1.0 - p).amin(1)
+
+
+def ascend_latents(
+    posterior: Posterior,
+    decode: Callable[[Tensor], Tensor],
+    source: Tensor,
+    sample_ids: Tensor,
+    settings: AscentSettings,
+    latent_std: float,
+    labels: Tensor | None = None,
+) -> Ascent:
+    """Projected gradient ascent of the uncertainty over latents, each image by itself.
+
+    The posterior samples stay the same over all steps, so the objective is deterministic; the best iterate is kept.
+    Call it inside ``posterior.frozen()``.
+
+    Args:
+        posterior: gives the uncertainty.
+        decode: latents [B, ...] -> images [B, C, H, W]; what leaves [0, 1] is clamped.
+        source: [B, ...], encoded images: the balls' centres.
+        sample_ids: [B] int64, the images' global indices.
+        settings: see :class:`AscentSettings`.
+        latent_std: standard deviation of the latents.
+        labels: [B] or [B, L], needed for ``label_consistency``.
+    """
+    step, radius = settings.lengths(latent_std, source[0].numel())
+    latents = source.clone()
+    best_latents = best_images = best = first = torch.empty(0)
+    climbing = torch.ones(len(source), dtype=torch.bool, device=source.device)
+    status = torch.full((len(source),), Status.UNCHANGED, dtype=torch.int8, device=source.device)
+    trajectory = []
+    for k in range(settings.steps + 1):
+        last = k == settings.steps
+        with torch.set_grad_enabled(not last):
+            leaf = latents.detach().requires_grad_(not last)
+            images = decode(leaf).clamp(0, 1)
+            value = posterior.uncertainty(images, sample_ids, settings.objective, settings.task)
+            gradient = None if last else torch.autograd.grad(value.sum(), leaf)[0]
+        images, value = images.detach(), value.detach()
+        trajectory.append(value)
+        sound = value.isfinite()
+        if gradient is not None:
+            sound &= gradient.flatten(1).isfinite().all(1)
+        status[climbing & ~sound] = Status.NON_FINITE
+        climbing &= sound
+        if settings.label_consistency is not None and labels is not None and k > 0:
+            kept = _label_probability(posterior, images, labels, sample_ids, settings.task)
+            lost = climbing & (kept < settings.label_consistency)
+            status[lost] = Status.LABEL_LIMIT
+            climbing &= ~lost
+        if k == 0:
+            best, first, best_latents, best_images = value, value, latents, images
+        else:
+            better = climbing & (value > best)
+            best = torch.where(better, value, best)
+            shape = [-1] + [1] * (images.dim() - 1)
+            best_images = torch.where(better.reshape(shape), images, best_images)
+            best_latents = torch.where(better.reshape([-1] + [1] * (source.dim() - 1)), latents, best_latents)
+        if gradient is not None:
+            still = climbing.reshape([-1] + [1] * (source.dim() - 1))
+            latents = latents.clone()
+            ops.ascend_(latents, torch.where(still, gradient, 0.0), source, step, radius, settings.rule)
+    status[(status == Status.UNCHANGED) & (best > first)] = Status.RAISED
+    return Ascent(best_images, best_latents, best, torch.stack(trajectory), status)

@@ -1,0 +1,142 @@
+"""Dropout whose masks are addressed instead of drawn, for every kind of dropout torch has.
+
+A mask bit depends on (seed, layer, pass, sample id, unit) alone, see :func:`tsynd.ops.dropout_mask`, so the same
+image gets the same posterior samples in any batch, on any device and after any restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tsynd import ops
+from tsynd.reference import keep_count
+
+__all__ = ["AddressedDropout", "AddressedDropoutMode", "MaskSource", "dropout_kind", "expand_passes"]
+
+_ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what a dropped unit becomes (Klambauer et al., 2017)
+
+_FUNCTIONS: dict[Any, str] = {
+    nn.functional.dropout: "unit",
+    torch.dropout: "unit",
+    nn.functional.dropout1d: "channel",
+    nn.functional.dropout2d: "channel",
+    nn.functional.dropout3d: "channel",
+    torch.feature_dropout: "channel",
+    nn.functional.alpha_dropout: "alpha",
+    torch.alpha_dropout: "alpha",
+    nn.functional.feature_alpha_dropout: "channel_alpha",
+    torch.feature_alpha_dropout: "channel_alpha",
+}
+_MODULES: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Dropout, "unit"),
+    (nn.Dropout1d, "channel"),
+    (nn.Dropout2d, "channel"),
+    (nn.Dropout3d, "channel"),
+    (nn.AlphaDropout, "alpha"),
+    (nn.FeatureAlphaDropout, "channel_alpha"),
+)
+
+
+def dropout_kind(target: object) -> str | None:
+    """``unit``, ``channel``, ``alpha`` or ``channel_alpha`` for a dropout module or function, else None."""
+    if isinstance(target, nn.Module):
+        return next((kind for module, kind in _MODULES if isinstance(target, module)), None)
+    try:
+        return _FUNCTIONS.get(target)
+    except TypeError:  # unhashable: not one of the functions
+        return None
+
+
+@dataclass
+class MaskSource:
+    """What addresses the masks of the current call; set by the posterior before its tail runs.
+
+    Attributes:
+        samples: T, passes.
+        seed: key of the generator.
+        sample_ids: [B] int64 (independent masks) or [1] (shared by all images).
+        active: False lets everything through unmasked, still expanded to T passes.
+    """
+
+    samples: int
+    seed: int
+    sample_ids: Tensor
+    active: bool = True
+
+
+def expand_passes(x: Tensor, source: MaskSource) -> Tensor:
+    """[B, ...] -> [T * B, ...], pass-major."""
+    return x.unsqueeze(0).expand(source.samples, *x.shape).reshape(-1, *x.shape[1:])
+
+
+def _addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, source: MaskSource) -> Tensor:
+    if not source.active or p == 0.0:
+        return x if expanded else expand_passes(x, source)
+    batch = x.shape[0] // source.samples if expanded else x.shape[0]
+    image = x.shape[1:]
+    spread = x.reshape(source.samples if expanded else 1, batch, *image)
+    channels = kind.startswith("channel")
+    units = image[0] if channels else math.prod(image)
+    bits = ops.dropout_mask(units, p, source.samples, source.seed, layer, source.sample_ids)
+    mask = bits.reshape(source.samples, -1, *((image[0], *[1] * (len(image) - 1)) if channels else image))
+    keep = keep_count(p) / 256.0
+    if kind.endswith("alpha"):
+        a = (keep + _ALPHA**2 * keep * (1.0 - keep)) ** -0.5
+        out = torch.where(mask, spread, _ALPHA) * a - a * _ALPHA * (1.0 - keep)
+    else:
+        out = torch.where(mask, spread * (1.0 / keep), 0.0)
+    return out.reshape(source.samples * batch, *image)
+
+
+class AddressedDropout(nn.Module):
+    """Stands in for one dropout of a traced network.
+
+    Args:
+        kind: see :func:`dropout_kind`.
+        p: drop probability in (0, 1).
+        layer: number of this dropout in the network.
+        expanded: whether the input already holds T passes ([T * B, ...]) or still one ([B, ...]).
+        source: shared by all dropouts of a posterior.
+    """
+
+    def __init__(
+        self, kind: str, p: float, layer: int, expanded: bool, source: Callable[[], MaskSource]
+    ) -> None:
+        super().__init__()
+        self.kind, self.p, self.layer, self.expanded = kind, p, layer, expanded
+        self._source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] or [T * B, ...] -> [T * B, ...]."""
+        return _addressed(x, self.kind, self.p, self.layer, self.expanded, self._source())
+
+
+class AddressedDropoutMode(TorchFunctionMode):
+    """Addresses every dropout call of a network that cannot be traced; layers are numbered in call order."""
+
+    def __init__(self, source: MaskSource) -> None:
+        super().__init__()
+        self.source = source
+        self.layers = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace dropouts, pass everything else on."""
+        kwargs = kwargs or {}
+        kind = dropout_kind(func)
+        if kind is None:
+            return func(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        p = float(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
+        if p == 0.0:
+            return x
+        layer, self.layers = self.layers, self.layers + 1
+        return _addressed(x, kind, p, layer, True, self.source)

@@ -1,0 +1,410 @@
+"""``tsynd.synthesize``: from labelled images to targeted ones, batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsynd.ascent import Ascent, AscentSettings, ascend_latents
+from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, measure_latent_std
+from tsynd.data import check_images, check_labels, save_class_folders, save_npz
+from tsynd.errors import InputError
+from tsynd.posterior import Posterior, as_posterior, check_choice, frozen
+from tsynd.progress import progress_bar
+
+__all__ = ["SynthesisResult", "synthesize", "uncertainty"]
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """Targeted images and where they come from; all tensors on the CPU, row i belongs to source image i.
+
+    Attributes:
+        images: [N, C, H, W] float32 in [0, 1].
+        labels: [N] or [N, L], the sources' labels, or None.
+        latents: [N, ...] float32, the best iterates.
+        source_latents: [N, ...] float32, the encoded sources.
+        initial_uncertainty: [N], of the reconstructions, in nats.
+        uncertainty: [N], of the images, in nats; both under the posterior samples climbed on.
+        trajectory: [N, steps + 1], the uncertainty at every iterate.
+        status: [N] int8, see :class:`tsynd.Status`.
+        sample_ids: [N] int64.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    latents: Tensor
+    source_latents: Tensor
+    initial_uncertainty: Tensor
+    uncertainty: Tensor
+    trajectory: Tensor
+    status: Tensor
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def save(self, path: str | Path, class_names: tuple[str, ...] | None = None) -> Path:
+        """Write the result: a path that ends in ``.npz`` gets one archive, any other a folder of PNG per class.
+
+        The archive's ``images`` [N, H, W] or [N, H, W, 3] are uint8 as in MedMNIST, so that
+        :func:`tsynd.load_data` reads it; the other fields are stored as they are.
+
+        Args:
+            path: a file name or a folder that does not exist yet.
+            class_names: folder names; the class numbers when None.
+
+        Raises:
+            InputError: the path cannot be written, or class folders are wanted for images without labels.
+        """
+        path = Path(path)
+        if path.suffix == ".npz":
+            pixels = (self.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+            arrays = {name: value.numpy() for name, value in arrays.items() if value is not None}
+            arrays["images"] = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+            if class_names is not None:
+                arrays["class_names"] = np.array(class_names)
+            save_npz(path, **arrays)
+        else:
+            if self.labels is None:
+                raise InputError("labels: the result has none, wanted some to name the class folders; save as .npz")
+            if class_names is None:
+                width = int(self.labels.max()) + 1
+                class_names = tuple(str(i) for i in range(width))
+            save_class_folders(path, self.images, self.labels, class_names)
+        return path
+
+
+@dataclass(frozen=True)
+class _Batch:
+    images: Tensor
+    labels: Tensor | None
+    sample_ids: Tensor
+
+
+def synthesize(
+    autoencoder: Any,
+    classifier: nn.Module | Posterior,
+    images: Any,
+    labels: Any = None,
+    *,
+    objective: str = "mutual_information",
+    task: str = "multiclass",
+    samples: int = 32,
+    masks: str = "shared",
+    steps: int = 5,
+    radius: float = 0.5,
+    step_size: float | None = None,
+    rule: str = "l2",
+    label_consistency: float | None = None,
+    latent_std: float | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    sample_ids: Any = None,
+    device: torch.device | str | None = None,
+    precision: str = "float32",
+    progress: bool = True,
+) -> SynthesisResult:
+    """Move each image's latent code uphill on the classifier's epistemic uncertainty and decode it.
+
+    TSynD (Niemeijer et al. 2024, arXiv 2406.17473): maximise MI(decode(z)) over |z - encode(x)| <= r by projected
+    gradient ascent. The same seed and ``sample_ids`` give the same images in any batch size and order.
+
+    Args:
+        autoencoder: anything with ``encode`` and ``decode``, a pair of modules, or a model that
+            :func:`tsynd.as_autoencoder` knows.
+        classifier: a module giving logits [B, classes] with at least one active dropout, or a
+            :class:`tsynd.Posterior` (then ``samples``, ``masks`` and ``seed`` are its own).
+        images: tensor or array [N, C, H, W] (float in [0, 1], or uint8), a Dataset or a DataLoader of images or
+            (image, label) pairs.
+        labels: [N] class numbers or [N, L] of 0/1; those of the Dataset or DataLoader when None.
+        objective: ``mutual_information`` or ``entropy``.
+        task: ``multiclass`` or ``multilabel``.
+        samples: T, posterior samples.
+        masks: ``shared`` or ``independent``, see :class:`tsynd.MCDropout`.
+        steps: K, ascent steps.
+        radius: of the ball, times latent standard deviation times sqrt(latent dimension).
+        step_size: in the same unit; None is 2.5 * radius / steps.
+        rule: ``l2`` or ``linf``, see :func:`tsynd.ops.ascend_`.
+        label_consistency: keep a step only while the posterior mean gives the source label at least this
+            probability; None for no limit.
+        latent_std: standard deviation of the latents; None takes the autoencoder's ``latent_std`` or else measures
+            it over the images.
+        batch_size: images at once; None picks one. Out of memory halves it and goes on.
+        seed: of the posterior samples.
+        sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
+        device: where to work (the models are moved there); None is where the classifier is.
+        precision: ``float32``, ``bfloat16`` or ``float16`` (autocast).
+        progress: show a bar where rich is installed.
+
+    Raises:
+        InputError: an argument cannot be used; raised before work starts, except for a bad item deep in a
+            Dataset or DataLoader, which is named by its index.
+    """
+    settings = AscentSettings(objective, task, steps, radius, step_size, rule, label_consistency)
+    check_choice("precision", precision, tuple(_PRECISIONS))
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
+    if latent_std is not None and not (math.isfinite(latent_std) and latent_std > 0):
+        raise InputError(f"latent_std: got {latent_std!r}, wanted a number above 0, or None")
+    posterior = as_posterior(classifier, samples, masks, seed)
+    model = as_autoencoder(autoencoder)
+    source = _Source(images, labels, sample_ids, task)
+    target = _place(posterior, model, device)
+    modules = [part for part in (model, *posterior.networks) if isinstance(part, nn.Module)]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(posterior.frozen())
+        stack.enter_context(frozen(*modules))
+        autocast = _PRECISIONS[precision]
+        if autocast is not None:
+            stack.enter_context(torch.autocast(target.type, autocast))
+        classes = _check_models(model, posterior, source.first.to(target))
+        source.check_labels(classes, needed=label_consistency is not None)
+        size = batch_size or _default_batch(source.first, target)
+        scale = latent_std or _latent_std(model, source, size, target)
+        parts: list[tuple[_Batch, Tensor, Ascent]] = []
+
+        def work(batch: _Batch) -> None:
+            x = batch.images.to(target)
+            with torch.no_grad():
+                z0 = model.encode(x).float()
+            y = None if batch.labels is None else batch.labels.to(target)
+            climbed = ascend_latents(posterior, model.decode, z0, batch.sample_ids.to(target), settings, scale, y)
+            parts.append((batch, z0.cpu(), climbed.cpu()))
+
+        with progress_bar("synthesising", source.count, progress) as advance:
+            for batch in source.batches(size):
+                _halving(work, batch, lambda done: advance(done, _mean_raise(parts)))
+    return _collect(parts)
+
+
+def uncertainty(
+    classifier: nn.Module | Posterior,
+    images: Any,
+    *,
+    objective: str = "mutual_information",
+    task: str = "multiclass",
+    samples: int = 32,
+    masks: str = "shared",
+    seed: int = 0,
+    sample_ids: Any = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Uncertainty of given images, for instance under a seed that the ascent has not seen.
+
+    Args:
+        classifier: see :func:`synthesize`.
+        images: tensor, array, Dataset or DataLoader, see :func:`synthesize`.
+        objective: ``mutual_information`` or ``entropy``.
+        task: ``multiclass`` or ``multilabel``.
+        samples: T.
+        masks: ``shared`` or ``independent``.
+        seed: of the posterior samples.
+        sample_ids: see :func:`synthesize`.
+        batch_size: images at once.
+
+    Returns:
+        [N] float32 in nats, on the CPU.
+    """
+    posterior = as_posterior(classifier, samples, masks, seed)
+    source = _Source(images, None, sample_ids, task)
+    device = _place(posterior, None, None)
+    values = []
+    with posterior.frozen(), torch.no_grad():
+        for batch in source.batches(batch_size):
+            ids = batch.sample_ids.to(device)
+            values.append(posterior.uncertainty(batch.images.to(device), ids, objective, task).cpu())
+    return torch.cat(values)
+
+
+class _Source:
+    """Images, labels and sample ids from whatever the caller has; tensors are checked whole, items one by one."""
+
+    def __init__(self, images: Any, labels: Any, sample_ids: Any, task: str) -> None:
+        self._task = task
+        self._images: Tensor | None = None
+        self._items: Any = None
+        self._labels: Tensor | None = None
+        if isinstance(images, (Tensor, np.ndarray)):
+            self._images = check_images(images)
+            self.count: int = len(self._images)
+            self.first = self._images[:1]
+        else:
+            self._items = images
+            self.count = self._length(images)
+            self.first = next(iter(self._from_items(1, probe=True))).images[:1]
+        if labels is not None:
+            self._labels = check_labels(labels, self.count, task)
+        ids = torch.arange(self.count) if sample_ids is None else torch.as_tensor(sample_ids)
+        if ids.shape != (self.count,) or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise InputError(
+                f"sample_ids: got {ids.dtype} {list(ids.shape)}, wanted one integer for each of {self.count} images"
+            )
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= 2**32):
+            raise InputError(f"sample_ids: got {int(ids.min())} .. {int(ids.max())}, wanted 0 .. 2^32 - 1")
+        self._ids = ids.long()
+
+    @staticmethod
+    def _length(images: Any) -> int:
+        kind = type(images).__name__
+        if not hasattr(images, "__len__") or not (hasattr(images, "__getitem__") or hasattr(images, "__iter__")):
+            raise InputError(f"images: got {kind}, wanted a tensor, an array, a Dataset or a DataLoader with a length")
+        loader = isinstance(images, torch.utils.data.DataLoader)
+        count = len(images.dataset) if loader else len(images)
+        if loader and images.drop_last and images.batch_size:
+            count -= count % images.batch_size
+        if count == 0:
+            raise InputError(f"images: got an empty {kind}, wanted at least one image")
+        return count
+
+    def check_labels(self, classes: int, needed: bool) -> None:
+        """Labels against the classifier's classes, before work starts."""
+        if self._labels is not None:
+            check_labels(self._labels, self.count, self._task, classes)
+        elif needed and self._images is not None:
+            raise InputError("labels: got None, wanted the images' labels, which label_consistency needs")
+
+    def batches(self, size: int) -> Iterator[_Batch]:
+        """All images in order, at most ``size`` at once."""
+        if self._images is None:
+            yield from self._from_items(size)
+            return
+        for start in range(0, self.count, size):
+            part = slice(start, start + size)
+            labels = None if self._labels is None else self._labels[part]
+            yield _Batch(self._images[part], labels, self._ids[part])
+
+    def _from_items(self, size: int, probe: bool = False) -> Iterator[_Batch]:
+        loader = self._items
+        if not isinstance(loader, torch.utils.data.DataLoader):
+            loader = torch.utils.data.DataLoader(loader, batch_size=size)
+        start = 0
+        for item in loader:
+            images, labels = (item[0], item[1]) if isinstance(item, (tuple, list)) else (item, None)
+            try:
+                images = check_images(images)
+                labels = None if labels is None else check_labels(labels, len(images), self._task)
+            except InputError as error:
+                raise InputError(f"images {start} .. {start + len(images) - 1}: {error}") from None
+            for begin in range(0, len(images), size):
+                part = slice(begin, min(begin + size, len(images)))
+                where = slice(start + part.start, start + part.stop)
+                given = labels if labels is None or probe else labels[part]
+                if not probe and self._labels is not None:
+                    given = self._labels[where]
+                ids = torch.zeros(1, dtype=torch.int64) if probe else self._ids[where]
+                yield _Batch(images[part], given, ids)
+                if probe:
+                    return
+            start += len(images)
+
+
+def _place(posterior: Posterior, model: Autoencoder | None, device: torch.device | str | None) -> torch.device:
+    """Move the models and tell where the work happens."""
+    if device is None:
+        parameters = (p for network in posterior.networks for p in network.parameters())
+        target = next((p.device for p in parameters), torch.device("cpu"))
+    else:
+        try:
+            target = torch.device(device)
+            torch.empty(0, device=target)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device: got {device!r}, which cannot be used here: {reason}") from None
+        for network in posterior.networks:
+            network.to(target)
+    if isinstance(model, nn.Module):
+        model.to(target)
+    return target
+
+
+def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> int:
+    """Run both models on one image; return the number of classes."""
+    check_autoencoder(model, image)
+    try:
+        with torch.no_grad():
+            logits = posterior.logits(image)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"classifier: failed on an image of shape {list(image.shape[1:])}: {reason}") from error
+    if logits.dim() != 3:
+        raise InputError(f"classifier: gives logits of shape {list(logits.shape[1:])}, wanted [images, classes]")
+    return int(logits.shape[2])
+
+
+def _default_batch(image: Tensor, device: torch.device) -> int:
+    """Images at once: about 16 MiB of pixels on a GPU, 1 MiB on a CPU, where larger batches leave the caches."""
+    budget = 2**22 if device.type == "cuda" else 2**18
+    return int(max(1, min(1024, budget // image[0].numel())))
+
+
+def _latent_std(model: Autoencoder, source: _Source, size: int, device: torch.device) -> float:
+    known = getattr(model, "latent_std", None)
+    value = float(known) if known is not None else math.nan
+    if not (math.isfinite(value) and value > 0):
+        if source.count < 2:
+            raise InputError("latent_std: got None with a single image, wanted a number: one image has no deviation")
+        with torch.no_grad():
+            value = float(
+                measure_latent_std(model.encode(batch.images.to(device)).cpu() for batch in source.batches(size))
+            )
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"autoencoder: its latents have standard deviation {value}, wanted a number above 0")
+    return value
+
+
+def _halving(work: Callable[[_Batch], None], batch: _Batch, done: Callable[[int], None]) -> None:
+    """Do the batch; out of memory, do its halves."""
+    try:
+        work(batch)
+        done(len(batch.images))
+        return
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not short or len(batch.images) == 1:
+            raise
+    # outside the handler: the traceback would keep the failed batch's tensors alive
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(batch.images) // 2
+    for part in (slice(0, half), slice(half, None)):
+        labels = None if batch.labels is None else batch.labels[part]
+        _halving(work, _Batch(batch.images[part], labels, batch.sample_ids[part]), done)
+
+
+def _mean_raise(parts: list[tuple[_Batch, Tensor, Ascent]]) -> str:
+    climbed = parts[-1][2]
+    return f"uncertainty {float(climbed.trajectory[0].mean()):.4f} → {float(climbed.uncertainty.mean()):.4f}"
+
+
+def _collect(parts: list[tuple[_Batch, Tensor, Ascent]]) -> SynthesisResult:
+    join = torch.cat
+    climbs = [climbed for _, _, climbed in parts]
+    labels = [batch.labels for batch, _, _ in parts]
+    return SynthesisResult(
+        images=join([c.images.float() for c in climbs]),
+        labels=None if labels[0] is None else join([y for y in labels if y is not None]),
+        latents=join([c.latents for c in climbs]),
+        source_latents=join([z0 for _, z0, _ in parts]),
+        initial_uncertainty=join([c.trajectory[0] for c in climbs]),
+        uncertainty=join([c.uncertainty for c in climbs]),
+        trajectory=join([c.trajectory.t() for c in climbs]),
+        status=join([c.status for c in climbs]),
+        sample_ids=join([batch.sample_ids for batch, _, _ in parts]),
+    )
+
+
