@@ -17,8 +17,12 @@ enum class Task : int { kMulticlass = 0, kMultilabel = 1 };
 // Below any log-probability that matters, far from overflow: stands in for -inf so that 0 * r stays 0.
 constexpr float kLogFloor = -1e30f;
 
-// A Math policy M gives: V (a value per image), exp (arguments <= 0), log (positive arguments), log1p (0 .. 1),
-// max(a, b) returning a when a is NaN, select(mask, a, b), less(a, b), splat(float).
+// A confident classifier's uncertainty lives in the last digits of probabilities near 1, and the ascent normalises
+// its gradient. So log-probabilities and their means go through log1p and expm1, which keep r accurate relative to
+// its own size, not to 1: a gradient of 1e-9 is still a direction and not rounding noise.
+//
+// A Math policy M gives: V (a value per image), exp and expm1 (arguments <= 0), log1p (above -1), max(a, b)
+// returning a when a is NaN, select(mask, a, b), less(a, b), splat(float).
 //
 // `rows` addresses T * C values per image: in(i) reads a logit, get/put read and write the same storage.
 // `p` holds T * C values, `q` holds C (multiclass) or 2 C (multilabel).
@@ -30,28 +34,30 @@ TSYND_HD typename M::V log_mean(const LogP& logp, int64_t samples) {
   typename M::V top = logp(0);
   for (int64_t t = 1; t < samples; ++t) top = M::max(top, logp(t));
   typename M::V sum = M::splat(0.f);
-  for (int64_t t = 0; t < samples; ++t) sum = sum + M::exp(logp(t) - top);
-  return top + (M::log(sum) - M::log(M::splat(static_cast<float>(samples))));
+  for (int64_t t = 0; t < samples; ++t) sum = sum + M::expm1(logp(t) - top);
+  return top + M::log1p(sum * M::splat(1.f / static_cast<float>(samples)));
 }
 
 template <class M, class Rows>
 TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, typename M::V* q, int64_t samples,
                                               int64_t classes, Objective objective) {
   using V = typename M::V;
-  const V zero = M::splat(0.f), floor = M::splat(kLogFloor);
+  const V zero = M::splat(0.f), one = M::splat(1.f), floor = M::splat(kLogFloor);
   for (int64_t t = 0; t < samples; ++t) {
     const int64_t base = t * classes;
     V top = rows.in(base);
     for (int64_t c = 1; c < classes; ++c) top = M::max(top, rows.in(base + c));
-    V sum = zero;
+    V rest = zero, ties = zero;  // the sum of exponentials is ties + rest, ties being those equal to the largest
     for (int64_t c = 0; c < classes; ++c) {
       const V shifted = M::max(rows.in(base + c) - top, floor);
       const V e = M::exp(shifted);
+      const auto below = M::less(shifted, zero);
       p[base + c] = e;
       rows.put(base + c, shifted);
-      sum = sum + e;
+      rest = rest + M::select(below, e, zero);
+      ties = ties + M::select(below, zero, one);
     }
-    const V inverse = M::splat(1.f) / sum, log_sum = M::log(sum);
+    const V inverse = one / (rest + ties), log_sum = M::log1p(rest + (ties - one));
     for (int64_t c = 0; c < classes; ++c) {
       p[base + c] = p[base + c] * inverse;
       rows.put(base + c, rows.get(base + c) - log_sum);

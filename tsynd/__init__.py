@@ -1,0 +1,71 @@
+"""Targeted synthetic data generation (TSynD): useful extra images for small medical image sets.
+
+``import tsynd`` needs torch and numpy alone; everything else is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Ascent": "ascent",
+    "AscentSettings": "ascent",
+    "Autoencoder": "autoencoder",
+    "DataSource": "data",
+    "Ensemble": "posterior",
+    "InputError": "errors",
+    "LabelledImages": "data",
+    "MCDropout": "posterior",
+    "Posterior": "posterior",
+    "SmallAutoencoder": "networks",
+    "SmallResNet": "networks",
+    "Status": "ascent",
+    "SynthesisResult": "synthesis",
+    "TargetedAugmentation": "augmentation",
+    "as_autoencoder": "autoencoder",
+    "evaluate": "evaluation",
+    "fit_autoencoder": "training",
+    "fit_classifier": "training",
+    "load_data": "data",
+    "load_model": "checkpoint",
+    "save_model": "checkpoint",
+    "synthesize": "synthesis",
+    "uncertainty": "synthesis",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from tsynd.ascent import Ascent, AscentSettings, Status
+    from tsynd.augmentation import TargetedAugmentation
+    from tsynd.autoencoder import Autoencoder, as_autoencoder
+    from tsynd.checkpoint import load_model, save_model
+    from tsynd.data import DataSource, LabelledImages, load_data
+    from tsynd.errors import InputError
+    from tsynd.evaluation import evaluate
+    from tsynd.networks import SmallAutoencoder, SmallResNet
+    from tsynd.posterior import Ensemble, MCDropout, Posterior
+    from tsynd.synthesis import SynthesisResult, synthesize, uncertainty
+    from tsynd.training import fit_autoencoder, fit_classifier
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tsynd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tsynd.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# the operators register themselves at once, for torch.ops.tsynd and for scripted or exported programs; without
+# torch the package still imports, for what needs none
+if importlib.util.find_spec("torch") is not None:
+    importlib.import_module("tsynd.ops")

@@ -95,6 +95,16 @@ class Ascent:
     trajectory: Tensor
     status: Tensor
 
+    def first(self, count: int) -> Ascent:
+        """The first ``count`` images' part."""
+        return Ascent(
+            self.images[:count],
+            self.latents[:count],
+            self.uncertainty[:count],
+            self.trajectory[:, :count],
+            self.status[:count],
+        )
+
     def cpu(self) -> Ascent:
         """The same on the CPU."""
         return Ascent(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})

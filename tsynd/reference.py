@@ -6,8 +6,6 @@ themselves checked by automatic differentiation in float64.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -33,21 +31,36 @@ MASK_ROUNDS = 7
 _LOG_FLOOR = -1e30
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    """log_softmax that keeps log p of a probability near 1 accurate relative to its own size (log1p)."""
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
+    shifted = torch.where(shifted < _LOG_FLOOR, _LOG_FLOOR, shifted)
+    below = shifted < 0
+    # for the largest entries expm1 is 0 but has the derivative of exp
+    rest = torch.where(below, shifted.exp(), shifted.expm1()).sum(-1, keepdim=True)
+    ties = (~below).sum(-1, keepdim=True)
+    return shifted - torch.log1p(rest + (ties - 1))
+
+
 def _log_probabilities(logits: Tensor, task: str) -> Tensor:
-    """Log-probabilities [T, B, C, K]: over the classes (C = 1 group) or over {1, 0} of each label."""
+    """Log-probabilities [T, B, groups, K]: over the classes (one group) or over {1, 0} of each label."""
     if task == "multiclass":
-        logp = torch.log_softmax(logits, dim=-1).unsqueeze(-2)
-    elif task == "multilabel":
-        # two log-sigmoids: softplus switches to the identity at 20 and loses the last digits
-        logp = torch.nn.functional.logsigmoid(torch.stack([logits, -logits], dim=-1))
-    else:
-        raise ValueError(f"task: got {task!r}, wanted 'multiclass' or 'multilabel'")
-    return torch.where(logp < _LOG_FLOOR, _LOG_FLOOR, logp)
+        return _log_softmax(logits).unsqueeze(-2)
+    if task == "multilabel":
+        pair = torch.nn.functional.logsigmoid(torch.stack([logits, -logits], dim=-1))
+        return torch.where(pair < _LOG_FLOOR, _LOG_FLOOR, pair)
+    raise ValueError(f"task: got {task!r}, wanted 'multiclass' or 'multilabel'")
+
+
+def _log_mean(logp: Tensor) -> Tensor:
+    """log(mean_t exp(logp)), exactly logp where all samples agree."""
+    top = logp.detach().amax(0, keepdim=True)
+    return top + torch.log1p((logp - top).expm1().mean(0, keepdim=True))
 
 
 def _relative(logp: Tensor, objective: str) -> Tensor:
     """r of the two formulas: log p - log pbar for mutual information, -log pbar for the entropy."""
-    log_mean = torch.logsumexp(logp, dim=0, keepdim=True) - math.log(logp.shape[0])
+    log_mean = _log_mean(logp)
     if objective == "mutual_information":
         return logp - log_mean
     if objective == "entropy":

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, measure_latent_std
-from tsynd.data import check_images, check_labels, save_class_folders, save_npz
+from tsynd.data import check_images, check_labels, save_class_folders, save_npz, to_uint8
 from tsynd.errors import InputError
 from tsynd.posterior import Posterior, as_posterior, check_choice, frozen
 from tsynd.progress import progress_bar
 
 __all__ = ["SynthesisResult", "synthesize", "uncertainty"]
+
+# Convolution and matrix libraries pick their kernels by the batch's remainder. Whole tiles give every image the same
+# arithmetic in any batch; the ascent would amplify a last-digit difference.
+_TILE = 16
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,10 +73,9 @@ class SynthesisResult:
         """
         path = Path(path)
         if path.suffix == ".npz":
-            pixels = (self.images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-            arrays = {name: value.numpy() for name, value in arrays.items() if value is not None}
-            arrays["images"] = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+            arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+            arrays = {name: value for name, value in arrays.items() if value is not None}
+            arrays["images"] = to_uint8(self.images)
             if class_names is not None:
                 arrays["class_names"] = np.array(class_names)
             save_npz(path, **arrays)
@@ -91,6 +94,16 @@ class _Batch:
     images: Tensor
     labels: Tensor | None
     sample_ids: Tensor
+
+    def padded(self, count: int) -> _Batch:
+        """The last image repeated until there are ``count``."""
+        index = torch.arange(count).clamp_max(len(self.images) - 1)
+        labels = None if self.labels is None else self.labels[index]
+        return _Batch(self.images[index], labels, self.sample_ids[index])
+
+
+def _whole_tiles(count: int, device: torch.device) -> int:
+    return -(-count // _TILE) * _TILE if device.type == "cpu" else count
 
 
 def synthesize(
@@ -141,7 +154,8 @@ def synthesize(
             probability; None for no limit.
         latent_std: standard deviation of the latents; None takes the autoencoder's ``latent_std`` or else measures
             it over the images.
-        batch_size: images at once; None picks one. Out of memory halves it and goes on.
+        batch_size: images at once, on a CPU rounded up to a multiple of 16; None picks one. Out of memory halves it
+            and goes on.
         seed: of the posterior samples.
         sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
         device: where to work (the models are moved there); None is where the classifier is.
@@ -172,17 +186,18 @@ def synthesize(
             stack.enter_context(torch.autocast(target.type, autocast))
         classes = _check_models(model, posterior, source.first.to(target))
         source.check_labels(classes, needed=label_consistency is not None)
-        size = batch_size or _default_batch(source.first, target)
+        size = _whole_tiles(batch_size or _default_batch(source.first, target), target)
         scale = latent_std or _latent_std(model, source, size, target)
         parts: list[tuple[_Batch, Tensor, Ascent]] = []
 
         def work(batch: _Batch) -> None:
-            x = batch.images.to(target)
+            count = len(batch.images)
+            full = batch.padded(_whole_tiles(count, target))
             with torch.no_grad():
-                z0 = model.encode(x).float()
-            y = None if batch.labels is None else batch.labels.to(target)
-            climbed = ascend_latents(posterior, model.decode, z0, batch.sample_ids.to(target), settings, scale, y)
-            parts.append((batch, z0.cpu(), climbed.cpu()))
+                z0 = model.encode(full.images.to(target)).float()
+            y = None if full.labels is None else full.labels.to(target)
+            climbed = ascend_latents(posterior, model.decode, z0, full.sample_ids.to(target), settings, scale, y)
+            parts.append((batch, z0[:count].cpu(), climbed.first(count).cpu()))
 
         with progress_bar("synthesising", source.count, progress) as advance:
             for batch in source.batches(size):
@@ -259,7 +274,7 @@ class _Source:
     @staticmethod
     def _length(images: Any) -> int:
         kind = type(images).__name__
-        if not hasattr(images, "__len__") or not (hasattr(images, "__getitem__") or hasattr(images, "__iter__")):
+        if isinstance(images, (str, bytes, dict, Path)) or not hasattr(images, "__len__") or not (hasattr(images, "__getitem__") or hasattr(images, "__iter__")):
             raise InputError(f"images: got {kind}, wanted a tensor, an array, a Dataset or a DataLoader with a length")
         loader = isinstance(images, torch.utils.data.DataLoader)
         count = len(images.dataset) if loader else len(images)
@@ -287,28 +302,44 @@ class _Source:
             yield _Batch(self._images[part], labels, self._ids[part])
 
     def _from_items(self, size: int, probe: bool = False) -> Iterator[_Batch]:
+        """Items of a Dataset or DataLoader, gathered into batches of ``size``."""
         loader = self._items
         if not isinstance(loader, torch.utils.data.DataLoader):
             loader = torch.utils.data.DataLoader(loader, batch_size=size)
-        start = 0
+        read = given = 0
+        waiting: list[tuple[Tensor, Tensor | None]] = []
         for item in loader:
             images, labels = (item[0], item[1]) if isinstance(item, (tuple, list)) else (item, None)
             try:
                 images = check_images(images)
                 labels = None if labels is None else check_labels(labels, len(images), self._task)
             except InputError as error:
-                raise InputError(f"images {start} .. {start + len(images) - 1}: {error}") from None
-            for begin in range(0, len(images), size):
-                part = slice(begin, min(begin + size, len(images)))
-                where = slice(start + part.start, start + part.stop)
-                given = labels if labels is None or probe else labels[part]
-                if not probe and self._labels is not None:
-                    given = self._labels[where]
-                ids = torch.zeros(1, dtype=torch.int64) if probe else self._ids[where]
-                yield _Batch(images[part], given, ids)
-                if probe:
-                    return
-            start += len(images)
+                raise InputError(f"images {read} .. {read + len(images) - 1}: {error}") from None
+            if probe:
+                yield _Batch(images, labels, torch.zeros(len(images), dtype=torch.int64))
+                return
+            read += len(images)
+            waiting.append((images, labels))
+            while read - given >= size:
+                batch, waiting = self._take(waiting, given, size)
+                given += size
+                yield batch
+        if read > given:
+            yield self._take(waiting, given, read - given)[0]
+
+    def _take(
+        self, waiting: list[tuple[Tensor, Tensor | None]], start: int, count: int
+    ) -> tuple[_Batch, list[tuple[Tensor, Tensor | None]]]:
+        """A batch of the first ``count`` waiting images, and what still waits."""
+        images = torch.cat([x for x, _ in waiting])
+        own = [y for _, y in waiting if y is not None]
+        labels = torch.cat(own) if own else None
+        rest = [(images[count:], None if labels is None else labels[count:])]
+        if self._labels is not None:
+            chosen: Tensor | None = self._labels[start : start + count]
+        else:
+            chosen = None if labels is None else labels[:count]
+        return _Batch(images[:count], chosen, self._ids[start : start + count]), rest
 
 
 def _place(posterior: Posterior, model: Autoencoder | None, device: torch.device | str | None) -> torch.device:

@@ -31,8 +31,12 @@ struct VMath {
   TSYND_HD V select(VInt mask, V a, V b) { return mask ? a : b; }
   TSYND_HD V max(V a, V b) { return a < b ? b : a; }
 
-  // exp for x <= 0, about 1 ulp; below -87.3 (a denormal result) it is 0. Cephes' polynomial.
-  TSYND_HD V exp(V x) {
+  // exp(x) = scale + scale * e1 with e1 = expm1 of the reduced argument; for x <= 0. Cephes' polynomial.
+  struct Exponential {
+    V scale, e1;
+  };
+
+  TSYND_HD Exponential reduce(V x) {
     const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
     const V clamped = max(x, splat(-87.33f));
     const V shifted = clamped * 1.44269504088896341f + magic;
@@ -43,9 +47,20 @@ struct VMath {
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.f;
     const VInt exponent = ((VInt)shifted - (VInt)magic + 127) << 23;
-    return x < splat(-87.33f) ? splat(0.f) : y * (VFloat)exponent;
+    return {(VFloat)exponent, y * (r * r) + r};
+  }
+
+  // exp for x <= 0, about 1 ulp; below -87.3 (a denormal result) it is 0.
+  TSYND_HD V exp(V x) {
+    const Exponential e = reduce(x);
+    return x < splat(-87.33f) ? splat(0.f) : e.scale + e.scale * e.e1;
+  }
+
+  // exp(x) - 1 for x <= 0, about 1 ulp.
+  TSYND_HD V expm1(V x) {
+    const Exponential e = reduce(x);
+    return (e.scale - 1.f) + e.scale * e.e1;
   }
 
   // log for normal positive x, about 1 ulp; NaN stays NaN. Cephes' polynomial.
@@ -70,7 +85,7 @@ struct VMath {
     return x == x ? result : x;
   }
 
-  // log(1 + x) for 0 <= x <= 1: log of the rounded sum, corrected by what the rounding lost.
+  // log(1 + x) for x > -1: log of the rounded sum, corrected by what the rounding lost.
   TSYND_HD V log1p(V x) {
     const V sum = x + 1.f;
     return log(sum) + (x - (sum - 1.f)) / sum;

@@ -28,7 +28,7 @@ struct Scalar {
   using V = float;
   TSYND_HD float splat(float x) { return x; }
   TSYND_HD float exp(float x) { return expf(x); }
-  TSYND_HD float log(float x) { return logf(x); }
+  TSYND_HD float expm1(float x) { return expm1f(x); }
   TSYND_HD float log1p(float x) { return log1pf(x); }
   TSYND_HD float max(float a, float b) { return a < b ? b : a; }
   TSYND_HD float select(bool mask, float a, float b) { return mask ? a : b; }
@@ -80,9 +80,9 @@ __device__ __forceinline__ float log_mean_over_passes(const LogP& logp, bool act
   for (int offset = kWarp / 2; offset >= layout.width; offset /= 2)
     top = Scalar::max(top, __shfl_xor_sync(~0u, top, offset));
   if (active)
-    for (int64_t t = lane.group; t < layout.samples; t += lane.groups) sum += expf(logp(t) - top);
+    for (int64_t t = lane.group; t < layout.samples; t += lane.groups) sum += Scalar::expm1(logp(t) - top);
   sum = across_groups(sum, layout.width);
-  return top + (Scalar::log(sum) - Scalar::log(static_cast<float>(layout.samples)));
+  return top + Scalar::log1p(sum / static_cast<float>(layout.samples));
 }
 
 template <class T>
@@ -108,17 +108,22 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerMultiprocesso
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t t = round * lane.groups + lane.group;
     const bool active = t < layout.samples;
-    float top = -__int_as_float(0x7f800000), sum = 0.f;
+    float top = -__int_as_float(0x7f800000), rest = 0.f, ties = 0.f;
     if (active)
       for (int64_t c = lane.member; c < layout.classes; c += layout.width)
         top = Scalar::max(top, load(in + t * pass + c));
     top = group_max(top, layout.width);
     if (active)
-      for (int64_t c = lane.member; c < layout.classes; c += layout.width) sum += expf(shifted(t, c, top));
-    sum = group_sum(sum, layout.width);
+      for (int64_t c = lane.member; c < layout.classes; c += layout.width) {
+        const float s = shifted(t, c, top);
+        rest += s < 0.f ? expf(s) : 0.f;
+        ties += s < 0.f ? 0.f : 1.f;
+      }
+    rest = group_sum(rest, layout.width);
+    ties = group_sum(ties, layout.width);
     if (active && lane.member == 0) {
       top_of[t] = top;
-      log_sum[t] = logf(sum);
+      log_sum[t] = log1pf(rest + (ties - 1.f));
     }
   }
   __syncwarp();

@@ -1,0 +1,73 @@
+"""Small models and images that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+class TinyAutoencoder(nn.Module):
+    """Smooth and untrained: enough for an ascent to climb on."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, 4, 4, stride=4)
+        self.up = nn.ConvTranspose2d(4, channels, 4, stride=4)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.down(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.up(latents.tanh() * 3).sigmoid()
+
+
+class TinyClassifier(nn.Module):
+    """Convolution, batch norm, pooling, then dropout -> linear (or dropout earlier with ``early``)."""
+
+    def __init__(self, channels: int = 1, classes: int = 3, p: float = 0.5, early: bool = False) -> None:
+        super().__init__()
+        first = nn.Dropout2d(p) if early else nn.Identity()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), first, nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1), nn.Softplus(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        )  # fmt: skip
+        self.dropout = nn.Dropout(p)
+        self.head = nn.Linear(128, classes)
+        with torch.no_grad():
+            self.head.weight.mul_(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.dropout(self.body(images)))
+
+
+@pytest.fixture
+def autoencoder() -> TinyAutoencoder:
+    torch.manual_seed(1)
+    return TinyAutoencoder()
+
+
+@pytest.fixture
+def classifier() -> TinyClassifier:
+    torch.manual_seed(2)
+    return TinyClassifier()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(23, 1, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """Folder of real test images; skipped where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TSYND_TEST_DATA", default))
+    if not (folder / "pneumoniamnist.npz").exists():
+        pytest.skip(f"no real test images: set TSYND_TEST_DATA to a folder with pneumoniamnist.npz (looked in {folder})")
+    return folder

@@ -1,0 +1,188 @@
+"""Scores and disturbed test sets."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tsynd.errors import InputError
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("kornia")
+
+from tsynd.evaluation import CONDITIONS, Batches, evaluate, gaussian_noise, rotation, scores
+
+
+class Brightness(nn.Module):
+    """Logits from the mean intensity and its left half; dropout and batch norm would show a wrong mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, images):
+        half = images.shape[-1] // 2
+        return self.drop(
+            self.norm(torch.stack([images.mean((1, 2, 3)), images[..., :half].mean((1, 2, 3))], 1))
+        )
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(41, 1, 12, 12, generator=generator), torch.randint(2, (41,), generator=generator)
+
+
+def test_known_multiclass_scores():
+    labels = torch.tensor([0, 0, 0, 1])
+    logits = torch.tensor([[2.0, 0], [1, 0], [0, 1], [0, 3]])
+    result = scores(logits, labels)
+    assert result["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert result["accuracy"] == pytest.approx(3 / 4)
+    assert result["auroc"] == pytest.approx(1.0)
+    worse = scores(logits[[0, 1, 3, 2]], labels)
+    assert worse["auroc"] == pytest.approx(2 / 3)
+    assert worse["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_known_multilabel_scores():
+    labels = torch.tensor([[1, 0], [1, 0], [0, 0], [0, 1]])
+    logits = torch.tensor([[3.0, -1], [-1, 2], [-2, -3], [-3, 1]])
+    result = scores(logits, labels, "multilabel")
+    # label 0: sensitivity 1/2, specificity 1; label 1: sensitivity 1, specificity 2/3
+    assert result["balanced_accuracy"] == pytest.approx((3 / 4 + 5 / 6) / 2)
+    assert result["accuracy"] == pytest.approx(6 / 8)
+    assert result["auroc"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_absent_classes_do_not_count():
+    labels = torch.tensor([0, 2, 2, 0])
+    logits = torch.eye(3)[[0, 2, 1, 0]]
+    result = scores(logits, labels)
+    assert result["balanced_accuracy"] == pytest.approx((1 + 0.5) / 2)
+    assert math.isnan(scores(logits[:1], labels[:1])["auroc"])
+    one = scores(torch.tensor([[1.0, 1], [-1, 1]]), torch.tensor([[1, 1], [0, 1]]), "multilabel")
+    assert one["balanced_accuracy"] == one["auroc"] == pytest.approx(1.0)
+
+
+def test_result_does_not_depend_on_the_batch_size(data):
+    model = Brightness()
+    whole = evaluate(model, data)
+    assert list(whole) == ["clean", "noise", "rotation"]
+    for size in (1, 7, 41):
+        assert evaluate(model, data, batch_size=size) == whole
+    assert evaluate(model, data, seed=1)["noise"] != whole["noise"]
+    assert evaluate(model, data, seed=1)["clean"] == whole["clean"]
+
+
+@pytest.mark.parametrize("name", ["noise", "rotation"])
+def test_disturbance_belongs_to_the_image(data, name):
+    images, indices = data[0], torch.arange(41)
+    state = torch.get_rng_state()
+    whole = CONDITIONS[name](images, indices, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    order = torch.tensor([40, 3, 3, 17])
+    torch.testing.assert_close(CONDITIONS[name](images[order], order, 5), whole[order])
+    assert not torch.allclose(CONDITIONS[name](images, indices, 6), whole)
+    assert not torch.allclose(CONDITIONS[name](images[:1], indices[1:2], 5), whole[:1])
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+
+
+def test_disturbances_have_the_size_they_say():
+    flat = torch.full((200, 1, 20, 20), 0.5)
+    noisy = gaussian_noise(flat, torch.arange(200), 0)
+    assert (noisy - 0.5).std().item() == pytest.approx(0.1, rel=0.03)
+    torch.testing.assert_close(rotation(flat, torch.arange(200), 0), flat)
+    dot = torch.zeros(200, 1, 41, 41)
+    dot[..., 20, 35:38] = 1  # right of the centre
+    turned = rotation(dot, torch.arange(200), 0, degrees=15)
+    rows = (turned[:, 0].sum(2) * torch.arange(41)).sum(1) / turned[:, 0].sum((1, 2))
+    angles = torch.rad2deg(torch.asin((rows - 20) / 16))
+    assert angles.abs().max() < 15.5
+    assert angles.std().item() == pytest.approx(15 / 3**0.5, rel=0.15)
+    assert angles.mean().abs() < 2
+
+
+def test_modes_come_back_and_only_they_change(data):
+    model = Brightness().train()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = evaluate(model, data, conditions=("clean",))
+    assert model.training
+    assert model.drop.training
+    assert not model.norm.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert evaluate(model.eval(), data, conditions=("clean",)) == first
+
+
+def test_own_conditions(data):
+    severe = {
+        "none": functools.partial(gaussian_noise, sigma=0.0),
+        "much": functools.partial(rotation, degrees=90),
+    }
+    result = evaluate(Brightness(), data, conditions=severe)
+    assert list(result) == ["none", "much"]
+    assert result["none"] == evaluate(Brightness(), data, conditions=("clean",))["clean"]
+
+
+def test_all_kinds_of_data_read_alike(data):
+    images, labels = data
+    whole = (images * 255).round().to(torch.uint8)
+    pairs = torch.utils.data.TensorDataset(whole, labels)
+
+    class Fast:
+        def __init__(self) -> None:
+            self.labels = labels
+
+        def __len__(self) -> int:
+            return len(labels)
+
+        def __getitem__(self, index):
+            raise AssertionError("batch is there")
+
+        def batch(self, indices):
+            return whole[indices].float() / 255, labels[indices]
+
+    indices = torch.tensor([5, 1])
+    for source in (pairs, Fast(), (whole, labels)):
+        batches = Batches(source)
+        got, named = batches(indices)
+        assert torch.equal(got, whole[indices].float() / 255)
+        assert torch.equal(named, labels[indices])
+        assert torch.equal(batches.labels("multiclass", 2), labels)
+    assert Batches(whole)(indices)[1] is None
+    assert [part.tolist() for part in Batches(whole[:3]).chunks(2)] == [[0, 1], [2]]
+
+
+IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (3, {}, "data: got int"),
+        ((IMAGES, LABELS[:2]), {}, "4 images but 2 labels"),
+        ((IMAGES[:0], LABELS[:0]), {}, "holds no images"),
+        ((IMAGES[0], LABELS[:1]), {}, r"an image has shape \[8, 8\]"),
+        ((IMAGES * 255, LABELS), {}, r"wanted \[0, 1\]"),
+        ((IMAGES * math.nan, LABELS), {}, r"wanted \[0, 1\]"),
+        (IMAGES, {}, "no labels"),
+        ((IMAGES, LABELS + 1), {}, r"labels lie in \[1, 2\] but the classifier gives 2 logits"),
+        ((IMAGES, LABELS - 1), {}, r"labels lie in \[-1, 0\]"),
+        ((IMAGES, LABELS.float()), {}, "wanted integers"),
+        ((IMAGES, LABELS), {"task": "multilabel"}, r"wanted \[N, 2\]"),
+        ((IMAGES, torch.full((4, 2), 0.5)), {"task": "multilabel"}, "other values than 0 and 1"),
+        ((IMAGES, LABELS), {"task": "regression"}, "task: got 'regression'"),
+        ((IMAGES, LABELS), {"conditions": ("clean", "fog")}, "conditions: got 'fog', wanted some of clean"),
+        ((IMAGES, LABELS), {"batch_size": 0}, "batch_size: got 0"),
+    ],
+)
+def test_bad_input_is_refused_by_name(data, options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(Brightness(), data, **options)

@@ -1,0 +1,292 @@
+"""Training loops."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tsynd.errors import InputError
+
+pytest.importorskip("monai")
+pytest.importorskip("accelerate")
+
+from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.training import fit_autoencoder, fit_classifier
+
+QUIET = {"progress": False, "device": "cpu"}
+
+
+def _stripes(count, size=16, seed=0):
+    """Horizontal or vertical stripes in noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (count,), generator=generator)
+    images = 0.4 * torch.rand(count, 1, size, size, generator=generator)
+    bright = torch.arange(size) % 4 < 2
+    images[labels == 0] += 0.4 * bright[:, None]
+    images[labels == 1] += 0.4 * bright
+    return images, labels
+
+
+def _classifier(seed=0, classes=2):
+    torch.manual_seed(seed)
+    return SmallResNet(1, classes, (8, 16))
+
+
+def _same(one, other):
+    mine, yours = one.state_dict(), other.state_dict()
+    return all(torch.equal(mine[key], yours[key]) for key in mine)
+
+
+def test_classifier_learns_and_reports():
+    model, data = _classifier(), _stripes(64)
+    report = fit_classifier(
+        model, data, iterations=40, batch_size=16, learning_rate=1e-2, val=_stripes(50, seed=1), **QUIET
+    )
+    assert len(report.losses) == report.iterations == 40
+    assert np.mean(report.losses[-5:]) < 0.5 * np.mean(report.losses[:5])
+    assert report.validation["balanced_accuracy"] > 0.95
+    assert report.seconds > 0
+    assert report.augmentation_share == 0
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_same_seed_same_weights_and_the_callers_random_state_stays():
+    runs = []
+    for seed, junk in ((3, 1), (3, 2), (4, 1)):
+        model = _classifier()
+        torch.manual_seed(junk)
+        state = torch.get_rng_state()
+        fit_classifier(model, _stripes(30), iterations=6, batch_size=8, seed=seed, **QUIET)
+        assert torch.equal(torch.get_rng_state(), state)
+        runs.append(model)
+    assert _same(runs[0], runs[1])
+    assert not _same(runs[0], runs[2])
+
+
+def test_autoencoder_is_reproducible_and_measures_its_latents():
+    images, runs = _stripes(40)[0], []
+    for junk in (1, 2):
+        torch.manual_seed(0)
+        coder = SmallAutoencoder(1, 4, (8, 16))
+        torch.manual_seed(junk)
+        state = torch.get_rng_state()
+        report = fit_autoencoder(coder, images, iterations=60, batch_size=16, **QUIET)
+        assert torch.equal(torch.get_rng_state(), state)
+        runs.append(coder)
+    assert _same(*runs)
+    assert not coder.training
+    with torch.no_grad():
+        assert (coder(images) - images).square().mean() < 0.5 * images.var()
+        expected = coder.encode(images).flatten(1).var(0).mean().sqrt()
+    torch.testing.assert_close(coder.latent_std, expected)
+    assert 0.05 < expected < 20
+    assert report.losses[-1] < report.losses[0]
+
+
+def test_any_pair_of_modules_can_be_an_autoencoder():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = nn.Linear(256, 8), nn.Linear(8, 256)
+
+        def encode(self, images):
+            return self.inside(images.flatten(1))
+
+        def decode(self, latents):
+            return self.outside(latents).reshape(-1, 1, 16, 16).sigmoid()
+
+    report = fit_autoencoder(Own(), _stripes(20), iterations=20, batch_size=64, **QUIET)
+    assert report.losses[-1] < report.losses[0]
+
+
+class Recorder:
+    """An augmentation that misbehaves as far as it may: eval mode, gradients, draws, more images."""
+
+    def __init__(self, factor=1):
+        self.calls, self.factor = [], factor
+
+    def __call__(self, classifier, images, labels):
+        assert classifier.training
+        self.calls.append((images.clone(), labels.clone()))
+        classifier.eval()
+        latents = images.clone().requires_grad_()
+        classifier(latents).sum().backward()
+        extra = (latents + 0.01 * torch.rand_like(images)).clamp(0, 1)
+        return extra.repeat(self.factor, 1, 1, 1), labels.repeat(self.factor)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_augmentation_starts_after_the_warm_up(factor):
+    extra = Recorder(factor)
+    images, labels = data = _stripes(32)
+    report = fit_classifier(
+        _classifier(), data, iterations=10, batch_size=8, augmentation=extra, warmup_fraction=0.35, **QUIET
+    )
+    assert len(extra.calls) == 6
+    assert 0 < report.augmentation_share < 1
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    for batch, names in extra.calls:
+        assert [known[image.numpy().tobytes()] for image in batch] == names.tolist()
+
+
+def test_augmentation_without_weight_or_images_changes_the_loss_as_it_should():
+    data = _stripes(32)
+    options = {"iterations": 1, "batch_size": 8, "warmup_fraction": 0.0, **QUIET}
+
+    losses = []
+    for more in (
+        {},
+        {"augmentation": lambda c, x, y: (x, y), "augmentation_weight": 0.5},
+        {"augmentation": lambda c, x, y: (x, y), "augmentation_weight": 0.0},
+        {"augmentation": lambda c, x, y: (x[:0], y[:0])},
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))  # neither batch norm nor dropout
+        losses.append(fit_classifier(model, data, **options, **more).losses[0])
+    assert losses[1:] == pytest.approx([1.5 * losses[0], losses[0], losses[0]], rel=1e-5)
+
+
+def test_balanced_loss_lets_a_rare_class_be_seen():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(124) < 4).long()
+    images = torch.rand(124, 1, 4, 4, generator=generator) * 0.8 + 0.1 * labels.view(-1, 1, 1, 1)
+    chance = []
+    for balanced in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        options = {"iterations": 100, "batch_size": 31, "learning_rate": 3e-2, "balanced": balanced}
+        fit_classifier(model, (images, labels), **options, **QUIET)
+        with torch.no_grad():
+            chance.append(model(images).softmax(1)[:, 1].mean().item())
+    assert chance[0] > chance[1] + 0.1
+
+
+def test_multilabel():
+    images, labels = _stripes(64)
+    truth = torch.stack([labels == 0, labels == 1, labels >= 0], 1).float()
+    model = _classifier(classes=3)
+    report = fit_classifier(
+        model,
+        (images, truth),
+        task="multilabel",
+        iterations=60,
+        batch_size=16,
+        learning_rate=1e-2,
+        val=(images, truth),
+        **QUIET,
+    )
+    assert report.validation["balanced_accuracy"] > 0.95
+    assert report.losses[-1] < report.losses[0]
+
+
+def test_bfloat16_trains():
+    report = fit_classifier(
+        _classifier(), _stripes(32), iterations=30, batch_size=16, precision="bfloat16", **QUIET
+    )
+    assert report.losses[-1] < report.losses[0]
+    coder = SmallAutoencoder(1, 4, (8, 16))
+    report = fit_autoencoder(coder, _stripes(32)[0], iterations=10, precision="bfloat16", **QUIET)
+    assert coder.latent_std.dtype == torch.float32
+    assert report.losses[-1] < report.losses[0]
+
+
+def test_a_loss_that_is_not_finite_is_told_and_the_weights_before_it_stay():
+    model = _classifier()
+    before = model.state_dict()["head.weight"].clone()
+    bad = lambda classifier, images, labels: (images * math.inf, labels)  # noqa: E731
+    with pytest.raises(InputError, match="loss: got nan at iteration 0"):
+        fit_classifier(model, _stripes(16), iterations=3, augmentation=bad, warmup_fraction=0, **QUIET)
+    assert torch.equal(model.state_dict()["head.weight"], before)
+
+
+def test_interruption_leaves_things_in_order():
+    def interrupt(classifier, images, labels):
+        raise KeyboardInterrupt
+
+    model = _classifier()
+    state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        fit_classifier(model, _stripes(16), iterations=4, augmentation=interrupt, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+
+
+IMAGES, LABELS = _stripes(8)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ((IMAGES[:0], LABELS[:0]), {}, "data: holds no images"),
+        ((IMAGES[:1], LABELS[:1]), {}, "data: holds 1 image"),
+        ((IMAGES, LABELS + 1), {}, "the classifier gives 2 logits"),
+        (IMAGES, {}, "no labels"),
+        ((IMAGES, LABELS), {"iterations": -1}, "iterations: got -1"),
+        ((IMAGES, LABELS), {"iterations": 2.5}, "iterations: got 2.5"),
+        ((IMAGES, LABELS), {"batch_size": 1}, "batch_size: got 1"),
+        ((IMAGES, LABELS), {"seed": -1}, "seed: got -1"),
+        ((IMAGES, LABELS), {"learning_rate": 0}, "learning_rate: got 0"),
+        ((IMAGES, LABELS), {"learning_rate": math.nan}, "learning_rate: got nan"),
+        ((IMAGES, LABELS), {"weight_decay": "much"}, "weight_decay: got 'much'"),
+        ((IMAGES, LABELS), {"augmentation_weight": -1}, "augmentation_weight: got -1"),
+        ((IMAGES, LABELS), {"warmup_fraction": 1.5}, "warmup_fraction: got 1.5"),
+        ((IMAGES, LABELS), {"precision": "float16"}, "precision: got 'float16'"),
+        ((IMAGES, LABELS), {"task": "ranking"}, "task: got 'ranking'"),
+        (
+            (IMAGES, LABELS),
+            {"augmentation": lambda c, x, y: (x[..., :4], y), "warmup_fraction": 0},
+            "augmentation",
+        ),
+        (
+            (IMAGES, LABELS),
+            {"augmentation": lambda c, x, y: (x, y[:1]), "warmup_fraction": 0},
+            "with 1 labels",
+        ),
+    ],
+)
+def test_bad_input_is_refused_by_name(data, options, message):
+    with pytest.raises(InputError, match=message):
+        fit_classifier(_classifier(), data, **({"iterations": 2, "batch_size": 4} | options), **QUIET)
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(InputError, match=r"classifier: one image gave logits \[1, 1, 16, 16\]"):
+        fit_classifier(nn.Conv2d(1, 1, 1), (IMAGES, LABELS), **QUIET)
+    with pytest.raises(InputError, match="no parameter that requires a gradient"):
+        fit_classifier(_classifier().requires_grad_(False), (IMAGES, LABELS), **QUIET)
+    with pytest.raises(InputError, match="autoencoder: failed on images"):
+        fit_autoencoder(SmallAutoencoder(3), IMAGES, **QUIET)
+    with pytest.raises(InputError, match="images: holds no images"):
+        fit_autoencoder(SmallAutoencoder(), IMAGES[:0], **QUIET)
+
+
+def test_real_images_are_learned():
+    folder = Path(os.environ.get("TSYND_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "pneumoniamnist.npz").is_file():
+        pytest.skip("pneumoniamnist.npz not found; name its folder in TSYND_TEST_DATA")
+    with np.load(folder / "pneumoniamnist.npz", allow_pickle=False) as file:
+        part = {
+            name: (
+                torch.from_numpy(file[f"{name}_images"])[:, None],
+                torch.from_numpy(file[f"{name}_labels"])[:, 0],
+            )
+            for name in ("train", "val")
+        }
+    few = tuple(item[:200] for item in part["train"])
+    torch.manual_seed(0)
+    report = fit_classifier(SmallResNet(), few, iterations=100, batch_size=32, val=part["val"], **QUIET)
+    assert report.validation["balanced_accuracy"] > 0.8
+    assert report.validation["auroc"] > 0.9
+    torch.manual_seed(0)
+    coder = SmallAutoencoder(1)
+    fit_autoencoder(coder, few, iterations=150, **QUIET)
+    held_out = part["val"][0][:100].float() / 255
+    with torch.no_grad():
+        assert (coder(held_out) - held_out).square().mean() < 0.2 * held_out.var()
