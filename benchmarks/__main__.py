@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="budget per shape")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
-    shapes = arguments.shapes or (["S1", "S2", "S3", "S4", "S5", "S6"] if arguments.device == "cpu" else ["G1", "G2", "G3"])
+    shapes = arguments.shapes or (
+        ["S1", "S2", "S3", "S4", "S5", "S6"] if arguments.device == "cpu" else ["G1", "G2", "G3"]
+    )
     print(describe_machine(arguments.device))
     rows = head.run(shapes, arguments.device, getattr(torch, arguments.dtype), arguments.seconds)
     print_table(rows)

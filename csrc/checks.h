@@ -40,11 +40,13 @@ inline void check_rank(const Tensor& tensor, const char* name, int64_t rank, con
   STD_TORCH_CHECK(tensor.dim() == rank, name, ": got shape ", shape_of(tensor), ", wanted ", layout);
 }
 
-inline void check_same_kind(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, ": its dtype differs from that of ", other_name,
-                  "; wanted the same");
-  STD_TORCH_CHECK(tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
-                  ": its device differs from that of ", other_name, "; wanted the same");
+inline void check_same_kind(const Tensor& tensor, const char* name, const Tensor& other,
+                            const char* other_name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, ": its dtype differs from that of ",
+                  other_name, "; wanted the same");
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
+      ": its device differs from that of ", other_name, "; wanted the same");
 }
 
 inline void check_cpu_dtype(const Tensor& tensor, const char* name) {
@@ -55,8 +57,8 @@ inline void check_cpu_dtype(const Tensor& tensor, const char* name) {
 
 inline void check_sample_ids(const Tensor& ids, int64_t images) {
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, "sample_ids: wanted dtype int64");
-  STD_TORCH_CHECK(ids.dim() == 1 && (images < 0 || ids.size(0) == images), "sample_ids: got shape ", shape_of(ids),
-                  ", wanted one id per image");
+  STD_TORCH_CHECK(ids.dim() == 1 && (images < 0 || ids.size(0) == images), "sample_ids: got shape ",
+                  shape_of(ids), ", wanted one id per image");
 }
 
 // Of 256 byte values, how many keep a unit: 1 - p rounded to 1/256. An active dropout never rounds to none

@@ -13,8 +13,8 @@
 
 namespace tsynd {
 
-constexpr int kMaskRounds = 7;        // fewest rounds that pass BigCrush
-constexpr int kUnitsPerBlock = 16;    // one byte threshold per unit, 16 bytes per Philox call
+constexpr int kMaskRounds = 7;      // fewest rounds that pass BigCrush
+constexpr int kUnitsPerBlock = 16;  // one byte threshold per unit, 16 bytes per Philox call
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
@@ -50,7 +50,8 @@ TSYND_HD MaskAddress mask_address(int64_t seed, int64_t layer, int64_t sample_id
 
 // Bit u of the result: unit 16 * block + u is kept in this pass. `keep` of 256 byte values are kept.
 TSYND_HD uint32_t mask_block(MaskAddress at, uint32_t block, uint32_t pass, uint32_t keep) {
-  const Philox4 words = philox4x32(Philox4{{block, pass, at.layer, at.sample}}, at.key0, at.key1, kMaskRounds);
+  const Philox4 words =
+      philox4x32(Philox4{{block, pass, at.layer, at.sample}}, at.key0, at.key1, kMaskRounds);
   uint32_t bits = 0;
   for (int unit = 0; unit < kUnitsPerBlock; ++unit) {
     const uint32_t byte = (words.w[unit / 4] >> (8 * (unit % 4))) & 0xFFu;

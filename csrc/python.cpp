@@ -15,8 +15,8 @@ namespace py = pybind11;
 namespace {
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key, int rounds) {
-  const tsynd::Philox4 out =
-      tsynd::philox4x32(tsynd::Philox4{{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1], rounds);
+  const tsynd::Philox4 out = tsynd::philox4x32(
+      tsynd::Philox4{{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1], rounds);
   return {out.w[0], out.w[1], out.w[2], out.w[3]};
 }
 

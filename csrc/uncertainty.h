@@ -17,9 +17,10 @@ enum class Task : int { kMulticlass = 0, kMultilabel = 1 };
 // Below any log-probability that matters, far from overflow: stands in for -inf so that 0 * r stays 0.
 constexpr float kLogFloor = -1e30f;
 
-// A confident classifier's uncertainty lives in the last digits of probabilities near 1, and the ascent normalises
-// its gradient. So log-probabilities and their means go through log1p and expm1, which keep r accurate relative to
-// its own size, not to 1: a gradient of 1e-9 is still a direction and not rounding noise.
+// A confident classifier's uncertainty lives in the last digits of probabilities near 1, and the ascent
+// normalises its gradient. So log-probabilities and their means go through log1p and expm1, which keep r
+// accurate relative to its own size, not to 1: a gradient of 1e-9 is still a direction and not rounding
+// noise.
 //
 // A Math policy M gives: V (a value per image), exp and expm1 (arguments <= 0), log1p (above -1), max(a, b)
 // returning a when a is NaN, select(mask, a, b), less(a, b), splat(float).
@@ -27,8 +28,8 @@ constexpr float kLogFloor = -1e30f;
 // `rows` addresses T * C values per image: in(i) reads a logit, get/put read and write the same storage.
 // `p` holds T * C values, `q` holds C (multiclass) or 2 C (multilabel).
 
-// log(mean_t exp(logp(t))), shifted by the largest: nothing underflows, and where all samples agree the result is
-// exactly their log-probability, so the mutual information is exactly 0.
+// log(mean_t exp(logp(t))), shifted by the largest: nothing underflows, and where all samples agree the
+// result is exactly their log-probability, so the mutual information is exactly 0.
 template <class M, class LogP>
 TSYND_HD typename M::V log_mean(const LogP& logp, int64_t samples) {
   typename M::V top = logp(0);
@@ -47,7 +48,8 @@ TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, type
     const int64_t base = t * classes;
     V top = rows.in(base);
     for (int64_t c = 1; c < classes; ++c) top = M::max(top, rows.in(base + c));
-    V rest = zero, ties = zero;  // the sum of exponentials is ties + rest, ties being those equal to the largest
+    V rest = zero,
+      ties = zero;  // the sum of exponentials is ties + rest, ties being those equal to the largest
     for (int64_t c = 0; c < classes; ++c) {
       const V shifted = M::max(rows.in(base + c) - top, floor);
       const V e = M::exp(shifted);
@@ -106,8 +108,8 @@ TSYND_HD Bernoulli<M> bernoulli(typename M::V logit) {
 
 // Sum over the labels of each label's binary uncertainty.
 template <class M, class Rows>
-TSYND_HD typename M::V multilabel_uncertainty(Rows& rows, typename M::V* log0, typename M::V* q, int64_t samples,
-                                              int64_t classes, Objective objective) {
+TSYND_HD typename M::V multilabel_uncertainty(Rows& rows, typename M::V* log0, typename M::V* q,
+                                              int64_t samples, int64_t classes, Objective objective) {
   using V = typename M::V;
   const V zero = M::splat(0.f);
   for (int64_t i = 0; i < samples * classes; ++i) {
@@ -122,14 +124,17 @@ TSYND_HD typename M::V multilabel_uncertainty(Rows& rows, typename M::V* log0, t
   const V inverse_samples = M::splat(1.f / static_cast<float>(samples));
   const bool entropy = objective == Objective::kEntropy;
   V value = zero;
-  for (int64_t t = 0; t < samples; ++t)
+  for (int64_t t = 0; t < samples; ++t) {
+    V inner = zero;  // a sum per pass first: one long sum of near-equal terms drifts
     for (int64_t c = 0; c < classes; ++c) {
       const int64_t i = t * classes + c;
       const V log1 = rows.get(i), p1 = M::exp(log1), p0 = M::exp(log0[i]);
       const V r1 = (entropy ? zero : log1) - q[2 * c], r0 = (entropy ? zero : log0[i]) - q[2 * c + 1];
-      value = value + p1 * r1 + p0 * r0;
+      inner = inner + (p1 * r1 + p0 * r0);
       rows.put(i, p1 * p0 * (r1 - r0) * inverse_samples);
     }
+    value = value + inner;
+  }
   return M::max(value * inverse_samples, zero);
 }
 

@@ -69,5 +69,7 @@ def real_data() -> Path:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("TSYND_TEST_DATA", default))
     if not (folder / "pneumoniamnist.npz").exists():
-        pytest.skip(f"no real test images: set TSYND_TEST_DATA to a folder with pneumoniamnist.npz (looked in {folder})")
+        pytest.skip(
+            f"no real test images: set TSYND_TEST_DATA to a folder with pneumoniamnist.npz (looked in {folder})"
+        )
     return folder

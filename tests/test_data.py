@@ -29,9 +29,7 @@ from tsynd.errors import InputError
 Arrays = dict[str, Any]
 
 
-def made_up(
-    counts: dict[str, int], classes: int = 3, shape: tuple[int, ...] = (8, 8), seed: int = 0
-) -> Arrays:
+def made_up(counts: dict[str, int], classes: int = 3, shape: tuple[int, ...] = (8, 8), seed: int = 0) -> Arrays:
     """Arrays of a MedMNIST-style file with uneven classes, every one present."""
     rng = np.random.default_rng(seed)
     out: Arrays = {}
@@ -90,10 +88,7 @@ def test_npz_colour_is_channels_first_and_names_are_read(npz: Callable[..., Path
 
 
 def test_npz_multilabel(npz: Callable[..., Path]) -> None:
-    labels = {
-        f"{k}labels": np.random.default_rng(n).integers(0, 2, (n, 5), dtype=np.uint8)
-        for k, n in SPLITS.items()
-    }
+    labels = {f"{k}labels": np.random.default_rng(n).integers(0, 2, (n, 5), dtype=np.uint8) for k, n in SPLITS.items()}
     source = load_data(npz(**labels), train_size=7)
     assert (source.task, source.num_classes, len(source.train)) == ("multilabel", 5, 7)
     assert source.train.labels.dtype == torch.float32
@@ -392,12 +387,10 @@ def test_download_with_another_md5_is_refused_and_not_kept(server: Path, tmp_pat
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_download_failure_says_what_to_do(
-    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_failure_says_what_to_do(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address in (data._MEDMNIST_URL, "http://127.0.0.1:9/{}.npz"):
         monkeypatch.setattr(data, "_MEDMNIST_URL", address)
-        with pytest.raises(InputError, match="download failed.*by hand and put it at") as caught:
+        with pytest.raises(InputError, match=r"download failed.*by hand and put it at") as caught:
             load_data("chestmnist")
         assert str(tmp_path / "cache" / "chestmnist.npz") in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -596,9 +589,7 @@ def test_class_folders_round_trip(tmp_path: Path) -> None:
     assert names == ["0_zebra", "1_a_b", "2__._c"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     source = load_data(tmp_path / "out")
-    stored = {
-        im.numpy().tobytes(): int(y) for im, y in zip(source.test.images, source.test.labels, strict=True)
-    }
+    stored = {im.numpy().tobytes(): int(y) for im, y in zip(source.test.images, source.test.labels, strict=True)}
     for image, label in zip(pixels, labels, strict=True):
         assert stored.get(image.tobytes(), label) == label
     assert len(stored) == 4

@@ -27,9 +27,7 @@ class Brightness(nn.Module):
 
     def forward(self, images):
         half = images.shape[-1] // 2
-        return self.drop(
-            self.norm(torch.stack([images.mean((1, 2, 3)), images[..., :half].mean((1, 2, 3))], 1))
-        )
+        return self.drop(self.norm(torch.stack([images.mean((1, 2, 3)), images[..., :half].mean((1, 2, 3))], 1)))
 
 
 @pytest.fixture

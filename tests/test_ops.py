@@ -126,16 +126,12 @@ def test_dropout_head_uncertainty(
     weight = random(classes, units, seed=abs(seed) + 1, scale=2 / math.sqrt(units)).to(dtype)
     offset = random(classes, seed=abs(seed) + 2).to(dtype) if bias else None
     ids = torch.randint(0, 2**32, (images,), generator=torch.Generator().manual_seed(abs(seed)))
-    actual = ops.dropout_head_uncertainty(
-        features, weight, offset, p, samples, seed, 3, ids, objective, task
-    )
+    actual = ops.dropout_head_uncertainty(features, weight, offset, p, samples, seed, 3, ids, objective, task)
     wide = None if offset is None else offset.double()
     exact = reference.dropout_head_uncertainty(
         features.double(), weight.double(), wide, p, samples, seed, 3, ids, objective, task
     )
-    same = reference.dropout_head_uncertainty(
-        features, weight, offset, p, samples, seed, 3, ids, objective, task
-    )
+    same = reference.dropout_head_uncertainty(features, weight, offset, p, samples, seed, 3, ids, objective, task)
     assert_pairs_close(actual, exact, same)
 
 
@@ -225,9 +221,7 @@ def test_no_images(task: str) -> None:
     radius=st.sampled_from([0.0, 0.5, 10.0]),
     seed=st.integers(0, 99),
 )
-def test_ascend(
-    shape: tuple[int, ...], step: float, radius: float, seed: int, rule: str, dtype: torch.dtype
-) -> None:
+def test_ascend(shape: tuple[int, ...], step: float, radius: float, seed: int, rule: str, dtype: torch.dtype) -> None:
     origin = random(*shape, seed=seed).to(dtype)
     latents = (origin + random(*shape, seed=seed + 1, scale=0.1)).to(dtype)
     gradient = random(*shape, seed=seed + 2, scale=1e-22).to(dtype)  # a confident classifier's
@@ -277,9 +271,7 @@ def test_philox_known_answers() -> None:
     layer=st.integers(0, 2**32 - 1),
     ids=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5),
 )
-def test_mask_bits_equal_the_twin(
-    units: int, p: float, samples: int, seed: int, layer: int, ids: list[int]
-) -> None:
+def test_mask_bits_equal_the_twin(units: int, p: float, samples: int, seed: int, layer: int, ids: list[int]) -> None:
     arguments = (units, p, samples, seed, layer, torch.tensor(ids))
     assert torch.equal(ops.dropout_mask(*arguments), reference.dropout_mask(*arguments))
 
@@ -346,7 +338,13 @@ def _samples() -> dict[str, tuple[object, ...]]:
     logits = random(3, 4, 5).float().requires_grad_(True)
     return {
         "logits_uncertainty": (logits, "mutual_information", "multiclass"),
-        "head_uncertainty": (features, random(3, 5, 6).float(), random(3, 5).float(), "entropy", "multilabel"),
+        "head_uncertainty": (
+            features,
+            random(3, 5, 6).float(),
+            random(3, 5).float(),
+            "entropy",
+            "multilabel",
+        ),
         "dropout_head_uncertainty": (
             *(features, random(5, 6).float(), None, 0.5, 3, 1, 0, ids),
             *("mutual_information", "multiclass"),
@@ -373,9 +371,7 @@ def test_backward_is_the_returned_gradient(objective: str, task: str) -> None:
 
 def test_compile_and_script() -> None:
     def step(features: Tensor, heads: Tensor) -> Tensor:
-        value, gradient = torch.ops.tsynd.head_uncertainty(
-            features, heads, None, "mutual_information", "multiclass"
-        )
+        value, gradient = torch.ops.tsynd.head_uncertainty(features, heads, None, "mutual_information", "multiclass")
         latents = features.clone()
         torch.ops.tsynd.ascend_(latents, gradient, features, 0.1, 1.0, "l2")
         return latents + value.unsqueeze(1)

@@ -187,9 +187,7 @@ def test_multilabel():
 
 
 def test_bfloat16_trains():
-    report = fit_classifier(
-        _classifier(), _stripes(32), iterations=30, batch_size=16, precision="bfloat16", **QUIET
-    )
+    report = fit_classifier(_classifier(), _stripes(32), iterations=30, batch_size=16, precision="bfloat16", **QUIET)
     assert report.losses[-1] < report.losses[0]
     coder = SmallAutoencoder(1, 4, (8, 16))
     report = fit_autoencoder(coder, _stripes(32)[0], iterations=10, precision="bfloat16", **QUIET)

@@ -58,9 +58,7 @@ class TargetedAugmentation:
         latent_std: float | None = None,
         seed: int = 0,
     ) -> None:
-        self.settings = AscentSettings(
-            objective, task, steps, radius, step_size, label_consistency=label_consistency
-        )
+        self.settings = AscentSettings(objective, task, steps, radius, step_size, label_consistency=label_consistency)
         check_choice("masks", masks, ("shared", "independent"))
         if not 0 < ratio <= 1:
             raise InputError(f"ratio: got {ratio!r}, wanted a number above 0 and at most 1")
@@ -76,9 +74,7 @@ class TargetedAugmentation:
         self.calls = 0
         self._posterior: MCDropout | None = None
 
-    def __call__(
-        self, classifier: nn.Module | Posterior, images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, classifier: nn.Module | Posterior, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Targeted images for the first ``ratio`` of the batch.
 
         Args:
@@ -101,9 +97,7 @@ class TargetedAugmentation:
             with torch.no_grad():
                 source = model.encode(images).float()
             ids = torch.arange(count, device=images.device)
-            climbed = ascend_latents(
-                posterior, model.decode, source, ids, self.settings, self.latent_std, labels
-            )
+            climbed = ascend_latents(posterior, model.decode, source, ids, self.settings, self.latent_std, labels)
         return climbed.images, labels
 
     def _of(self, classifier: nn.Module | Posterior) -> Posterior:

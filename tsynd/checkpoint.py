@@ -150,9 +150,7 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
     try:
         content = json.loads(sheet.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"{sheet}: no such file, wanted the JSON that save_model wrote beside the weights"
-        ) from None
+        raise InputError(f"{sheet}: no such file, wanted the JSON that save_model wrote beside the weights") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{sheet}: cannot be read as JSON: {error}") from error
     fields = set(ModelCard.__dataclass_fields__)
@@ -186,9 +184,7 @@ def load_model(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     except OSError as error:
         raise InputError(f"{weights}: cannot be read: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != card.sha256:
-        raise InputError(
-            f"{weights}: truncated, changed, or not the file that {sheet.name} describes (sha256)"
-        )
+        raise InputError(f"{weights}: truncated, changed, or not the file that {sheet.name} describes (sha256)")
     safetensors = require("safetensors", "models")
     try:
         state = require("safetensors.torch", "models").load(content)

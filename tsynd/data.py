@@ -190,8 +190,8 @@ def load_data(
               optionally `class_names`, strings;
             - a folder of pictures: train/ val/ test/ with class folders, or class folders alone; classes are
               numbered in the sorted order of their names;
-            - a 2-D MedMNIST set, as `pneumoniamnist` or `bloodmnist_64`: downloaded once, into the user's cache
-              or the folder that the variable TSYND_DATA names;
+            - a 2-D MedMNIST set, as `pneumoniamnist` or `bloodmnist_64`: downloaded once, into the folder
+              that the variable TSYND_DATA names or the user's cache;
             - `phantom` or `phantom:SIZE`.
 
             Without a val split 15 % of train becomes it; without any split the shares are 70/15/15.
@@ -250,9 +250,7 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
     present = set(base.tolist()) if task == "multiclass" else set(range(count))
     if len(present) < count and "class_names" not in arrays:
         gap = next(number for number in range(count) if number not in present)
-        raise InputError(
-            f"{where}: class {gap} has no training image; number the classes from 0 without gaps"
-        )
+        raise InputError(f"{where}: class {gap} has no training image; number the classes from 0 without gaps")
     names = _class_names(arrays, name, count, where)
     if len(names) < 2:
         raise InputError(f"{where}: one class only; wanted 2 or more")
@@ -265,20 +263,16 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
         share = max(1, round(0.15 * len(order)))
         rest = len(order) - share * cuts
         if rest < (len(present) if task == "multiclass" else 1):
-            raise InputError(
-                f"{where}: {len(order)} images are too few to split off val{' and test' * (cuts - 1)}"
-            )
+            raise InputError(f"{where}: {len(order)} images are too few to split off val{' and test' * (cuts - 1)}")
         pieces = [order[:rest], *order[rest:].reshape(cuts, share)]
         parts = [parts[0].subset(p.msort()) for p in pieces] + parts[1:]
     train, val, test = parts
-    chosen = torch.arange(len(train))
-    if train_size is not None:
-        least = len(names) if task == "multiclass" else 1
-        if not least <= train_size <= len(train):
-            raise InputError(
-                f"train_size: {train_size}; wanted {least} (one per class) to {len(train)} (all)"
-            )
-        chosen = _order(train.labels, seed)[:train_size].msort()
+    if train_size is None:
+        return DataSource(name, task, names, train, train, val, test, torch.arange(len(train)))
+    least = len(names) if task == "multiclass" else 1
+    if not least <= train_size <= len(train):
+        raise InputError(f"train_size: {train_size}; wanted {least} (one per class) to {len(train)} (all)")
+    chosen = _order(train.labels, seed)[:train_size].msort()
     return DataSource(name, task, names, train.subset(chosen), train, val, test, chosen)
 
 
@@ -301,9 +295,7 @@ def _class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple[str
     if "class_names" in arrays:
         given = arrays["class_names"]
         if given.dtype.kind != "U" or given.ndim != 1 or not count <= len(given) == len(set(given.tolist())):
-            raise InputError(
-                f"{where}: class_names {given.dtype} {list(given.shape)}; wanted {count} distinct strings"
-            )
+            raise InputError(f"{where}: class_names {given.dtype} {list(given.shape)}; wanted {count} distinct strings")
         return tuple(given.tolist())
     known = _CLASS_NAMES.get(name.split("_")[0], ())
     return known if len(known) == count else tuple(str(i) for i in range(count))
@@ -314,9 +306,7 @@ def _channels_first(array: np.ndarray[Any, Any], where: str) -> Tensor:
     if array.ndim == 3:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or array.size == 0:
-        raise InputError(
-            f"{where}: {array.dtype} {list(array.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3], N > 0"
-        )
+        raise InputError(f"{where}: {array.dtype} {list(array.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3], N > 0")
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
@@ -338,9 +328,7 @@ def _read_npz(path: Path) -> Arrays:
         zlib.error,
     ) as error:
         if "pickle" in str(error):
-            raise InputError(
-                f"{path}: holds Python objects; wanted plain arrays (tsynd never loads pickle)"
-            ) from error
+            raise InputError(f"{path}: holds Python objects; wanted plain arrays (tsynd never loads pickle)") from error
         raise InputError(f"{path}: damaged .npz file ({error})") from error
 
 
@@ -349,9 +337,7 @@ def _read_folder(path: Path, image_size: int | None) -> Arrays:
     folders = _subfolders(path)
     roots = {f"{s}_": path / s for s in _SPLITS if s in folders}
     if roots and not {"train", "test"} <= set(folders):
-        raise InputError(
-            f"{path}: holds {', '.join(folders)}; wanted train and test (and val), or class folders alone"
-        )
+        raise InputError(f"{path}: holds {', '.join(folders)}; wanted train and test (and val), or class folders alone")
     classes = _subfolders(path / "train") if roots else folders
     if len(classes) < 2:
         raise InputError(f"{path}: {len(classes)} class folders; wanted 2 or more with pictures in them")
@@ -401,9 +387,7 @@ def _read_picture(file: Path, image_size: int | None) -> np.ndarray[Any, Any]:
     try:
         with pillow.open(file) as image:
             if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
-                raise InputError(
-                    f"{file}: mode {image.mode}, not one 8-bit picture; convert it to 8 bits first"
-                )
+                raise InputError(f"{file}: mode {image.mode}, not one 8-bit picture; convert it to 8 bits first")
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
             if image_size is not None:  # Pillow's filters antialias
                 image = image.resize((image_size, image_size), pillow.Resampling.BILINEAR)
@@ -430,9 +414,7 @@ def _download(name: str) -> Path:
         pooch.retrieve(url, known_hash=f"md5:{_MD5[name]}", fname=path.name, path=folder)
     except OSError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{name}: download failed ({reason}); fetch {url} by hand and put it at {path}"
-        ) from error
+        raise InputError(f"{name}: download failed ({reason}); fetch {url} by hand and put it at {path}") from error
     except ValueError as error:
         raise InputError(f"{name}: what {url} gave has not the md5 {_MD5[name]}; nothing was kept") from error
     return path
@@ -497,9 +479,7 @@ def check_labels(
         y = y[:, 0]
     if y.ndim != (1 if multiclass else 2) or len(y) != count or count == 0:
         wanted = f"[{count}]" if multiclass else f"[{count}, L]"
-        raise InputError(
-            f"{name}: shape {_shape(y)}; wanted {wanted} for {count} images ({task}), at least one"
-        )
+        raise InputError(f"{name}: shape {_shape(y)}; wanted {wanted} for {count} images ({task}), at least one")
     if not multiclass:
         if bool(((y != 0) & (y != 1)).any()):
             raise InputError(f"{name}: values other than 0 and 1; wanted only these ({task})")
@@ -565,9 +545,7 @@ def save_npz(path: str | Path, /, **arrays: object) -> None:
     Raises:
         InputError: an array would need pickle, or the folder cannot be written to.
     """
-    plain = {
-        k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()
-    }
+    plain = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()}
     if bad := [key for key, array in plain.items() if array.dtype.hasobject]:
         raise InputError(f"{bad[0]}: an array of Python objects; wanted numbers or strings")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -596,9 +574,7 @@ def save_class_folders(path: str | Path, images: object, labels: object, class_n
     pixels = to_uint8(images)
     y = _tensor(labels, "labels")
     if y.ndim == 2 and y.shape[1] > 1:
-        raise InputError(
-            f"labels: {_shape(y)} is multilabel; class folders hold one class per image, use save_npz"
-        )
+        raise InputError(f"labels: {_shape(y)} is multilabel; class folders hold one class per image, use save_npz")
     y = check_labels(y, len(pixels), "multiclass", len(class_names))
     path = Path(path).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -627,9 +603,7 @@ def _tensor(values: object, name: str) -> Tensor:
         native = array.astype(array.dtype.newbyteorder("="), copy=False)
         return torch.from_numpy(np.require(native, requirements=["C", "W"]))
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{name}: {type(values).__name__} ({error}); wanted a tensor or array of numbers"
-        ) from error
+        raise InputError(f"{name}: {type(values).__name__} ({error}); wanted a tensor or array of numbers") from error
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def _addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, sourc
         out = torch.where(mask, spread, _ALPHA) * a - a * _ALPHA * (1.0 - keep)
     else:
         out = torch.where(mask, spread * (1.0 / keep), 0.0)
-    return out.reshape(source.samples * batch, *image)
+    result: Tensor = out.reshape(source.samples * batch, *image)
+    return result
 
 
 class AddressedDropout(nn.Module):
@@ -106,9 +107,7 @@ class AddressedDropout(nn.Module):
         source: shared by all dropouts of a posterior.
     """
 
-    def __init__(
-        self, kind: str, p: float, layer: int, expanded: bool, source: Callable[[], MaskSource]
-    ) -> None:
+    def __init__(self, kind: str, p: float, layer: int, expanded: bool, source: Callable[[], MaskSource]) -> None:
         super().__init__()
         self.kind, self.p, self.layer, self.expanded = kind, p, layer, expanded
         self._source = source

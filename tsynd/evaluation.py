@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tsynd.errors import InputError, require
 
-__all__ = ["CONDITIONS", "Batches", "Condition", "Task", "evaluate", "gaussian_noise", "rotation", "scores"]
+__all__ = ["CONDITIONS", "Batches", "Condition", "evaluate", "gaussian_noise", "rotation", "scores", "str"]
 
-Task: TypeAlias = Literal["multiclass", "multilabel"]
 Condition: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 """(images [B, C, H, W] in [0, 1], their indices [B], seed) → images of the same shape in [0, 1]."""
 
@@ -33,11 +32,7 @@ class Batches:
     """
 
     def __init__(self, data: Any, name: str = "data") -> None:
-        if (
-            isinstance(data, (tuple, list))
-            and len(data) == 2
-            and all(isinstance(part, Tensor) for part in data)
-        ):
+        if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             if len(data[0]) != len(data[1]):
                 raise InputError(f"{name}: {len(data[0])} images but {len(data[1])} labels")
         elif not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
@@ -55,9 +50,7 @@ class Batches:
             raise InputError(f"{name}: an image has shape {list(image.shape[1:])}, wanted [C, H, W]")
         low, high = image.min().item(), image.max().item()
         if not (low >= 0 and high <= 1):  # also catches NaN
-            raise InputError(
-                f"{name}: the first image holds values in [{low:.4g}, {high:.4g}], wanted [0, 1]"
-            )
+            raise InputError(f"{name}: the first image holds values in [{low:.4g}, {high:.4g}], wanted [0, 1]")
 
     def __len__(self) -> int:
         return self.count
@@ -83,7 +76,7 @@ class Batches:
         """All indices in order, ``size`` at a time."""
         return torch.split(torch.arange(self.count), size)
 
-    def labels(self, task: Task, classes: int) -> Tensor:
+    def labels(self, task: str, classes: int) -> Tensor:
         """All labels, int64 [N] in [0, classes) (multiclass) or float32 [N, classes] of 0 and 1 (multilabel).
 
         Raises:
@@ -100,9 +93,7 @@ class Batches:
         shape, name = list(labels.shape), self.name
         if task == "multiclass":
             if labels.ndim != 1 or labels.is_floating_point():
-                raise InputError(
-                    f"{name}: labels are {labels.dtype} {shape}, wanted integers [N] for multiclass"
-                )
+                raise InputError(f"{name}: labels are {labels.dtype} {shape}, wanted integers [N] for multiclass")
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= classes:
                 raise InputError(
@@ -166,7 +157,7 @@ CONDITIONS: Mapping[str, Condition] = {"clean": _clean, "noise": gaussian_noise,
 """Name → disturbance. ``functools.partial(gaussian_noise, sigma=0.2)`` makes another severity."""
 
 
-def scores(logits: Tensor, labels: Tensor, task: Task = "multiclass") -> dict[str, float]:
+def scores(logits: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str, float]:
     """Balanced accuracy, accuracy and area under the ROC curve.
 
     Multiclass: balanced accuracy is the mean recall and ``auroc`` the mean one-vs-rest area over the classes
@@ -217,7 +208,7 @@ def evaluate(
     classifier: nn.Module,
     data: Any,
     *,
-    task: Task = "multiclass",
+    task: str = "multiclass",
     conditions: Sequence[str] | Mapping[str, Condition] = ("clean", "noise", "rotation"),
     seed: int = 0,
     batch_size: int = 512,
@@ -245,16 +236,10 @@ def evaluate(
     check_task(task)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of 1 or more")
-    unknown = (
-        [] if isinstance(conditions, Mapping) else [name for name in conditions if name not in CONDITIONS]
-    )
+    unknown = [] if isinstance(conditions, Mapping) else [name for name in conditions if name not in CONDITIONS]
     if unknown:
-        raise InputError(
-            f"conditions: got {', '.join(map(repr, unknown))}, wanted some of {', '.join(CONDITIONS)}"
-        )
-    chosen = (
-        conditions if isinstance(conditions, Mapping) else {name: CONDITIONS[name] for name in conditions}
-    )
+        raise InputError(f"conditions: got {', '.join(map(repr, unknown))}, wanted some of {', '.join(CONDITIONS)}")
+    chosen = conditions if isinstance(conditions, Mapping) else {name: CONDITIONS[name] for name in conditions}
     batches = Batches(data)
     first = next(iter(classifier.parameters()), None)
     target = torch.device(device) if device is not None else (first.device if first is not None else "cpu")

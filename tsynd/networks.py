@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class SmallResNet(nn.Module):
         channels: int = 1,
         num_classes: int = 2,
         widths: Sequence[int] = (16, 32, 64),
-        dropout: Literal["head", "stages"] = "head",
+        dropout: str = "head",
         dropout_rate: float = 0.5,
     ) -> None:
         super().__init__()
@@ -122,9 +122,7 @@ class SmallAutoencoder(nn.Module):
         super().__init__()
         half, quarter = sizes = _check_widths(widths, 2, 2)
         if channels < 1 or latent_channels < 1:
-            raise InputError(
-                f"channels, latent_channels: got {channels} and {latent_channels}, wanted 1 or more"
-            )
+            raise InputError(f"channels, latent_channels: got {channels} and {latent_channels}, wanted 1 or more")
         self.config: dict[str, Any] = {
             "channels": channels,
             "latent_channels": latent_channels,

@@ -65,8 +65,7 @@ compiled: bool = _load()
 """Whether the compiled extension serves the operators."""
 
 
-@torch.library.register_fake("tsynd::logits_uncertainty")
-def _(logits: Tensor, objective: str, task: str) -> tuple[Tensor, Tensor]:
+def _logits_uncertainty_fake(logits: Tensor, objective: str, task: str) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape[1], dtype=torch.float32), torch.empty_like(
         logits, memory_format=torch.contiguous_format
     )
@@ -78,18 +77,19 @@ def _head_fake(features: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-torch.library.register_fake("tsynd::head_uncertainty", _head_fake)
-torch.library.register_fake("tsynd::dropout_head_uncertainty", _head_fake)
-
-
-@torch.library.register_fake("tsynd::dropout_mask")
-def _(units: int, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor) -> Tensor:
+def _dropout_mask_fake(units: int, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor) -> Tensor:
     return sample_ids.new_empty((samples, sample_ids.shape[0], units), dtype=torch.bool)
 
 
-@torch.library.register_fake("tsynd::ascend_")
-def _(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str) -> None:
+def _ascend_fake(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str) -> None:
     return None
+
+
+torch.library.register_fake("tsynd::logits_uncertainty", _logits_uncertainty_fake)
+torch.library.register_fake("tsynd::head_uncertainty", _head_fake)
+torch.library.register_fake("tsynd::dropout_head_uncertainty", _head_fake)
+torch.library.register_fake("tsynd::dropout_mask", _dropout_mask_fake)
+torch.library.register_fake("tsynd::ascend_", _ascend_fake)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -112,12 +112,8 @@ def _scale_features_gradient(inputs: int) -> Any:
     return backward
 
 
-torch.library.register_autograd(
-    "tsynd::logits_uncertainty", _scale_logits_gradient, setup_context=_keep_gradient
-)
-torch.library.register_autograd(
-    "tsynd::head_uncertainty", _scale_features_gradient(5), setup_context=_keep_gradient
-)
+torch.library.register_autograd("tsynd::logits_uncertainty", _scale_logits_gradient, setup_context=_keep_gradient)
+torch.library.register_autograd("tsynd::head_uncertainty", _scale_features_gradient(5), setup_context=_keep_gradient)
 torch.library.register_autograd(
     "tsynd::dropout_head_uncertainty", _scale_features_gradient(10), setup_context=_keep_gradient
 )
@@ -228,9 +224,7 @@ def dropout_mask(units: int, p: float, samples: int, seed: int, layer: int, samp
     return mask
 
 
-def ascend_(
-    latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2"
-) -> None:
+def ascend_(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2") -> None:
     """One projected ascent step in place, each image by itself.
 
     ``l2``: z <- P(z + step * g / |g|) onto the ball |z - origin| <= radius; ``linf``: z <- P(z + step * sign(g))

@@ -90,14 +90,10 @@ class _Dice:
         return value
 
 
-def _draw(
-    size: int, seed: int, split: int, index: NDArray[np.int64]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _draw(size: int, seed: int, split: int, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Images [n, size, size] and labels [n] of one chunk; each image has its own generator."""
     streams = [np.random.Generator(np.random.PCG64([seed, split, int(i)])) for i in index]
-    dice = _Dice(
-        np.stack([g.random(40) for g in streams]), np.stack([g.standard_normal(40) for g in streams])
-    )
+    dice = _Dice(np.stack([g.random(40) for g in streams]), np.stack([g.standard_normal(40) for g in streams]))
     fields = np.stack([g.standard_normal((2, size, size)) for g in streams])  # chromatin, shot noise
     labels = np.searchsorted(np.cumsum(_SHARES)[:-1], dice.uniform(0, 1)[:, 0, 0], side="right")
     law = {key: np.array(values)[labels] for key, values in _LAWS.items()}

@@ -91,9 +91,7 @@ class Posterior(ABC):
         check_choice("task", task, TASKS)
         return ops.logits_uncertainty(self.logits(images, sample_ids), objective, task)[0]
 
-    def probabilities(
-        self, images: Tensor, sample_ids: Tensor | None = None, task: str = "multiclass"
-    ) -> Tensor:
+    def probabilities(self, images: Tensor, sample_ids: Tensor | None = None, task: str = "multiclass") -> Tensor:
         """Mean predicted probabilities [B, classes] (arguments as `logits`)."""
         check_choice("task", task, TASKS)
         logits = self.logits(images, sample_ids).float()
@@ -146,9 +144,7 @@ class MCDropout(Posterior):
         InputError: an argument does not fit, or the classifier has no active dropout.
     """
 
-    def __init__(
-        self, classifier: nn.Module, samples: int = 32, masks: str = "shared", seed: int = 0
-    ) -> None:
+    def __init__(self, classifier: nn.Module, samples: int = 32, masks: str = "shared", seed: int = 0) -> None:
         if not isinstance(classifier, nn.Module):
             raise InputError(f"classifier: got {type(classifier).__name__}, wanted an nn.Module")
         if not isinstance(samples, int) or samples < 1:
@@ -180,7 +176,7 @@ class MCDropout(Posterior):
                 weight, bias = self._sampled_weights(self._split.head)
                 features = self._features(images)
                 flat = features @ weight.flatten(0, 1).t().to(features.dtype)
-                logits = flat.unflatten(1, weight.shape[:2]).transpose(0, 1)
+                logits = flat.reshape(len(flat), *weight.shape[:2]).transpose(0, 1)
                 return logits if bias is None else logits + bias[:, None]
             return self._run_tail(images)
 
@@ -211,7 +207,16 @@ class MCDropout(Posterior):
             bias = None if bias is None else bias.detach().to(features.dtype)
             ids = self._address(images, sample_ids).sample_ids
             return ops.dropout_head_uncertainty(
-                features, weight.to(features.dtype), bias, head.p, self.samples, self.seed, 0, ids, objective, task
+                features,
+                weight.to(features.dtype),
+                bias,
+                head.p,
+                self.samples,
+                self.seed,
+                0,
+                ids,
+                objective,
+                task,
             )[0]
 
     @contextmanager
@@ -265,7 +270,7 @@ class MCDropout(Posterior):
     def _run_tail(self, images: Tensor) -> Tensor:
         assert self._split is not None
         logits: Tensor = self._split.tail(*self._split.trunk(images))
-        return logits.unflatten(0, (self.samples, images.shape[0]))
+        return logits.reshape(self.samples, images.shape[0], -1)
 
     def _sampled_weights(self, head: LinearHead) -> tuple[Tensor, Tensor | None]:
         """Sampled heads [T, C, D] and biases [T, C]."""
@@ -288,7 +293,7 @@ class MCDropout(Posterior):
             logits: Tensor = self.classifier(repeated)
         if mode.layers == 0:
             raise InputError(_NO_DROPOUT)
-        return logits.unflatten(0, (self.samples, images.shape[0]))
+        return logits.reshape(self.samples, images.shape[0], -1)
 
     def _check_split(self, images: Tensor) -> None:
         """Once: with every unit kept, trunk and tail must equal the classifier; else fall back."""
@@ -326,5 +331,3 @@ def as_posterior(
     if isinstance(classifier, Posterior):
         return classifier
     return MCDropout(classifier, samples, masks, seed)
-
-

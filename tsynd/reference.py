@@ -68,9 +68,7 @@ def _relative(logp: Tensor, objective: str) -> Tensor:
     raise ValueError(f"objective: got {objective!r}, wanted 'mutual_information' or 'entropy'")
 
 
-def uncertainty_value(
-    logits: Tensor, objective: str = "mutual_information", task: str = "multiclass"
-) -> Tensor:
+def uncertainty_value(logits: Tensor, objective: str = "mutual_information", task: str = "multiclass") -> Tensor:
     """Uncertainty of posterior samples, differentiable by autograd.
 
     Args:
@@ -228,9 +226,7 @@ def dropout_mask(units: int, p: float, samples: int, seed: int, layer: int, samp
     return draws.reshape(samples, -1, blocks * 16)[:, :, :units] < keep_count(p)
 
 
-def ascend_(
-    latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2"
-) -> None:
+def ascend_(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2") -> None:
     """Twin: one projected ascent step in place, each image by itself.
 
     ``l2``: z <- P(z + step * g / |g|) onto the ball |z - origin| <= radius. ``linf``: z <- P(z + step * sign(g))

@@ -43,9 +43,7 @@ class Split:
 
 def active_dropouts(network: nn.Module) -> list[str]:
     """Names of the dropout modules with p > 0."""
-    return [
-        name for name, module in network.named_modules() if dropout_kind(module) and float(module.p) > 0.0  # type: ignore[arg-type]
-    ]
+    return [name for name, module in network.named_modules() if dropout_kind(module) and float(module.p) > 0.0]
 
 
 class _Tracer(fx.Tracer):
@@ -102,9 +100,7 @@ def split_at_dropout(network: nn.Module, source: Callable[[], MaskSource]) -> Sp
     )
 
 
-def _trunk(
-    network: nn.Module, graph: fx.Graph, tail: set[fx.Node], boundary: list[fx.Node]
-) -> fx.GraphModule:
+def _trunk(network: nn.Module, graph: fx.Graph, tail: set[fx.Node], boundary: list[fx.Node]) -> fx.GraphModule:
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -215,8 +211,8 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
     if isinstance(module, nn.Identity):
         return True
     if isinstance(module, nn.Flatten):
-        return module.start_dim == 1 and module.end_dim == -1
+        return bool(module.start_dim == 1 and module.end_dim == -1)
     if (node.op, node.target) in (("call_function", torch.flatten), ("call_method", "flatten")):
         arguments = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
-        return arguments.get("start_dim", 0) == 1 and arguments.get("end_dim", -1) == -1
+        return bool(arguments.get("start_dim", 0) == 1 and arguments.get("end_dim", -1) == -1)
     return False

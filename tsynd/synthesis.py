@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +21,7 @@ from tsynd.errors import InputError
 from tsynd.posterior import Posterior, as_posterior, check_choice, frozen
 from tsynd.progress import progress_bar
 
-__all__ = ["SynthesisResult", "synthesize", "uncertainty"]
+__all__ = ["SynthesisResult", "load_result", "synthesize", "uncertainty"]
 
 # Convolution and matrix libraries pick their kernels by the batch's remainder. Whole tiles give every image the same
 # arithmetic in any batch; the ascent would amplify a last-digit difference.
@@ -87,6 +88,26 @@ class SynthesisResult:
                 class_names = tuple(str(i) for i in range(width))
             save_class_folders(path, self.images, self.labels, class_names)
         return path
+
+
+def load_result(path: str | Path) -> SynthesisResult:
+    """Read what :meth:`SynthesisResult.save` wrote as ``.npz``; the images come back rounded to 1/255.
+
+    Raises:
+        InputError: not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "biuf"}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"path: {path} cannot be read ({type(error).__name__}), wanted an .npz of tsynd") from None
+    missing = {field.name for field in fields(SynthesisResult)} - {"labels"} - set(arrays)
+    if missing:
+        raise InputError(f"path: {path} lacks {', '.join(sorted(missing))}, wanted an .npz of SynthesisResult.save")
+    pixels = arrays["images"]
+    arrays["images"] = check_images(pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2))
+    arrays.setdefault("labels", None)  # type: ignore[arg-type]
+    return SynthesisResult(**{field.name: arrays[field.name] for field in fields(SynthesisResult)})
 
 
 @dataclass(frozen=True)
@@ -274,7 +295,11 @@ class _Source:
     @staticmethod
     def _length(images: Any) -> int:
         kind = type(images).__name__
-        if isinstance(images, (str, bytes, dict, Path)) or not hasattr(images, "__len__") or not (hasattr(images, "__getitem__") or hasattr(images, "__iter__")):
+        if (
+            isinstance(images, (str, bytes, dict, Path))
+            or not hasattr(images, "__len__")
+            or not (hasattr(images, "__getitem__") or hasattr(images, "__iter__"))
+        ):
             raise InputError(f"images: got {kind}, wanted a tensor, an array, a Dataset or a DataLoader with a length")
         loader = isinstance(images, torch.utils.data.DataLoader)
         count = len(images.dataset) if loader else len(images)
@@ -437,5 +462,3 @@ def _collect(parts: list[tuple[_Batch, Tensor, Ascent]]) -> SynthesisResult:
         status=join([c.status for c in climbs]),
         sample_ids=join([batch.sample_ids for batch, _, _ in parts]),
     )
-
-

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from tsynd.autoencoder import ReconstructionLoss, check_autoencoder, measure_latent_std
 from tsynd.errors import InputError, require
-from tsynd.evaluation import Batches, Task, check_task, evaluate
+from tsynd.evaluation import Batches, check_task, evaluate
 from tsynd.progress import progress_bar
 
 __all__ = ["Augmentation", "FitReport", "fit_autoencoder", "fit_classifier"]
@@ -217,7 +217,7 @@ def fit_autoencoder(
     return FitReport(losses, iterations, seconds)
 
 
-def _class_weights(labels: Tensor, task: Task, classes: int) -> Tensor:
+def _class_weights(labels: Tensor, task: str, classes: int) -> Tensor:
     """Weights [C] that give classes, or labels' positives, equal say; absent ones weigh 1."""
     if task == "multiclass":
         counts = torch.bincount(labels, minlength=classes).float()
@@ -233,7 +233,7 @@ def fit_classifier(
     classifier: nn.Module,
     data: Any,
     *,
-    task: Task = "multiclass",
+    task: str = "multiclass",
     iterations: int = 300,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
@@ -273,9 +273,7 @@ def fit_classifier(
     check_task(task)
     settings: dict[str, Any] = dict(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate)
     settings |= dict(weight_decay=weight_decay, seed=seed, precision=precision)
-    _check_settings(
-        settings | {"augmentation_weight": augmentation_weight, "warmup_fraction": warmup_fraction}
-    )
+    _check_settings(settings | {"augmentation_weight": augmentation_weight, "warmup_fraction": warmup_fraction})
     if warmup_fraction > 1:
         raise InputError(f"warmup_fraction: got {warmup_fraction}, wanted a number in [0, 1]")
     batches = Batches(data)
@@ -324,7 +322,5 @@ def fit_classifier(
         losses, seconds = loop.run(compute_loss, "classifier", progress)
     finally:
         classifier.eval()
-    validation = (
-        evaluate(classifier, val, task=task, conditions=("clean",))["clean"] if val is not None else {}
-    )
+    validation = evaluate(classifier, val, task=task, conditions=("clean",))["clean"] if val is not None else {}
     return FitReport(losses, iterations, seconds, min(spent / seconds, 1.0), validation)

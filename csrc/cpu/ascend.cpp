@@ -12,13 +12,14 @@ void ascend_(Tensor latents, const Tensor& gradient_in, const Tensor& origin_in,
   check_cpu_dtype(latents, "latents");
   for (const auto& [tensor, name] : {std::pair(&gradient_in, "gradient"), std::pair(&origin_in, "origin")}) {
     check_same_kind(*tensor, name, latents, "latents");
-    STD_TORCH_CHECK(shape_of(*tensor) == shape_of(latents), name, ": got shape ", shape_of(*tensor), ", wanted ",
-                    shape_of(latents), " as latents");
+    STD_TORCH_CHECK(shape_of(*tensor) == shape_of(latents), name, ": got shape ", shape_of(*tensor),
+                    ", wanted ", shape_of(latents), " as latents");
   }
   const int64_t images = latents.size(0);
   if (images == 0 || latents.numel() == 0) return;
   const Tensor dense = torch::stable::contiguous(latents);
-  const Tensor gradient = torch::stable::contiguous(gradient_in), origin = torch::stable::contiguous(origin_in);
+  const Tensor gradient = torch::stable::contiguous(gradient_in),
+               origin = torch::stable::contiguous(origin_in);
   const int64_t count = latents.numel() / images;
   const int64_t bytes = count * static_cast<int64_t>(latents.element_size());
   char* z = static_cast<char*>(dense.mutable_data_ptr());
@@ -26,11 +27,12 @@ void ascend_(Tensor latents, const Tensor& gradient_in, const Tensor& origin_in,
   const char* z0 = static_cast<const char*>(origin.const_data_ptr());
   const bool bf16 = latents.scalar_type() == ScalarType::BFloat16;
   const AscentRule kind = rule == "l2" ? AscentRule::kL2 : AscentRule::kLinf;
-  torch::stable::parallel_for(0, images, std::max<int64_t>(1, 16384 / count), [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image)
-      kernels().ascend({z + image * bytes, g + image * bytes, z0 + image * bytes, count, static_cast<float>(step),
-                        static_cast<float>(radius), kind, bf16});
-  });
+  torch::stable::parallel_for(
+      0, images, std::max<int64_t>(1, 16384 / count), [&](int64_t begin, int64_t end) {
+        for (int64_t image = begin; image < end; ++image)
+          kernels().ascend({z + image * bytes, g + image * bytes, z0 + image * bytes, count,
+                            static_cast<float>(step), static_cast<float>(radius), kind, bf16});
+      });
   if (dense.data_ptr() != latents.data_ptr()) torch::stable::copy_(latents, dense);
 }
 

@@ -71,7 +71,8 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
     const std::array<int64_t, 2> strides{m.transposed ? 1 : m.stride, m.transposed ? m.stride : 1};
     return torch::stable::from_blob(m.data, {sizes.data(), 2}, {strides.data(), 2}, cpu, ScalarType::Float);
   };
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(wrap(a)), torch::stable::detail::from(wrap(b)),
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(wrap(a)),
+                                    torch::stable::detail::from(wrap(b)),
                                     torch::stable::detail::from(wrap(out))};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned

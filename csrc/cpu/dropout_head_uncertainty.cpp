@@ -15,14 +15,15 @@ struct Job {
   const int64_t* ids;
   Objective objective;
   Task task;
-  const float* features;   // [images][units]
-  const float* weight;     // [classes][padded]
-  const float* bias;       // [classes] or null
-  float* values;           // [images]
-  float* gradient;         // [images][units]
+  const float* features;  // [images][units]
+  const float* weight;    // [classes][padded]
+  const float* bias;      // [classes] or null
+  float* values;          // [images]
+  float* gradient;        // [images][units]
 };
 
-void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t units) {
+void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
+               int64_t units) {
   for (int64_t row = 0; row < rows; ++row) {
     std::copy(from + row * from_stride, from + row * from_stride + units, to + row * to_stride);
     if (to_stride > units) std::fill(to + row * to_stride + units, to + (row + 1) * to_stride, 0.f);
@@ -32,7 +33,8 @@ void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_str
 // Few classes: masks, masked dot products and their transpose in registers, an image at a time.
 void run_direct(const Job& job) {
   const Kernels& k = kernels();
-  const int64_t lanes = k.lanes, blocks = job.padded / kUnitsPerBlock, tiles = (job.images + lanes - 1) / lanes;
+  const int64_t lanes = k.lanes, blocks = job.padded / kUnitsPerBlock,
+                tiles = (job.images + lanes - 1) / lanes;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const Scratch features(lanes * job.padded), gradient(lanes * job.padded);
     const Scratch scratch(dropout_head_scratch(job.samples, job.classes, blocks));
@@ -41,8 +43,8 @@ void run_direct(const Job& job) {
       const int64_t first = tile * lanes, count = std::min(lanes, job.images - first);
       copy_rows(job.features + first * job.units, job.units, features.get(), job.padded, count, job.units);
       k.dropout_head({features.get(), job.weight, job.bias, count, blocks, job.keep, job.seed, job.layer,
-                      job.ids + first, job.samples, job.classes, job.objective, job.task, values, gradient.get(),
-                      scratch.get()});
+                      job.ids + first, job.samples, job.classes, job.objective, job.task, values,
+                      gradient.get(), scratch.get()});
       std::copy(values, values + count, job.values + first);
       copy_rows(gradient.get(), job.padded, job.gradient + first * job.units, job.units, count, job.units);
     }
@@ -57,7 +59,8 @@ void run_packed(const Job& job) {
   const int64_t mask_blocks = job.padded / kUnitsPerBlock;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const Scratch features(rows * job.padded), packed(rows * job.padded), sum(rows * job.padded);
-    const Scratch logits(columns * rows), scratch(uncertainty_scratch(job.samples, job.classes)), values(rows);
+    const Scratch logits(columns * rows), scratch(uncertainty_scratch(job.samples, job.classes)),
+        values(rows);
     std::vector<float> bias;
     if (job.bias)
       for (int64_t t = 0; t < job.samples; ++t) bias.insert(bias.end(), job.bias, job.bias + job.classes);
@@ -72,7 +75,8 @@ void run_packed(const Job& job) {
           k.masked_copy(features.get() + row * job.padded, packed.get() + row * job.padded, mask_blocks,
                         static_cast<uint32_t>(t), job.keep, at(row));
         multiply({logits.get() + t * job.classes * rows, job.classes, count, rows},
-                 {w, job.classes, job.padded, job.padded}, {packed.get(), count, job.padded, job.padded, true});
+                 {w, job.classes, job.padded, job.padded},
+                 {packed.get(), count, job.padded, job.padded, true});
       }
       for (int64_t image = 0; image < count; image += k.lanes)
         k.uncertainty({logits.get() + image, rows, job.bias ? bias.data() : nullptr, job.samples, job.classes,
@@ -93,9 +97,10 @@ void run_packed(const Job& job) {
 }
 
 std::tuple<Tensor, Tensor> dropout_head_uncertainty(const Tensor& features_in, const Tensor& weight_in,
-                                                    const std::optional<Tensor>& bias_in, double p, int64_t samples,
-                                                    int64_t seed, int64_t layer, const Tensor& sample_ids_in,
-                                                    const std::string& objective, const std::string& task) {
+                                                    const std::optional<Tensor>& bias_in, double p,
+                                                    int64_t samples, int64_t seed, int64_t layer,
+                                                    const Tensor& sample_ids_in, const std::string& objective,
+                                                    const std::string& task) {
   const Objective goal = parse_objective(objective);
   const Task kind = parse_task(task);
   check_rank(features_in, "features", 2, "[images, units]");
@@ -103,8 +108,8 @@ std::tuple<Tensor, Tensor> dropout_head_uncertainty(const Tensor& features_in, c
   check_cpu_dtype(features_in, "features");
   check_same_kind(weight_in, "weight", features_in, "features");
   const int64_t images = features_in.size(0), units = features_in.size(1), classes = weight_in.size(0);
-  STD_TORCH_CHECK(weight_in.size(1) == units, "weight: got shape ", shape_of(weight_in), ", wanted its last size to be ",
-                  units, " as in features ", shape_of(features_in));
+  STD_TORCH_CHECK(weight_in.size(1) == units, "weight: got shape ", shape_of(weight_in),
+                  ", wanted its last size to be ", units, " as in features ", shape_of(features_in));
   const uint32_t keep = keep_count(p);
   check_samples(samples);
   check_sizes(classes, units);
@@ -112,8 +117,8 @@ std::tuple<Tensor, Tensor> dropout_head_uncertainty(const Tensor& features_in, c
   check_sample_ids(sample_ids_in, images);
   if (bias_in) {
     check_same_kind(*bias_in, "bias", features_in, "features");
-    STD_TORCH_CHECK(bias_in->dim() == 1 && bias_in->size(0) == classes, "bias: got shape ", shape_of(*bias_in),
-                    ", wanted [", classes, "]");
+    STD_TORCH_CHECK(bias_in->dim() == 1 && bias_in->size(0) == classes, "bias: got shape ",
+                    shape_of(*bias_in), ", wanted [", classes, "]");
   }
   const Tensor features = as_float(features_in), weight = as_float(weight_in);
   const Tensor sample_ids = torch::stable::contiguous(sample_ids_in);
@@ -124,7 +129,8 @@ std::tuple<Tensor, Tensor> dropout_head_uncertainty(const Tensor& features_in, c
   if (images > 0) {
     const int64_t padded = (units + kUnitsPerBlock - 1) / kUnitsPerBlock * kUnitsPerBlock;
     const Scratch padded_weight(classes * padded);
-    copy_rows(static_cast<const float*>(weight.const_data_ptr()), units, padded_weight.get(), padded, classes, units);
+    copy_rows(static_cast<const float*>(weight.const_data_ptr()), units, padded_weight.get(), padded, classes,
+              units);
     const Job job{images,
                   units,
                   padded,

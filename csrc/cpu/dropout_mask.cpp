@@ -4,7 +4,8 @@ namespace tsynd {
 namespace {
 
 // mask [T, N, units] (bool): addressed by (seed, layer, pass, sample id, unit) alone.
-Tensor dropout_mask(int64_t units, double p, int64_t samples, int64_t seed, int64_t layer, const Tensor& sample_ids_in) {
+Tensor dropout_mask(int64_t units, double p, int64_t samples, int64_t seed, int64_t layer,
+                    const Tensor& sample_ids_in) {
   const uint32_t keep = keep_count(p);
   check_samples(samples);
   check_layer(layer);

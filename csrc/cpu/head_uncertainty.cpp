@@ -15,10 +15,11 @@ int64_t block_rows(int64_t images, int64_t columns, int64_t units, int64_t threa
   return (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
 }
 
-// logits^T [T * C, rows] = W F^T, one sweep for value and logit gradient with an image per lane, dF = dlogits W.
+// logits^T [T * C, rows] = W F^T, one sweep for value and logit gradient with an image per lane, dF = dlogits
+// W.
 std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Tensor& weight_in,
-                                            const std::optional<Tensor>& bias_in, const std::string& objective,
-                                            const std::string& task) {
+                                            const std::optional<Tensor>& bias_in,
+                                            const std::string& objective, const std::string& task) {
   const Objective goal = parse_objective(objective);
   const Task kind = parse_task(task);
   check_rank(features_in, "features", 2, "[images, units]");
@@ -27,8 +28,8 @@ std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Ten
   check_same_kind(weight_in, "weight", features_in, "features");
   const int64_t images = features_in.size(0), units = features_in.size(1);
   const int64_t samples = weight_in.size(0), classes = weight_in.size(1), columns = samples * classes;
-  STD_TORCH_CHECK(weight_in.size(2) == units, "weight: got shape ", shape_of(weight_in), ", wanted its last size to be ",
-                  units, " as in features ", shape_of(features_in));
+  STD_TORCH_CHECK(weight_in.size(2) == units, "weight: got shape ", shape_of(weight_in),
+                  ", wanted its last size to be ", units, " as in features ", shape_of(features_in));
   check_samples(samples);
   check_sizes(classes, units);
   if (bias_in) {
@@ -63,10 +64,11 @@ std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Ten
         if (stride != count) std::fill(logits.get(), logits.get() + columns * stride, 0.f);
         multiply({logits.get(), columns, count, stride}, weights, {part.data, count, units, units, true});
         for (int64_t image = 0; image < count; image += k.lanes)
-          k.uncertainty({logits.get() + image, stride, b, samples, classes, goal, kind, tile_values.get() + image,
-                         scratch.get()});
+          k.uncertainty({logits.get() + image, stride, b, samples, classes, goal, kind,
+                         tile_values.get() + image, scratch.get()});
         std::copy(tile_values.get(), tile_values.get() + count, values + first);
-        multiply({df + first * units, count, units, units}, {logits.get(), columns, count, stride, true}, weights);
+        multiply({df + first * units, count, units, units}, {logits.get(), columns, count, stride, true},
+                 weights);
       }
     });
   }

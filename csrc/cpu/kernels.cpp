@@ -15,7 +15,8 @@ const Kernels& choose() {
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return avx512::kKernels;
-  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma"))
     return avx2::kKernels;
 #else
   (void)allowed;

@@ -56,9 +56,11 @@ struct Kernels {
   void (*uncertainty)(const UncertaintyTile&);
   void (*dropout_head)(const DropoutHeadTile&);
   // out[u] = kept ? x[u] * scale : 0 for `blocks` blocks of 16 units of one (sample, pass)
-  void (*masked_copy)(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep, MaskAddress at);
+  void (*masked_copy)(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep,
+                      MaskAddress at);
   // out[u] += kept ? x[u] * scale : 0
-  void (*masked_add)(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep, MaskAddress at);
+  void (*masked_add)(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep,
+                     MaskAddress at);
   void (*mask_bytes)(uint8_t* out, int64_t units, uint32_t pass, uint32_t keep, MaskAddress at);
   void (*ascend)(const AscentRow&);
 };

@@ -23,9 +23,10 @@ void uncertainty(const UncertaintyTile& tile) {
   TileRows rows{tile.logits, tile.stride, tile.bias};
   VFloat* p = reinterpret_cast<VFloat*>(tile.scratch);
   VFloat* q = p + tile.samples * tile.classes;
-  const VFloat value = tile.task == Task::kMulticlass
-                           ? multiclass_uncertainty<VMath>(rows, p, q, tile.samples, tile.classes, tile.objective)
-                           : multilabel_uncertainty<VMath>(rows, p, q, tile.samples, tile.classes, tile.objective);
+  const VFloat value =
+      tile.task == Task::kMulticlass
+          ? multiclass_uncertainty<VMath>(rows, p, q, tile.samples, tile.classes, tile.objective)
+          : multilabel_uncertainty<VMath>(rows, p, q, tile.samples, tile.classes, tile.objective);
   store(tile.value, value);
 }
 
@@ -44,11 +45,12 @@ TSYND_HD void masked_dot(const float* features, const float* weight, int64_t pad
   for (int c = 0; c < kChunk; ++c) logits[c] = sum_lanes(sums[c]);
 }
 
-// features_gradient += sum_c weight[c] * sum over passes of kept * gradient[t][c], for kChunk classes at once.
+// features_gradient += sum_c weight[c] * sum over passes of kept * gradient[t][c], for kChunk classes at
+// once.
 template <int kChunk>
-TSYND_HD void masked_transpose_dot(const float* gradient, int64_t classes, const float* weight, int64_t padded,
-                                   const uint16_t* bits, int64_t bits_stride, int64_t samples, bool first,
-                                   float* features_gradient) {
+TSYND_HD void masked_transpose_dot(const float* gradient, int64_t classes, const float* weight,
+                                   int64_t padded, const uint16_t* bits, int64_t bits_stride, int64_t samples,
+                                   bool first, float* features_gradient) {
   for (int64_t unit = 0; unit < padded; unit += kUnitsPerBlock)
     for (int part = 0; part < kUnitsPerBlock; part += kLanes) {
       VFloat sums[kChunk] = {};
@@ -105,22 +107,23 @@ void dropout_head(const DropoutHeadTile& tile) {
   for (int64_t image = tile.images; image < kLanes; ++image)
     for (int64_t i = 0; i < columns; ++i) logits[i * kLanes + image] = 0.f;
 
-  uncertainty(UncertaintyTile{logits, kLanes, nullptr, samples, classes, tile.objective, tile.task, tile.value,
-                              tile.scratch});
+  uncertainty(UncertaintyTile{logits, kLanes, nullptr, samples, classes, tile.objective, tile.task,
+                              tile.value, tile.scratch});
 
   for (int64_t image = 0; image < tile.images; ++image) {
     for (int64_t i = 0; i < columns; ++i) row[i] = logits[i * kLanes + image] * scale;
     const uint16_t* passes = bits + image * samples * bits_stride;
     float* out = tile.features_gradient + image * padded;
     for_class_chunks(classes, [&](auto chunk, int64_t c) {
-      masked_transpose_dot<decltype(chunk)::kValue>(row + c, classes, tile.weight + c * padded, padded, passes,
-                                                    bits_stride, samples, c == 0, out);
+      masked_transpose_dot<decltype(chunk)::kValue>(row + c, classes, tile.weight + c * padded, padded,
+                                                    passes, bits_stride, samples, c == 0, out);
     });
   }
 }
 
 template <bool kAdd>
-TSYND_HD void masked(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep, MaskAddress at) {
+TSYND_HD void masked(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep,
+                     MaskAddress at) {
   const VFloat scale = splat(256.f / static_cast<float>(keep));
   uint16_t bits[kLanes];
   for (int64_t first = 0; first < blocks; first += kLanes) {

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> logits_uncertainty(const Tensor& logits_in, const std
   const int64_t lanes = k.lanes, tiles = (images + lanes - 1) / lanes;
   float* values = static_cast<float*>(value.mutable_data_ptr());
   torch::stable::parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
-    const Scratch tile(samples * classes * lanes), scratch(uncertainty_scratch(samples, classes)), rows(classes * lanes);
+    const Scratch tile(samples * classes * lanes), scratch(uncertainty_scratch(samples, classes)),
+        rows(classes * lanes);
     float tile_values[kMaxLanes];
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * lanes, count = std::min(lanes, images - first);
@@ -34,7 +35,8 @@ std::tuple<Tensor, Tensor> logits_uncertainty(const Tensor& logits_in, const std
         read_floats(logits, (t * images + first) * classes, count * classes, rows.get());
         float* to = tile.get() + t * classes * lanes;
         for (int64_t c = 0; c < classes; ++c)
-          for (int64_t image = 0; image < count; ++image) to[c * lanes + image] = rows.get()[image * classes + c];
+          for (int64_t image = 0; image < count; ++image)
+            to[c * lanes + image] = rows.get()[image * classes + c];
       }
       k.uncertainty({tile.get(), lanes, nullptr, samples, classes, goal, kind, tile_values, scratch.get()});
       std::copy(tile_values, tile_values + count, values + first);

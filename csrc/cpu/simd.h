@@ -131,20 +131,25 @@ TSYND_HD void mask_blocks(MaskAddress at, uint32_t first, uint32_t pass, uint32_
   }
 #if defined(__AVX512BW__)
   // 4 x 4 transposes inside the 128-bit parts bring the 16 bytes of a block together
-  const __m512i a = _mm512_unpacklo_epi32((__m512i)x, (__m512i)y), b = _mm512_unpackhi_epi32((__m512i)x, (__m512i)y);
-  const __m512i c = _mm512_unpacklo_epi32((__m512i)z, (__m512i)w), d = _mm512_unpackhi_epi32((__m512i)z, (__m512i)w);
-  const __m512i parts[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
-                            _mm512_unpackhi_epi64(b, d)};
+  const __m512i a = _mm512_unpacklo_epi32((__m512i)x, (__m512i)y),
+                b = _mm512_unpackhi_epi32((__m512i)x, (__m512i)y);
+  const __m512i c = _mm512_unpacklo_epi32((__m512i)z, (__m512i)w),
+                d = _mm512_unpackhi_epi32((__m512i)z, (__m512i)w);
+  const __m512i parts[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c),
+                            _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)};
   const __m512i limit = _mm512_set1_epi8(static_cast<char>(keep - 1));
   for (int part = 0; part < 4; ++part) {
     const uint64_t kept = _mm512_cmple_epu8_mask(parts[part], limit);
-    for (int group = 0; group < 4; ++group) bits[4 * group + part] = static_cast<uint16_t>(kept >> (16 * group));
+    for (int group = 0; group < 4; ++group)
+      bits[4 * group + part] = static_cast<uint16_t>(kept >> (16 * group));
   }
 #elif defined(__AVX2__)
-  const __m256i a = _mm256_unpacklo_epi32((__m256i)x, (__m256i)y), b = _mm256_unpackhi_epi32((__m256i)x, (__m256i)y);
-  const __m256i c = _mm256_unpacklo_epi32((__m256i)z, (__m256i)w), d = _mm256_unpackhi_epi32((__m256i)z, (__m256i)w);
-  const __m256i parts[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
-                            _mm256_unpackhi_epi64(b, d)};
+  const __m256i a = _mm256_unpacklo_epi32((__m256i)x, (__m256i)y),
+                b = _mm256_unpackhi_epi32((__m256i)x, (__m256i)y);
+  const __m256i c = _mm256_unpacklo_epi32((__m256i)z, (__m256i)w),
+                d = _mm256_unpackhi_epi32((__m256i)z, (__m256i)w);
+  const __m256i parts[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
+                            _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
   const __m256i limit = _mm256_set1_epi8(static_cast<char>(keep - 1));
   for (int part = 0; part < 4; ++part) {
     const __m256i small = _mm256_cmpeq_epi8(_mm256_min_epu8(parts[part], limit), parts[part]);

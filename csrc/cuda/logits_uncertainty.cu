@@ -69,8 +69,8 @@ __device__ __forceinline__ Lane lane_of(const Layout& layout) {
   return {lane / layout.width, kWarp / layout.width, lane % layout.width};
 }
 
-// log_mean of uncertainty.h for this lane's class, the passes shared out over the groups; every lane of the warp
-// must call it.
+// log_mean of uncertainty.h for this lane's class, the passes shared out over the groups; every lane of the
+// warp must call it.
 template <class LogP>
 __device__ __forceinline__ float log_mean_over_passes(const LogP& logp, bool active, const Layout& layout,
                                                       const Lane& lane) {
@@ -92,12 +92,13 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerMultiprocesso
   extern __shared__ float shared[];
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   float* top_of = shared + warp * (2 * layout.samples + layout.classes);  // [T] largest logit
-  float* log_sum = top_of + layout.samples;                              // [T] log of the sum of shifted exps
-  float* log_q = log_sum + layout.samples;                               // [C] log mean probability
+  float* log_sum = top_of + layout.samples;  // [T] log of the sum of shifted exps
+  float* log_q = log_sum + layout.samples;   // [C] log mean probability
   const int64_t image = static_cast<int64_t>(blockIdx.x) * warps + warp;
   if (image >= layout.images) return;
   const Lane lane = lane_of(layout);
-  const int64_t pass = layout.images * layout.classes, rounds = (layout.samples + lane.groups - 1) / lane.groups;
+  const int64_t pass = layout.images * layout.classes,
+                rounds = (layout.samples + lane.groups - 1) / lane.groups;
   const T* in = logits + image * layout.classes;
   T* out = gradient + image * layout.classes;
   const auto shifted = [&](int64_t t, int64_t c, float top) {
@@ -130,8 +131,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerMultiprocesso
   for (int64_t base = 0; base < layout.classes; base += layout.width) {
     const int64_t c = base + lane.member;
     const bool active = c < layout.classes;
-    const float result =
-        log_mean_over_passes([&](int64_t t) { return logp(t, c); }, active, layout, lane);
+    const float result = log_mean_over_passes([&](int64_t t) { return logp(t, c); }, active, layout, lane);
     if (active && lane.group == 0) log_q[c] = result;
   }
   __syncwarp();

@@ -7,7 +7,8 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
 
 namespace tsynd {
 

@@ -1,0 +1,5 @@
+"""``python -m tsynd``."""
+
+from tsynd.cli import main
+
+main()

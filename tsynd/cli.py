@@ -1,0 +1,236 @@
+"""The command ``tsynd``: run, synthesize, info."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    print("tsynd: the command line needs typer and rich: pip install 'tsynd[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+from tsynd.errors import InputError, MissingExtraError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tsynd",
+    help="Targeted synthetic images for small medical data sets (TSynD).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="MedMNIST-style .npz, folder of class folders, MedMNIST name (pneumoniamnist, ...) or 'phantom'.",
+    ),
+]
+TrainSize = Annotated[int | None, typer.Option(help="Labelled training images; all by default.")]
+Seed = Annotated[int, typer.Option(help="Of the subset, the networks and the posterior samples.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")]
+Objective = Annotated[str, typer.Option(help="mutual_information or entropy.")]
+Samples = Annotated[int, typer.Option(help="Posterior samples T.")]
+Masks = Annotated[str, typer.Option(help="shared or independent dropout masks.")]
+Steps = Annotated[int, typer.Option(help="Ascent steps K.")]
+Radius = Annotated[float, typer.Option(help="Of the ball, times latent deviation times sqrt(dimension).")]
+Consistency = Annotated[float | None, typer.Option(help="Least mean probability that the source label must keep.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.command()
+def run(
+    data: Data,
+    output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same run interrupted.")],
+    train_size: TrainSize = None,
+    seed: Seed = 0,
+    device: Device = None,
+    autoencoder_data: Annotated[
+        str, typer.Option(help="train (the labelled subset) or all (every training image, unlabelled).")
+    ] = "train",
+    autoencoder_iterations: Annotated[int, typer.Option(help="Optimiser steps of the autoencoder.")] = 800,
+    iterations: Annotated[int, typer.Option(help="Optimiser steps of each classifier.")] = 300,
+    dropout: Annotated[str, typer.Option(help="head (before the last layer) or stages (everywhere).")] = "head",
+    objective: Objective = "mutual_information",
+    samples: Samples = 32,
+    masks: Masks = "shared",
+    steps: Steps = 5,
+    radius: Radius = 0.5,
+    label_consistency: Consistency = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train, synthesise, train again with targeted images, test both, write a report."""
+    from tsynd import pipeline
+
+    settings = pipeline.RunSettings(
+        train_size=train_size,
+        seed=seed,
+        autoencoder_data=autoencoder_data,
+        autoencoder_iterations=autoencoder_iterations,
+        iterations=iterations,
+        dropout=dropout,
+        objective=objective,
+        samples=samples,
+        masks=masks,
+        steps=steps,
+        radius=radius,
+        label_consistency=label_consistency,
+    )
+    metrics = pipeline.run(data, output, settings, device=device, progress=not quiet)
+    _print_run(metrics, output)
+
+
+@app.command()
+def synthesize(
+    data: Data,
+    autoencoder: Annotated[Path, typer.Option(help="autoencoder.safetensors of a run.")],
+    classifier: Annotated[Path, typer.Option(help="classifier.safetensors of a run.")],
+    output: Annotated[Path, typer.Option(help="New .npz file, or new folder for a PNG per image.")],
+    split: Annotated[str, typer.Option(help="Which images: train, val or test.")] = "train",
+    train_size: TrainSize = None,
+    seed: Seed = 0,
+    device: Device = None,
+    objective: Objective = "mutual_information",
+    samples: Samples = 32,
+    masks: Masks = "shared",
+    steps: Steps = 5,
+    radius: Radius = 0.5,
+    label_consistency: Consistency = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at once; one that fits by default.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make targeted images with models saved by a run."""
+    from tsynd import synthesis
+    from tsynd.checkpoint import load_model, read_card
+    from tsynd.data import atomic_path, load_data
+
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise InputError(f"output: {output} exists already, wanted a new file or folder")
+    with atomic_path(output):
+        pass  # an output that cannot be written is refused before the work
+    if split not in ("train", "val", "test"):
+        raise InputError(f"split: got {split!r}, wanted train, val or test")
+    encoder, network = load_model(autoencoder), load_model(classifier)
+    source = load_data(data, train_size=train_size, seed=seed)
+    names = read_card(classifier).class_names
+    if names is not None and tuple(names) != source.class_names:
+        raise InputError(
+            f"classifier: was trained for {', '.join(names)}, but the data have {', '.join(source.class_names)}"
+        )
+    part = getattr(source, split)
+    result = synthesis.synthesize(
+        encoder,
+        network,
+        part,
+        objective=objective,
+        task=source.task,
+        samples=samples,
+        masks=masks,
+        steps=steps,
+        radius=radius,
+        label_consistency=label_consistency,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        progress=not quiet,
+    )
+    result.save(output, class_names=source.class_names)
+    before, after = float(result.initial_uncertainty.mean()), float(result.uncertainty.mean())
+    typer.echo(f"{len(result)} images, mean uncertainty {before:.4f} → {after:.4f} nats, in {output}")
+
+
+@app.command()
+def info() -> None:
+    """Print versions, devices, operators and how they were built."""
+    import platform
+
+    import torch
+
+    import tsynd
+    from tsynd import ops
+
+    console = Console()
+    table = Table(show_header=False, box=None)
+    table.add_row("tsynd", tsynd.__version__)
+    table.add_row("python", platform.python_version())
+    table.add_row("torch", torch.__version__)
+    table.add_row("threads", str(torch.get_num_threads()))
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("GPUs", ", ".join(names) or "none")
+    if ops.compiled:
+        from tsynd import _C
+
+        for key, value in _C.build_info().items():
+            table.add_row(f"built with {key}" if key != "cpu_kernels" else "CPU kernels", value)
+    else:
+        table.add_row("operators", "plain torch: the compiled extension did not load")
+    console.print(table)
+    kernels = Table("operator", "CPU", "CUDA")
+    for name in (
+        "logits_uncertainty",
+        "head_uncertainty",
+        "dropout_head_uncertainty",
+        "dropout_mask",
+        "ascend_",
+    ):
+        has = [torch._C._dispatch_has_kernel_for_dispatch_key(f"tsynd::{name}", key) for key in ("CPU", "CUDA")]
+        kernels.add_row(name, *["yes" if x else "no" for x in has])
+    console.print(kernels)
+    extras = Table("optional package", "version")
+    for package in (
+        "monai",
+        "accelerate",
+        "torchmetrics",
+        "kornia",
+        "safetensors",
+        "pillow",
+        "pooch",
+        "matplotlib",
+    ):
+        try:
+            extras.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            extras.add_row(package, "not installed")
+    console.print(extras)
+
+
+def _print_run(metrics: dict[str, object], output: Path) -> None:
+    console = Console()
+    scores: dict[str, dict[str, dict[str, float]]] = metrics["evaluation"]  # type: ignore[assignment]
+    table = Table("balanced accuracy", "real", "targeted", "difference")
+    for condition, real in scores["real"].items():
+        a, b = real["balanced_accuracy"], scores["targeted"][condition]["balanced_accuracy"]
+        table.add_row(condition, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}")
+    console.print(table)
+    made: dict[str, float] = metrics["synthesis"]  # type: ignore[assignment]
+    before, after = made["uncertainty_before"], made["uncertainty_after"]
+    console.print(
+        f"{made['images']} targeted images: mean uncertainty {before:.4f} → {after:.4f} nats under fresh posterior "
+        f"samples, raised for {made['raised_fraction']:.0%}"
+    )
+    console.print(f"report: {output / 'report.html'}", soft_wrap=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"tsynd: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command; an input that cannot be used ends with one line and exit code 2."""
+    try:
+        app()
+    except (InputError, MissingExtraError) as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on behind the last finished stage", 130)
