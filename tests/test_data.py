@@ -13,18 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tsynd import data
-from tsynd.data import (
-    LabelledImages,
-    atomic_path,
-    check_images,
-    check_labels,
-    load_data,
-    save_class_folders,
-    save_npz,
-    to_uint8,
-)
+from tsynd import medmnist
+from tsynd.checks import check_images, check_labels
+from tsynd.data import LabelledImages, load_data
 from tsynd.errors import InputError
+from tsynd.storage import atomic_path, save_class_folders, save_npz, to_uint8
 
 Arrays = dict[str, Any]
 
@@ -360,7 +353,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{web.server_port}/{{}}.npz?download=1"
-        monkeypatch.setattr(data, "_MEDMNIST_URL", address)
+        monkeypatch.setattr(medmnist, "URL", address)
         monkeypatch.setenv("TSYND_DATA", str(tmp_path / "cache"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield folder
@@ -370,7 +363,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_download_once(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_npz(server / "breastmnist.npz", **made_up(SPLITS, classes=2))
     md5 = hashlib.md5((server / "breastmnist.npz").read_bytes()).hexdigest()
-    monkeypatch.setitem(data._MD5, "breastmnist", md5)
+    monkeypatch.setitem(medmnist.MD5, "breastmnist", md5)
     source = load_data("BreastMNIST")
     assert (source.name, source.class_names) == ("breastmnist", ("malignant", "normal, benign"))
     (server / "breastmnist.npz").unlink()
@@ -388,8 +381,8 @@ def test_download_with_another_md5_is_refused_and_not_kept(server: Path, tmp_pat
 
 
 def test_download_failure_says_what_to_do(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for address in (data._MEDMNIST_URL, "http://127.0.0.1:9/{}.npz"):
-        monkeypatch.setattr(data, "_MEDMNIST_URL", address)
+    for address in (medmnist.URL, "http://127.0.0.1:9/{}.npz"):
+        monkeypatch.setattr(medmnist, "URL", address)
         with pytest.raises(InputError, match=r"download failed.*by hand and put it at") as caught:
             load_data("chestmnist")
         assert str(tmp_path / "cache" / "chestmnist.npz") in str(caught.value)
@@ -398,12 +391,12 @@ def test_download_failure_says_what_to_do(server: Path, tmp_path: Path, monkeypa
 
 
 def test_table_of_known_sets() -> None:
-    assert len(data._CLASS_NAMES) == 12
-    assert len(set(data._MD5.values())) == 48
-    assert all(len(md5) == 32 and set(md5) <= set("0123456789abcdef") for md5 in data._MD5.values())
-    counts = {name: len(classes) for name, classes in data._CLASS_NAMES.items()}
+    assert len(medmnist.CLASS_NAMES) == 12
+    assert len(set(medmnist.MD5.values())) == 48
+    assert all(len(md5) == 32 and set(md5) <= set("0123456789abcdef") for md5 in medmnist.MD5.values())
+    counts = {name: len(classes) for name, classes in medmnist.CLASS_NAMES.items()}
     assert (counts["pathmnist"], counts["chestmnist"], counts["tissuemnist"]) == (9, 14, 8)
-    assert data._CLASS_NAMES["pathmnist"][7:] == (
+    assert medmnist.CLASS_NAMES["pathmnist"][7:] == (
         "cancer-associated stroma",
         "colorectal adenocarcinoma epithelium",
     )

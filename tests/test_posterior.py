@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -152,10 +153,10 @@ def test_state_is_restored(x: Tensor) -> None:
     posterior = MCDropout(network, samples=3)
     modes = {name: module.training for name, module in network.named_modules()}
     wants = {name: p.requires_grad for name, p in network.named_parameters()}
-    with pytest.raises(KeyError), posterior.frozen():
+    with contextlib.suppress(KeyError), posterior.frozen():
         posterior.uncertainty(x)
         assert not any(p.requires_grad for p in network.parameters())
-        raise KeyError
+        raise KeyError  # also when something fails inside
     posterior.uncertainty(x)
     assert {name: module.training for name, module in network.named_modules()} == modes
     assert {name: p.requires_grad for name, p in network.named_parameters()} == wants
@@ -184,11 +185,12 @@ def test_no_dropout_is_an_error(x: Tensor) -> None:
 
 
 def test_fallback_says_so_once(x: Tensor) -> None:
-    with pytest.warns(RuntimeWarning, match="Branching cannot be split.*whole network runs 4 times") as caught:
+    with pytest.warns(RuntimeWarning, match="Branching cannot be split.*whole network runs 4 times"):
         posterior = MCDropout(Branching(), samples=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         posterior.uncertainty(x)
         posterior.uncertainty(x)
-    assert len([w for w in caught if "cannot be split" in str(w.message)]) == 1
 
 
 def test_ensemble(x: Tensor) -> None:

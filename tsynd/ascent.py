@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tsynd import ops
+from tsynd.checks import check_choice
 from tsynd.errors import InputError
-from tsynd.posterior import Posterior, check_choice
+from tsynd.posterior import Posterior
 from tsynd.reference import OBJECTIVES, RULES, TASKS
 
 __all__ = ["Ascent", "AscentSettings", "Status", "ascend_latents"]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tsynd.ascent import AscentSettings, ascend_latents
 from tsynd.autoencoder import as_autoencoder
+from tsynd.checks import check_choice
 from tsynd.errors import InputError
-from tsynd.posterior import MCDropout, Posterior, check_choice, frozen
+from tsynd.posterior import MCDropout, Posterior, frozen
 
 __all__ = ["TargetedAugmentation"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from tsynd import networks
 from tsynd.errors import InputError, require
+from tsynd.storage import atomic_path
 
 __all__ = ["ModelCard", "load_model", "read_card", "save_model"]
 
@@ -63,23 +63,6 @@ def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return Path(name + ".safetensors"), Path(name + ".json")
 
 
-def _stage(path: Path, content: bytes) -> Path:
-    """Write ``content`` beside ``path`` under a temporary name, on the disk when this returns."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide the model from colleagues
-    except BaseException:
-        os.unlink(name)
-        raise
-    return Path(name)
-
-
 def save_model(
     module: nn.Module,
     path: str | os.PathLike[str],
@@ -124,16 +107,10 @@ def save_model(
         sha256=hashlib.sha256(content).hexdigest(),
     )
     weights, sheet = _paths(path)
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    staged: list[Path] = []
-    try:
-        staged.append(_stage(weights, content))
-        staged.append(_stage(sheet, (json.dumps(asdict(card), indent=2) + "\n").encode()))
-        os.replace(staged[0], weights)
-        os.replace(staged[1], sheet)
-    finally:
-        for temporary in staged:
-            temporary.unlink(missing_ok=True)
+    # the JSON, which names the weights' hash, is renamed last: until then the old pair stays readable or is refused
+    with atomic_path(sheet) as sheet_file, atomic_path(weights) as weights_file:
+        weights_file.write_bytes(content)
+        sheet_file.write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
     return weights
 
 

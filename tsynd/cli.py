@@ -110,12 +110,12 @@ def synthesize(
     """Make targeted images with models saved by a run."""
     from tsynd import synthesis
     from tsynd.checkpoint import load_model, read_card
-    from tsynd.data import atomic_path, load_data
+    from tsynd.data import load_data
+    from tsynd.storage import check_writable
 
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise InputError(f"output: {output} exists already, wanted a new file or folder")
-    with atomic_path(output):
-        pass  # an output that cannot be written is refused before the work
+    check_writable(output)
     if split not in ("train", "val", "test"):
         raise InputError(f"split: got {split!r}, wanted train, val or test")
     encoder, network = load_model(autoencoder), load_model(classifier)

@@ -6,14 +6,8 @@ Also the library's checks of image and label arguments, and writing that never l
 from __future__ import annotations
 
 import difflib
-import os
-import re
-import secrets
-import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,74 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsynd import medmnist
+from tsynd.checks import check_labels, shape_of, unit_pixels
 from tsynd.errors import InputError, require
 from tsynd.phantom import phantom
 
-__all__ = [
-    "DataSource",
-    "LabelledImages",
-    "atomic_path",
-    "check_images",
-    "check_labels",
-    "load_data",
-    "save_class_folders",
-    "save_npz",
-    "to_uint8",
-]
+__all__ = ["DataSource", "LabelledImages", "load_data"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-
-# Name, md5 of the files at 28, 64, 128 and 224 pixels, class names: the INFO table of medmnist 3.0.2.
-_MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
-_MEDMNIST_TABLE = """
-pathmnist a8b06965200029087d5bd730944a56c1 55aa9c1e0525abe5a6b9d8343a507616
-    ac42d08fb904d92c244187169d1fd1d9 2c51a510bcdc9cf8ddb2af93af1eadec
-    adipose| background| debris| lymphocytes| mucus| smooth muscle| normal colon mucosa| cancer-associated
-    stroma| colorectal adenocarcinoma epithelium;
-chestmnist 02c8a6516a18b556561a56cbdd36c4a8 9de6cd0b934ebb5b7426cfba5efbae16
-    db107e5590b27930b62dbaf558aebee3 45bd33e6f06c3e8cdb481c74a89152aa
-    atelectasis| cardiomegaly| effusion| infiltration| mass| nodule| pneumonia| pneumothorax| consolidation|
-    edema| emphysema| fibrosis| pleural| hernia;
-dermamnist 0744692d530f8e62ec473284d019b0c7 b70a2f5635c6199aeaa28c31d7202e1f
-    2defd784463fa5243564e855ed717de1 8974907d8e169bef5f5b96bc506ae45d
-    actinic keratoses and intraepithelial carcinoma| basal cell carcinoma| benign keratosis-like lesions|
-    dermatofibroma| melanoma| melanocytic nevi| vascular lesions;
-octmnist c68d92d5b585d8d81f7112f81e2d0842 e229e9440236b774d9f0dfef9d07bdaf
-    0a97e76651ace45c5d943ee3f65b63ae abc493b6d529d5de7569faaef2773ba3
-    choroidal neovascularization|diabetic macular edema|drusen|normal;
-pneumoniamnist 28209eda62fecd6e6a2d98b1501bb15f 8f4eceb4ccffa70c672198ea285246c6
-    05b46931834c231683c68f40c47b2971 d6a3c71de1b945ea11211b03746c1fe1
-    normal|pneumonia;
-retinamnist bd4c0672f1bba3e3a89f0e4e876791e4 afda852cc34dcda56f86ad2b2457dbcc
-    e48e916a24454daf90583d4e6efb1a18 eae7e3b6f3fcbda4ae613ebdcbe35348
-    0|1|2|3|4;
-breastmnist 750601b1f35ba3300ea97c75c52ff8f6 742edef2a1fd1524b2efff4bd7ba9364
-    363e4b3f8d712e9b5de15470a2aaadf1 b56378a6eefa9fed602bb16d192d4c8b
-    malignant|normal, benign;
-bloodmnist 7053d0359d879ad8a5505303e11de1dc 2b94928a2ae4916078ca51e05b6b800b
-    adace1e0ed228fccda1f39692059dd4c b718ff6835fcbdb22ba9eacccd7b2601
-    basophil| eosinophil| erythroblast| immature granulocytes(myelocytes, metamyelocytes and promyelocytes)|
-    lymphocyte| monocyte| neutrophil| platelet;
-tissuemnist ebe78ee8b05294063de985d821c1c34b 123ece2eba09d0aa5d698fda57103344
-    61b955355d7425a89687b06cca3ce0c2 b077128c4a949f0a4eb01517f9037b9c
-    Collecting Duct, Connecting Tubule| Distal Convoluted Tubule| Glomerular endothelial cells| Interstitial
-    endothelial cells| Leukocytes| Podocytes| Proximal Tubule Segments| Thick Ascending Limb;
-organamnist 68e3f8846a6bd62f0c9bf841c0d9eacc 2dcccc29b88e6da5a01161ef20cda288
-    eeae80d0a227a8d099027e1b3cfd3b60 50747347e05c87dd3aaf92c49f9f3170
-    bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen;
-organcmnist b9ceb9546e10131b32923c5bbeaea2b1 3ce34a8724ea6f548e6db4744d03b6a9
-    773c1f009daa3fe5d9a2a201b2a7ed94 050f5e875dc056f6768abf94ec9995d1
-    bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen;
-organsmnist 9ab87b696fb54e2a387ebe992d6ed5f1 53a6d115339d874c25e309a994ff46d3
-    ded0c5fa01a95dc4978b956f613e9b8e b354719e553fbbb2513d5533f52a4cb1
-    bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen
-"""
-_MD5: dict[str, str] = {}
-_CLASS_NAMES: dict[str, tuple[str, ...]] = {}
-for _entry in _MEDMNIST_TABLE.split(";"):
-    _name, *_sums, _classes = _entry.split(maxsplit=5)
-    _MD5.update(zip([_name, f"{_name}_64", f"{_name}_128", f"{_name}_224"], _sums, strict=True))
-    _CLASS_NAMES[_name] = tuple(re.split(r"\|\s*", " ".join(_classes.split())))
 
 _SPLITS = ("train", "val", "test")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -113,7 +47,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __post_init__(self) -> None:
         x = self.images
         if x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
-            raise InputError(f"images: {_shape(x)} {x.dtype}; wanted [N, C, H, W], uint8 or float")
+            raise InputError(f"images: {shape_of(x)} {x.dtype}; wanted [N, C, H, W], uint8 or float")
         if len(x) != len(self.labels):
             raise InputError(f"labels: {len(self.labels)} for {len(x)} images; wanted one each")
 
@@ -122,11 +56,11 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One image, float32 [C, H, W] in [0, 1], and its label."""
-        return _unit(self.images[index]), self.labels[index]
+        return unit_pixels(self.images[index]), self.labels[index]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The images at int64 `indices` [n] as float32 [n, C, H, W] in [0, 1], and their labels."""
-        return _unit(self.images[indices]), self.labels[indices]
+        return unit_pixels(self.images[indices]), self.labels[indices]
 
     def subset(self, indices: Tensor) -> LabelledImages:
         """A copy of the images and labels at int64 `indices` [n], in that order."""
@@ -134,7 +68,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def pixels(self) -> Tensor:
         """All images as float32 [N, C, H, W] in [0, 1]."""
-        return _unit(self.images)
+        return unit_pixels(self.images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,18 +150,18 @@ def load_data(
         if size and not size.isdecimal():
             raise InputError(f"source: {text!r}; wanted 'phantom' or 'phantom:SIZE', such as 'phantom:64'")
         return _assemble(phantom(int(size or 28)), text, text, train_size, seed)
-    if is_name and known in _MD5:
-        path = _download(known)
+    if is_name and known in medmnist.MD5:
+        path = medmnist.download(known)
         return _assemble(_read_npz(path), known, str(path), train_size, seed)
     if path.is_dir():
         return _assemble(_read_folder(path, image_size), path.resolve().name, text, train_size, seed)
     if path.is_file():
         return _assemble(_read_npz(path), path.stem, text, train_size, seed)
-    close = difflib.get_close_matches(known, ["phantom", *_MD5], n=3)
+    close = difflib.get_close_matches(known, ["phantom", *medmnist.MD5], n=3)
     raise InputError(
         f"source: {text!r} is no file, folder or known name"
         + (f"; did you mean {' or '.join(close)}?" if close else "")
-        + f"; wanted an .npz, a folder of class folders, phantom[:SIZE] or one of {', '.join(_CLASS_NAMES)}"
+        + f"; wanted an .npz, a folder of class folders, phantom[:SIZE] or one of {', '.join(medmnist.CLASS_NAMES)}"
     )
 
 
@@ -242,7 +176,7 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
         raise InputError(f"{where}: holds {', '.join(arrays) or 'nothing'}; missing {', '.join(missing)}")
     images = [_channels_first(arrays[key], f"{where}: {key}") for key, _ in keys]
     if len({x.shape[1:] for x in images}) > 1:
-        raise InputError(f"{where}: images of {[_shape(x) for x in images]}; wanted one size in all splits")
+        raise InputError(f"{where}: images of {[shape_of(x) for x in images]}; wanted one size in all splits")
     first = arrays[keys[0][1]]
     task = "multilabel" if first.ndim == 2 and first.shape[1] > 1 else "multiclass"
     base = check_labels(first, len(images[0]), task, name=f"{where}: {keys[0][1]}")
@@ -297,7 +231,7 @@ def _class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple[str
         if given.dtype.kind != "U" or given.ndim != 1 or not count <= len(given) == len(set(given.tolist())):
             raise InputError(f"{where}: class_names {given.dtype} {list(given.shape)}; wanted {count} distinct strings")
         return tuple(given.tolist())
-    known = _CLASS_NAMES.get(name.split("_")[0], ())
+    known = medmnist.CLASS_NAMES.get(name.split("_")[0], ())
     return known if len(known) == count else tuple(str(i) for i in range(count))
 
 
@@ -396,220 +330,3 @@ def _read_picture(file: Path, image_size: int | None) -> np.ndarray[Any, Any]:
         raise
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise InputError(f"{file}: unreadable picture ({error})") from error
-
-
-def _download(name: str) -> Path:
-    """The file of a MedMNIST set, downloaded and md5-checked unless it is there already."""
-    pooch = require("pooch", "data")
-    folder = Path(os.environ.get("TSYND_DATA") or pooch.os_cache("tsynd")).expanduser()
-    path, url = folder / f"{name}.npz", _MEDMNIST_URL.format(name)
-    if path.exists():
-        found = pooch.file_hash(str(path), alg="md5")
-        if found != _MD5[name]:
-            raise InputError(
-                f"{path}: md5 {found}, wanted {_MD5[name]}; remove it, or pass its path to use it as it is"
-            )
-        return path
-    try:
-        pooch.retrieve(url, known_hash=f"md5:{_MD5[name]}", fname=path.name, path=folder)
-    except OSError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{name}: download failed ({reason}); fetch {url} by hand and put it at {path}") from error
-    except ValueError as error:
-        raise InputError(f"{name}: what {url} gave has not the md5 {_MD5[name]}; nothing was kept") from error
-    return path
-
-
-def check_images(images: object, *, name: str = "images") -> Tensor:
-    """Turn an image argument into a tensor the library works on.
-
-    Args:
-        images: tensor or array [N, C, H, W], N > 0: uint8, or float in [0, 1] (to 1e-4, then clamped).
-        name: the argument's name, for messages.
-
-    Returns:
-        float32 [N, C, H, W] in [0, 1] on the same device; may share memory with `images`.
-
-    Raises:
-        InputError: wrong type, dtype, shape or range, or a pixel that is not finite.
-    """
-    x = _tensor(images, name)
-    if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise InputError(f"{name}: dtype {x.dtype}; wanted uint8, or float in [0, 1]")
-    if x.ndim != 4 or x.numel() == 0:
-        hint = "; add the channel or batch axis with unsqueeze" if x.ndim in (2, 3) else ""
-        raise InputError(f"{name}: shape {_shape(x)}; wanted [N, C, H, W] with N > 0{hint}")
-    if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
-        raise InputError(f"{name}: shape {_shape(x)} looks channels-last; wanted [N, C, H, W]")
-    if x.dtype == torch.uint8:
-        return _unit(x)
-    x = x.float()
-    low, high = (v.item() for v in x.aminmax())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise InputError(f"{name}: a pixel of image {bad} is not finite; wanted values in [0, 1]")
-    if low < -1e-4 or high > 1 + 1e-4:
-        raise InputError(f"{name}: values from {low:g} to {high:g}; wanted [0, 1] (or uint8)")
-    return x.clamp(0, 1) if low < 0 or high > 1 else x
-
-
-def check_labels(
-    labels: object, count: int, task: str, num_classes: int | None = None, *, name: str = "labels"
-) -> Tensor:
-    """Turn a label argument into a tensor the library works on.
-
-    Args:
-        labels: multiclass: integers [count] or [count, 1]; multilabel: 0 and 1 [count, L], any dtype.
-        count: number of images.
-        task: "multiclass" or "multilabel".
-        num_classes: number of classes, or L; None: not checked.
-        name: the argument's name, for messages.
-
-    Returns:
-        int64 [count] (multiclass) or float32 [count, L] (multilabel), on the same device.
-
-    Raises:
-        InputError: wrong type, dtype, shape or range, or an unknown task.
-    """
-    if task not in ("multiclass", "multilabel"):
-        raise InputError(f"task: {task!r}; wanted 'multiclass' or 'multilabel'")
-    y = _tensor(labels, name)
-    multiclass = task == "multiclass"
-    if multiclass and y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim != (1 if multiclass else 2) or len(y) != count or count == 0:
-        wanted = f"[{count}]" if multiclass else f"[{count}, L]"
-        raise InputError(f"{name}: shape {_shape(y)}; wanted {wanted} for {count} images ({task}), at least one")
-    if not multiclass:
-        if bool(((y != 0) & (y != 1)).any()):
-            raise InputError(f"{name}: values other than 0 and 1; wanted only these ({task})")
-        if num_classes not in (None, y.shape[1]):
-            raise InputError(f"{name}: {y.shape[1]} labels per image; wanted {num_classes}")
-        return y.float()
-    if y.is_floating_point() or y.is_complex():
-        raise InputError(f"{name}: dtype {y.dtype}; wanted integers (class numbers)")
-    y = y.long()
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        top = "" if num_classes is None else f" to {num_classes - 1}"
-        raise InputError(f"{name}: values from {low} to {high}; wanted 0{top or ' or more'}")
-    return y
-
-
-def to_uint8(images: object) -> np.ndarray[Any, Any]:
-    """Images (as for `check_images`, 1 or 3 channels) as uint8 [N, H, W] or [N, H, W, 3], MedMNIST's layout.
-
-    Raises:
-        InputError: as `check_images`, or another number of channels.
-    """
-    x = check_images(images)
-    if x.shape[1] not in (1, 3):
-        raise InputError(f"images: {x.shape[1]} channels; wanted 1 (grey) or 3 (RGB)")
-    out: np.ndarray[Any, Any] = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return np.ascontiguousarray(out[..., 0] if out.shape[3] == 1 else out)
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write a file or folder at; renamed on success, else deleted.
-
-    Missing parent folders are made. The temporary name keeps the suffix and starts with a dot.
-
-    Raises:
-        InputError: the folder cannot be written to, or `path` cannot be replaced.
-    """
-    path = Path(path).expanduser()
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # fails here rather than after the work
-        temporary.unlink()
-    except OSError as error:
-        raise InputError(f"{path}: cannot write in its folder ({error.strerror})") from error
-    try:
-        yield temporary
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be replaced ({error.strerror})") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def save_npz(path: str | Path, /, **arrays: object) -> None:
-    """Write tensors, arrays or sequences as a compressed .npz, whole or not at all.
-
-    Raises:
-        InputError: an array would need pickle, or the folder cannot be written to.
-    """
-    plain = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()}
-    if bad := [key for key, array in plain.items() if array.dtype.hasobject]:
-        raise InputError(f"{bad[0]}: an array of Python objects; wanted numbers or strings")
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **plain)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def save_class_folders(path: str | Path, images: object, labels: object, class_names: Sequence[str]) -> None:
-    """Write one PNG per image, `CLASS/000123.png` with its position, as a folder that `load_data` reads.
-
-    Folders bear the class names (odd characters replaced); where these do not sort in class order, the class
-    number goes before them, so that `load_data` numbers the classes alike. Classes without an image get none.
-
-    Args:
-        path: folder to make; must not exist or be empty.
-        images: as for `check_images`, 1 or 3 channels.
-        labels: integers [N] (multiclass).
-        class_names: the name of every class.
-
-    Raises:
-        InputError: bad images or labels, multilabel ones included, or `path` holds something.
-        MissingExtraError: pillow is not installed.
-    """
-    pillow = require("PIL.Image", "data")
-    pixels = to_uint8(images)
-    y = _tensor(labels, "labels")
-    if y.ndim == 2 and y.shape[1] > 1:
-        raise InputError(f"labels: {_shape(y)} is multilabel; class folders hold one class per image, use save_npz")
-    y = check_labels(y, len(pixels), "multiclass", len(class_names))
-    path = Path(path).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"path: {path} exists and is not an empty folder; wanted a new one")
-    folders = [re.sub(r"[^\w.,() +-]|^\.", "_", name) or "_" for name in class_names]
-    if folders != sorted(set(folders)):
-        digits = len(str(len(folders)))
-        folders = [f"{number:0{digits}d}_{name}" for number, name in enumerate(folders)]
-    with atomic_path(path) as temporary:
-        for index, (image, label) in enumerate(zip(pixels, y.tolist(), strict=True)):
-            folder = temporary / folders[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            pillow.fromarray(image).save(folder / f"{index:06d}.png")
-
-
-def _tensor(values: object, name: str) -> Tensor:
-    """A tensor of numbers, sharing memory where it can."""
-    if isinstance(values, Tensor):
-        return values.detach()
-    try:
-        array = np.asarray(values)
-        if array.dtype.kind not in "buif":
-            raise TypeError(f"dtype {array.dtype}")
-        if array.dtype.kind in "iu" and array.dtype != np.uint8:
-            array = array.astype(np.int64)
-        native = array.astype(array.dtype.newbyteorder("="), copy=False)
-        return torch.from_numpy(np.require(native, requirements=["C", "W"]))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: {type(values).__name__} ({error}); wanted a tensor or array of numbers") from error
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Pixels as float32 in [0, 1]."""
-    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
-
-
-def _shape(x: Tensor) -> list[int]:
-    return list(x.shape)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tsynd.checks import resolve_device
 from tsynd.errors import InputError, require
 
 __all__ = ["CONDITIONS", "Batches", "Condition", "evaluate", "gaussian_noise", "rotation", "scores", "str"]
@@ -117,7 +118,7 @@ def _generators(indices: Tensor, seed: int) -> Iterator[torch.Generator]:
         yield generator.manual_seed((seed * 0x9E3779B1 + index) & 0xFFFFFFFF)
 
 
-def gaussian_noise(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 0.1) -> Tensor:
+def gaussian_noise(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 0.05) -> Tensor:
     """Add Gaussian noise and clip to [0, 1].
 
     Args:
@@ -242,7 +243,7 @@ def evaluate(
     chosen = conditions if isinstance(conditions, Mapping) else {name: CONDITIONS[name] for name in conditions}
     batches = Batches(data)
     first = next(iter(classifier.parameters()), None)
-    target = torch.device(device) if device is not None else (first.device if first is not None else "cpu")
+    target = resolve_device(device) if device is not None else (first.device if first is not None else "cpu")
     modes = {module: module.training for module in classifier.modules()}
     classifier.to(target).eval()
     results = {}

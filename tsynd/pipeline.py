@@ -19,11 +19,13 @@ import tsynd
 from tsynd.ascent import AscentSettings, Status
 from tsynd.augmentation import TargetedAugmentation
 from tsynd.checkpoint import load_model, save_model
-from tsynd.data import DataSource, LabelledImages, atomic_path, load_data
+from tsynd.checks import resolve_device
+from tsynd.data import DataSource, LabelledImages, load_data
 from tsynd.errors import InputError, require
 from tsynd.evaluation import evaluate
 from tsynd.networks import SmallAutoencoder, SmallResNet
 from tsynd.report import draw_examples, write_report
+from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult, load_result, synthesize, uncertainty
 from tsynd.training import fit_autoencoder, fit_classifier
 
@@ -152,7 +154,7 @@ def run(
     require("monai.networks.nets", "train")
     require("accelerate", "train")
     require("matplotlib.figure", "cli")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed)
     job = _Job(Path(output).expanduser(), _fingerprint(source, settings))
 
@@ -315,7 +317,7 @@ def _finish(
     before, after = fresh(reconstructions), fresh(result.images)
     start = time.perf_counter()
     scores = {
-        name: evaluate(model, source.test, task=source.task, seed=settings.seed)  # type: ignore[arg-type]
+        name: evaluate(model, source.test, task=source.task, seed=settings.seed)
         for name, model in (("real", real), ("targeted", targeted))
     }
     status = result.status.long().bincount(minlength=len(Status)).tolist()

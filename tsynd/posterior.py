@@ -11,23 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tsynd import ops
+from tsynd.checks import check_choice
 from tsynd.dropout import AddressedDropoutMode, MaskSource
 from tsynd.errors import InputError
 from tsynd.reference import OBJECTIVES, TASKS, keep_count
 from tsynd.splitting import LinearHead, NoDropoutError, Split, split_at_dropout
 
-__all__ = ["Ensemble", "MCDropout", "Posterior", "as_posterior", "check_choice", "frozen"]
+__all__ = ["Ensemble", "MCDropout", "Posterior", "as_posterior", "frozen"]
 
 _NO_DROPOUT = (
     "classifier: no active dropout was found, so all posterior samples agree and the mutual information is zero "
     "everywhere; put nn.Dropout(p > 0) before the last layer, or pass tsynd.Ensemble([...])"
 )
-
-
-def check_choice(name: str, value: str, wanted: Sequence[str]) -> None:
-    """Raise :class:`InputError` unless the value is one of those wanted."""
-    if value not in wanted:
-        raise InputError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, wanted))}")
 
 
 @contextmanager

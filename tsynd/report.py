@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsynd.data import atomic_path
 from tsynd.errors import require
+from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult
 
 __all__ = ["draw_examples", "write_report"]
@@ -23,9 +23,11 @@ __all__ = ["draw_examples", "write_report"]
 _BEFORE, _AFTER = "#7a8794", "#d1495b"
 
 _STYLE = """
-:root { --ink: #1d2733; --soft: #5d6b7a; --line: #dfe5ea; --card: #ffffff; --page: #f4f6f8; --up: #1b7a4b; --down: #b3261e; }
+:root { --ink: #1d2733; --soft: #5d6b7a; --line: #dfe5ea; --card: #ffffff; --page: #f4f6f8; --up: #1b7a4b;
+        --down: #b3261e; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6ebf0; --soft: #9aa7b4; --line: #37424e; --card: #1c242d; --page: #12181f; --up: #5cc98f; --down: #ff8a80; }
+  :root { --ink: #e6ebf0; --soft: #9aa7b4; --line: #37424e; --card: #1c242d; --page: #12181f; --up: #5cc98f;
+          --down: #ff8a80; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1000px; padding: 2rem 1.2rem 4rem; font: 16px/1.55 system-ui, sans-serif;
@@ -45,9 +47,11 @@ p.lead { font-size: 1.08rem; } .soft { color: var(--soft); font-size: .92rem; }
 .example .label { font-weight: 600; margin-bottom: .35rem; font-size: .92rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .38rem .5rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } thead th { font-size: .85rem; color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+thead th { font-size: .85rem; color: var(--soft); font-weight: 600; }
 .up { color: var(--up); } .down { color: var(--down); }
-details { margin-top: 2rem; } details table { font-size: .9rem; } details td { text-align: left; word-break: break-word; }
+details { margin-top: 2rem; } details table { font-size: .9rem; }
+details td { text-align: left; word-break: break-word; }
 @media (max-width: 700px) { .plots, .examples { grid-template-columns: 1fr; } }
 @media print { body { background: #fff; max-width: none; } .example, figure { break-inside: avoid; } }
 """
@@ -174,7 +178,7 @@ def _spread(labels: Tensor | None, gain: Tensor, count: int) -> list[int]:
     if labels is None or labels.dim() != 1:
         groups = [torch.arange(len(gain))]
     else:
-        groups = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+        groups = [(labels == c).nonzero()[:, 0] for c in torch.unique(labels)]
     chosen: list[int] = []
     for number, members in enumerate(groups):
         share = count // len(groups) + (number < count % len(groups))
@@ -202,13 +206,16 @@ def _summary(metrics: dict[str, Any]) -> str:
     text = (
         f"{made['images']} real images were moved towards where the classifier is unsure: mean uncertainty rose from "
         f"{made['uncertainty_before']:.4f} to {made['uncertainty_after']:.4f} nats ({times:.1f}×), for "
-        f"{100 * made['raised_fraction']:.0f} % of them. "
+        f"{100 * made['raised_fraction']:.1f} % of them. "
     )
     changes = []
     for condition, real in scores["real"].items():
         change = scores["targeted"][condition]["balanced_accuracy"] - real["balanced_accuracy"]
-        verb = "gained" if change >= 0 else "lost"
-        changes.append(f"{verb} {_points(change)} on {html.escape(condition)} test images")
+        where = f"on {html.escape(condition)} test images"
+        if abs(change) < 5e-4:
+            changes.append(f"changed nothing {where}")
+        else:
+            changes.append(f"{'gained' if change > 0 else 'lost'} {_points(change)} {where}")
     return text + "Training with such images " + ", ".join(changes) + " (balanced accuracy)."
 
 
@@ -220,7 +227,7 @@ def _limits(metrics: dict[str, Any]) -> str:
         half = 1.96 * math.sqrt(max(accuracy * (1 - accuracy), 1e-4) / tests)
         text += (
             f"With {tests} test images the 95 % half-width of an accuracy is {100 * half:.1f} points, so smaller "
-            "differences are within noise; another seed moves the training itself by as much again."
+            "differences are within noise; how much another seed would change is not measured here."
         )
     return text
 
@@ -245,10 +252,11 @@ def _accuracy_table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
         cells = []
         for key, _ in kinds:
             a, b = real[key], scores["targeted"][condition][key]
-            mark = "up" if b >= a else "down"
+            mark = "up" if b > a else "down" if b < a else ""
             cells.append(f'<td>{100 * a:.1f}</td><td>{100 * b:.1f}</td><td class="{mark}">{100 * (b - a):+.1f}</td>')
         rows.append(f"<tr><td>{html.escape(condition)}</td>{''.join(cells)}</tr>")
-    return f'<table><thead><tr><th rowspan="2">%</th>{head}</tr><tr>{sub}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    top = f'<tr><th rowspan="2">%</th>{head}</tr><tr>{sub}</tr>'
+    return f"<table><thead>{top}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _details(metrics: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, measure_latent_std
-from tsynd.data import check_images, check_labels, save_class_folders, save_npz, to_uint8
+from tsynd.checks import check_choice, check_images, resolve_device
 from tsynd.errors import InputError
-from tsynd.posterior import Posterior, as_posterior, check_choice, frozen
+from tsynd.posterior import Posterior, as_posterior, frozen
 from tsynd.progress import progress_bar
+from tsynd.source import Batch, ImageSource
+from tsynd.storage import save_class_folders, save_npz, to_uint8
 
 __all__ = ["SynthesisResult", "load_result", "synthesize", "uncertainty"]
 
@@ -110,19 +112,6 @@ def load_result(path: str | Path) -> SynthesisResult:
     return SynthesisResult(**{field.name: arrays[field.name] for field in fields(SynthesisResult)})
 
 
-@dataclass(frozen=True)
-class _Batch:
-    images: Tensor
-    labels: Tensor | None
-    sample_ids: Tensor
-
-    def padded(self, count: int) -> _Batch:
-        """The last image repeated until there are ``count``."""
-        index = torch.arange(count).clamp_max(len(self.images) - 1)
-        labels = None if self.labels is None else self.labels[index]
-        return _Batch(self.images[index], labels, self.sample_ids[index])
-
-
 def _whole_tiles(count: int, device: torch.device) -> int:
     return -(-count // _TILE) * _TILE if device.type == "cpu" else count
 
@@ -195,7 +184,7 @@ def synthesize(
         raise InputError(f"latent_std: got {latent_std!r}, wanted a number above 0, or None")
     posterior = as_posterior(classifier, samples, masks, seed)
     model = as_autoencoder(autoencoder)
-    source = _Source(images, labels, sample_ids, task)
+    source = ImageSource(images, labels, sample_ids, task)
     target = _place(posterior, model, device)
     modules = [part for part in (model, *posterior.networks) if isinstance(part, nn.Module)]
 
@@ -209,9 +198,9 @@ def synthesize(
         source.check_labels(classes, needed=label_consistency is not None)
         size = _whole_tiles(batch_size or _default_batch(source.first, target), target)
         scale = latent_std or _latent_std(model, source, size, target)
-        parts: list[tuple[_Batch, Tensor, Ascent]] = []
+        parts: list[tuple[Batch, Tensor, Ascent]] = []
 
-        def work(batch: _Batch) -> None:
+        def work(batch: Batch) -> None:
             count = len(batch.images)
             full = batch.padded(_whole_tiles(count, target))
             with torch.no_grad():
@@ -255,7 +244,7 @@ def uncertainty(
         [N] float32 in nats, on the CPU.
     """
     posterior = as_posterior(classifier, samples, masks, seed)
-    source = _Source(images, None, sample_ids, task)
+    source = ImageSource(images, None, sample_ids, task)
     device = _place(posterior, None, None)
     values = []
     with posterior.frozen(), torch.no_grad():
@@ -265,120 +254,13 @@ def uncertainty(
     return torch.cat(values)
 
 
-class _Source:
-    """Images, labels and sample ids from whatever the caller has; tensors are checked whole, items one by one."""
-
-    def __init__(self, images: Any, labels: Any, sample_ids: Any, task: str) -> None:
-        self._task = task
-        self._images: Tensor | None = None
-        self._items: Any = None
-        self._labels: Tensor | None = None
-        if isinstance(images, (Tensor, np.ndarray)):
-            self._images = check_images(images)
-            self.count: int = len(self._images)
-            self.first = self._images[:1]
-        else:
-            self._items = images
-            self.count = self._length(images)
-            self.first = next(iter(self._from_items(1, probe=True))).images[:1]
-        if labels is not None:
-            self._labels = check_labels(labels, self.count, task)
-        ids = torch.arange(self.count) if sample_ids is None else torch.as_tensor(sample_ids)
-        if ids.shape != (self.count,) or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise InputError(
-                f"sample_ids: got {ids.dtype} {list(ids.shape)}, wanted one integer for each of {self.count} images"
-            )
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= 2**32):
-            raise InputError(f"sample_ids: got {int(ids.min())} .. {int(ids.max())}, wanted 0 .. 2^32 - 1")
-        self._ids = ids.long()
-
-    @staticmethod
-    def _length(images: Any) -> int:
-        kind = type(images).__name__
-        if (
-            isinstance(images, (str, bytes, dict, Path))
-            or not hasattr(images, "__len__")
-            or not (hasattr(images, "__getitem__") or hasattr(images, "__iter__"))
-        ):
-            raise InputError(f"images: got {kind}, wanted a tensor, an array, a Dataset or a DataLoader with a length")
-        loader = isinstance(images, torch.utils.data.DataLoader)
-        count = len(images.dataset) if loader else len(images)
-        if loader and images.drop_last and images.batch_size:
-            count -= count % images.batch_size
-        if count == 0:
-            raise InputError(f"images: got an empty {kind}, wanted at least one image")
-        return count
-
-    def check_labels(self, classes: int, needed: bool) -> None:
-        """Labels against the classifier's classes, before work starts."""
-        if self._labels is not None:
-            check_labels(self._labels, self.count, self._task, classes)
-        elif needed and self._images is not None:
-            raise InputError("labels: got None, wanted the images' labels, which label_consistency needs")
-
-    def batches(self, size: int) -> Iterator[_Batch]:
-        """All images in order, at most ``size`` at once."""
-        if self._images is None:
-            yield from self._from_items(size)
-            return
-        for start in range(0, self.count, size):
-            part = slice(start, start + size)
-            labels = None if self._labels is None else self._labels[part]
-            yield _Batch(self._images[part], labels, self._ids[part])
-
-    def _from_items(self, size: int, probe: bool = False) -> Iterator[_Batch]:
-        """Items of a Dataset or DataLoader, gathered into batches of ``size``."""
-        loader = self._items
-        if not isinstance(loader, torch.utils.data.DataLoader):
-            loader = torch.utils.data.DataLoader(loader, batch_size=size)
-        read = given = 0
-        waiting: list[tuple[Tensor, Tensor | None]] = []
-        for item in loader:
-            images, labels = (item[0], item[1]) if isinstance(item, (tuple, list)) else (item, None)
-            try:
-                images = check_images(images)
-                labels = None if labels is None else check_labels(labels, len(images), self._task)
-            except InputError as error:
-                raise InputError(f"images {read} .. {read + len(images) - 1}: {error}") from None
-            if probe:
-                yield _Batch(images, labels, torch.zeros(len(images), dtype=torch.int64))
-                return
-            read += len(images)
-            waiting.append((images, labels))
-            while read - given >= size:
-                batch, waiting = self._take(waiting, given, size)
-                given += size
-                yield batch
-        if read > given:
-            yield self._take(waiting, given, read - given)[0]
-
-    def _take(
-        self, waiting: list[tuple[Tensor, Tensor | None]], start: int, count: int
-    ) -> tuple[_Batch, list[tuple[Tensor, Tensor | None]]]:
-        """A batch of the first ``count`` waiting images, and what still waits."""
-        images = torch.cat([x for x, _ in waiting])
-        own = [y for _, y in waiting if y is not None]
-        labels = torch.cat(own) if own else None
-        rest = [(images[count:], None if labels is None else labels[count:])]
-        if self._labels is not None:
-            chosen: Tensor | None = self._labels[start : start + count]
-        else:
-            chosen = None if labels is None else labels[:count]
-        return _Batch(images[:count], chosen, self._ids[start : start + count]), rest
-
-
 def _place(posterior: Posterior, model: Autoencoder | None, device: torch.device | str | None) -> torch.device:
     """Move the models and tell where the work happens."""
     if device is None:
         parameters = (p for network in posterior.networks for p in network.parameters())
         target = next((p.device for p in parameters), torch.device("cpu"))
     else:
-        try:
-            target = torch.device(device)
-            torch.empty(0, device=target)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device: got {device!r}, which cannot be used here: {reason}") from None
+        target = resolve_device(device)
         for network in posterior.networks:
             network.to(target)
     if isinstance(model, nn.Module):
@@ -408,7 +290,7 @@ def _default_batch(image: Tensor, device: torch.device) -> int:
     return int(max(1, min(1024, budget // image[0].numel())))
 
 
-def _latent_std(model: Autoencoder, source: _Source, size: int, device: torch.device) -> float:
+def _latent_std(model: Autoencoder, source: ImageSource, size: int, device: torch.device) -> float:
     known = getattr(model, "latent_std", None)
     value = float(known) if known is not None else math.nan
     if not (math.isfinite(value) and value > 0):
@@ -423,7 +305,7 @@ def _latent_std(model: Autoencoder, source: _Source, size: int, device: torch.de
     return value
 
 
-def _halving(work: Callable[[_Batch], None], batch: _Batch, done: Callable[[int], None]) -> None:
+def _halving(work: Callable[[Batch], None], batch: Batch, done: Callable[[int], None]) -> None:
     """Do the batch; out of memory, do its halves."""
     try:
         work(batch)
@@ -439,15 +321,15 @@ def _halving(work: Callable[[_Batch], None], batch: _Batch, done: Callable[[int]
     half = len(batch.images) // 2
     for part in (slice(0, half), slice(half, None)):
         labels = None if batch.labels is None else batch.labels[part]
-        _halving(work, _Batch(batch.images[part], labels, batch.sample_ids[part]), done)
+        _halving(work, Batch(batch.images[part], labels, batch.sample_ids[part]), done)
 
 
-def _mean_raise(parts: list[tuple[_Batch, Tensor, Ascent]]) -> str:
+def _mean_raise(parts: list[tuple[Batch, Tensor, Ascent]]) -> str:
     climbed = parts[-1][2]
     return f"uncertainty {float(climbed.trajectory[0].mean()):.4f} → {float(climbed.uncertainty.mean()):.4f}"
 
 
-def _collect(parts: list[tuple[_Batch, Tensor, Ascent]]) -> SynthesisResult:
+def _collect(parts: list[tuple[Batch, Tensor, Ascent]]) -> SynthesisResult:
     join = torch.cat
     climbs = [climbed for _, _, climbed in parts]
     labels = [batch.labels for batch, _, _ in parts]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.autoencoder import ReconstructionLoss, check_autoencoder, measure_latent_std
+from tsynd.checks import resolve_device
 from tsynd.errors import InputError, require
 from tsynd.evaluation import Batches, check_task, evaluate
 from tsynd.progress import progress_bar
@@ -97,7 +98,7 @@ class _Loop:
         if len(batches) < 2:
             raise InputError(f"{batches.name}: holds {len(batches)} image, wanted two or more")
         self.accelerator = require("accelerate", "train").Accelerator(device_placement=False)
-        self.device = torch.device(device) if device is not None else self.accelerator.device
+        self.device = resolve_device(device) if device is not None else self.accelerator.device
         self.module = module.to(self.device)
         self.batches, self.seed = batches, settings["seed"]
         self.iterations = iterations = settings["iterations"]

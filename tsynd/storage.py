@@ -1,0 +1,130 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsynd.checks import as_tensor, check_images, check_labels, shape_of
+from tsynd.errors import InputError, require
+
+__all__ = ["atomic_path", "check_writable", "save_class_folders", "save_npz", "to_uint8"]
+
+
+def to_uint8(images: object) -> np.ndarray[Any, Any]:
+    """Images (as for `check_images`, 1 or 3 channels) as uint8 [N, H, W] or [N, H, W, 3], MedMNIST's layout.
+
+    Raises:
+        InputError: as `check_images`, or another number of channels.
+    """
+    x = check_images(images)
+    if x.shape[1] not in (1, 3):
+        raise InputError(f"images: {x.shape[1]} channels; wanted 1 (grey) or 3 (RGB)")
+    out: np.ndarray[Any, Any] = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return np.ascontiguousarray(out[..., 0] if out.shape[3] == 1 else out)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+
+
+def check_writable(path: str | Path) -> None:
+    """Make the folder of a file to come and try to write there, so that it fails before the work and not after.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    path = Path(path).expanduser()
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot write in its folder ({error.strerror})") from error
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write a file or folder at; renamed on success, else deleted.
+
+    Missing parent folders are made. The temporary name keeps the suffix and starts with a dot.
+
+    Raises:
+        InputError: the folder cannot be written to, or `path` cannot be replaced.
+    """
+    path = Path(path).expanduser()
+    check_writable(path)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be replaced ({error.strerror})") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def save_npz(path: str | Path, /, **arrays: object) -> None:
+    """Write tensors, arrays or sequences as a compressed .npz, whole or not at all.
+
+    Raises:
+        InputError: an array would need pickle, or the folder cannot be written to.
+    """
+    plain = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()}
+    if bad := [key for key, array in plain.items() if array.dtype.hasobject]:
+        raise InputError(f"{bad[0]}: an array of Python objects; wanted numbers or strings")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **plain)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_class_folders(path: str | Path, images: object, labels: object, class_names: Sequence[str]) -> None:
+    """Write one PNG per image, `CLASS/000123.png` with its position, as a folder that `load_data` reads.
+
+    Folders bear the class names (odd characters replaced); where these do not sort in class order, the class
+    number goes before them, so that `load_data` numbers the classes alike. Classes without an image get none.
+
+    Args:
+        path: folder to make; must not exist or be empty.
+        images: as for `check_images`, 1 or 3 channels.
+        labels: integers [N] (multiclass).
+        class_names: the name of every class.
+
+    Raises:
+        InputError: bad images or labels, multilabel ones included, or `path` holds something.
+        MissingExtraError: pillow is not installed.
+    """
+    pillow = require("PIL.Image", "data")
+    pixels = to_uint8(images)
+    y = as_tensor(labels, "labels")
+    if y.ndim == 2 and y.shape[1] > 1:
+        raise InputError(f"labels: {shape_of(y)} is multilabel; class folders hold one class per image, use save_npz")
+    y = check_labels(y, len(pixels), "multiclass", len(class_names))
+    path = Path(path).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"path: {path} exists and is not an empty folder; wanted a new one")
+    folders = [re.sub(r"[^\w.,() +-]|^\.", "_", name) or "_" for name in class_names]
+    if folders != sorted(set(folders)):
+        digits = len(str(len(folders)))
+        folders = [f"{number:0{digits}d}_{name}" for number, name in enumerate(folders)]
+    with atomic_path(path) as temporary:
+        for index, (image, label) in enumerate(zip(pixels, y.tolist(), strict=True)):
+            folder = temporary / folders[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            pillow.fromarray(image).save(folder / f"{index:06d}.png")
