@@ -34,9 +34,24 @@ template <class M, class LogP>
 TSYND_HD typename M::V log_mean(const LogP& logp, int64_t samples) {
   typename M::V top = logp(0);
   for (int64_t t = 1; t < samples; ++t) top = M::max(top, logp(t));
-  typename M::V sum = M::splat(0.f);
-  for (int64_t t = 0; t < samples; ++t) sum = sum + M::expm1(logp(t) - top);
+  // four sums: one long sum of near-equal terms drifts, and waits for itself
+  typename M::V sums[4] = {M::splat(0.f), M::splat(0.f), M::splat(0.f), M::splat(0.f)};
+  for (int64_t t = 0; t < samples; ++t) sums[t % 4] = sums[t % 4] + M::expm1(logp(t) - top);
+  const typename M::V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   return top + M::log1p(sum * M::splat(1.f / static_cast<float>(samples)));
+}
+
+// Compensated (Kahan) sum: the passes' terms largely cancel in the mutual information.
+template <class M>
+struct Sum {
+  typename M::V total, lost;
+};
+
+template <class M>
+TSYND_HD void add(Sum<M>& sum, typename M::V x) {
+  const typename M::V y = x - sum.lost, total = sum.total + y;
+  sum.lost = (total - sum.total) - y;
+  sum.total = total;
 }
 
 template <class M, class Rows>
@@ -69,7 +84,7 @@ TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, type
     q[c] = log_mean<M>([&](int64_t t) { return rows.get(t * classes + c); }, samples);
   const V inverse_samples = M::splat(1.f / static_cast<float>(samples));
   const bool entropy = objective == Objective::kEntropy;
-  V value = zero;
+  Sum<M> value{zero, zero};
   for (int64_t t = 0; t < samples; ++t) {
     const int64_t base = t * classes;
     V inner = zero;
@@ -78,11 +93,11 @@ TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, type
       rows.put(base + c, r);
       inner = inner + p[base + c] * r;
     }
-    value = value + inner;
+    add<M>(value, inner);
     for (int64_t c = 0; c < classes; ++c)
       rows.put(base + c, p[base + c] * (rows.get(base + c) - inner) * inverse_samples);
   }
-  return M::max(value * inverse_samples, zero);
+  return M::max(value.total * inverse_samples, zero);
 }
 
 // Log-probabilities of one label's 1 and 0, exact at both ends.
@@ -123,7 +138,7 @@ TSYND_HD typename M::V multilabel_uncertainty(Rows& rows, typename M::V* log0, t
   }
   const V inverse_samples = M::splat(1.f / static_cast<float>(samples));
   const bool entropy = objective == Objective::kEntropy;
-  V value = zero;
+  Sum<M> value{zero, zero};
   for (int64_t t = 0; t < samples; ++t) {
     V inner = zero;  // a sum per pass first: one long sum of near-equal terms drifts
     for (int64_t c = 0; c < classes; ++c) {
@@ -133,9 +148,9 @@ TSYND_HD typename M::V multilabel_uncertainty(Rows& rows, typename M::V* log0, t
       inner = inner + (p1 * r1 + p0 * r0);
       rows.put(i, p1 * p0 * (r1 - r0) * inverse_samples);
     }
-    value = value + inner;
+    add<M>(value, inner);
   }
-  return M::max(value * inverse_samples, zero);
+  return M::max(value.total * inverse_samples, zero);
 }
 
 }  // namespace tsynd

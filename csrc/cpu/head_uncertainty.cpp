@@ -11,7 +11,9 @@ int64_t block_rows(int64_t images, int64_t columns, int64_t units, int64_t threa
   const int64_t kLogitsInCache = 96 * 1024, kWeightsInCache = 256 * 1024;  // floats
   int64_t rows = std::max<int64_t>(64, kLogitsInCache / columns);
   if (columns * units > kWeightsInCache) rows = std::max<int64_t>(rows, 256);
-  rows = std::min(rows, (images + threads - 1) / threads);
+  // as many blocks for every thread
+  const int64_t blocks = (images + rows * threads - 1) / (rows * threads) * threads;
+  rows = (images + blocks - 1) / blocks;
   return (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
 }
 
