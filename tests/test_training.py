@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +265,43 @@ def test_bad_models_are_refused():
         fit_autoencoder(SmallAutoencoder(3), IMAGES, **QUIET)
     with pytest.raises(InputError, match="images: holds no images"):
         fit_autoencoder(SmallAutoencoder(), IMAGES[:0], **QUIET)
+
+
+_WORKER = """
+import hashlib, sys, torch
+from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.training import fit_autoencoder, fit_classifier
+
+images, labels = torch.load(sys.argv[1], weights_only=True)
+torch.manual_seed(0)
+model, coder = SmallResNet(widths=(8, 16)), SmallAutoencoder(widths=(8, 16))
+options = {"iterations": 6, "batch_size": 8, "device": "cpu", "progress": False}
+extra = lambda classifier, x, y: (x.flip(-1), y)
+fit_classifier(model, (images, labels), augmentation=extra, **options)
+fit_autoencoder(coder, images, **options)
+state = list(model.state_dict().values()) + list(coder.state_dict().values())
+print("state", hashlib.sha256(b"".join(value.numpy().tobytes() for value in state)).hexdigest(), flush=True)
+"""
+
+
+def test_two_processes_end_with_the_same_models(tmp_path):
+    (tmp_path / "worker.py").write_text(_WORKER)
+    torch.save(_stripes(24), tmp_path / "data.pt")
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + [str(tmp_path / "worker.py"), str(tmp_path / "data.pt")],
+        env=os.environ
+        | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    states = [line for line in result.stdout.splitlines() if line.startswith("state")]
+    assert len(states) == 2
+    assert len(set(states)) == 1
 
 
 def test_real_images_are_learned():

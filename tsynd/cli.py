@@ -227,10 +227,19 @@ def _fail(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Run the command; an input that cannot be used ends with one line and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # the parser swallowed the interrupt
+            raise KeyboardInterrupt
+        raise SystemExit(code)
     except (InputError, MissingExtraError) as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on behind the last finished stage", 130)
+    except Exception as error:
+        show = getattr(error, "show", None)  # the parser's own errors know how to print themselves
+        if show is None or not hasattr(error, "exit_code"):
+            raise
+        show()
+        raise SystemExit(error.exit_code) from None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tsynd.checks import resolve_device
 from tsynd.errors import InputError, require
 
-__all__ = ["CONDITIONS", "Batches", "Condition", "evaluate", "gaussian_noise", "rotation", "scores", "str"]
+__all__ = ["CONDITIONS", "Batches", "Condition", "evaluate", "gaussian_noise", "rotation", "scores"]
 
 Condition: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 """(images [B, C, H, W] in [0, 1], their indices [B], seed) → images of the same shape in [0, 1]."""

@@ -154,6 +154,9 @@ class _Loop:
                 self.schedule.step()
                 report(1, f"loss {losses[-1]:.4f}")
         self.optimizer.zero_grad(set_to_none=True)
+        if ranks > 1:  # batch norm saw another share of the last batch in every process
+            for buffer in self.module.buffers():
+                torch.distributed.broadcast(buffer, 0)
         return tuple(losses), time.perf_counter() - start
 
 
