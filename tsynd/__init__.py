@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tsynd.version import __version__
 
 _HOME = {
     "Ascent": "ascent",

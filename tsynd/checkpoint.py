@@ -16,6 +16,7 @@ from torch import nn
 from tsynd import networks
 from tsynd.errors import InputError, require
 from tsynd.storage import atomic_path
+from tsynd.version import __version__
 
 __all__ = ["ModelCard", "load_model", "read_card", "save_model"]
 
@@ -46,15 +47,6 @@ class ModelCard:
     task: str | None
     tsynd: str
     sha256: str
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("tsynd")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -103,7 +95,7 @@ def save_model(
         class_names=None if class_names is None else [str(item) for item in class_names],
         image_shape=None if image_shape is None else [int(size) for size in image_shape],
         task=task,
-        tsynd=_version(),
+        tsynd=__version__,
         sha256=hashlib.sha256(content).hexdigest(),
     )
     weights, sheet = _paths(path)

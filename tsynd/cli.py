@@ -16,6 +16,7 @@ except ImportError:
     raise SystemExit(2) from None
 
 from tsynd.errors import InputError, MissingExtraError
+from tsynd.version import __version__
 
 __all__ = ["app", "main"]
 
@@ -154,12 +155,11 @@ def info() -> None:
 
     import torch
 
-    import tsynd
     from tsynd import ops
 
     console = Console()
     table = Table(show_header=False, box=None)
-    table.add_row("tsynd", tsynd.__version__)
+    table.add_row("tsynd", __version__)
     table.add_row("python", platform.python_version())
     table.add_row("torch", torch.__version__)
     table.add_row("threads", str(torch.get_num_threads()))

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import tsynd
 from tsynd.ascent import AscentSettings, Status
 from tsynd.augmentation import TargetedAugmentation
 from tsynd.checkpoint import load_model, save_model
@@ -28,6 +27,7 @@ from tsynd.report import draw_examples, write_report
 from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult, load_result, synthesize, uncertainty
 from tsynd.training import fit_autoencoder, fit_classifier
+from tsynd.version import __version__
 
 __all__ = ["RunSettings", "run"]
 
@@ -249,7 +249,7 @@ def _fingerprint(source: DataSource, settings: RunSettings) -> dict[str, Any]:
     for part in (source.train, source.unlabelled, source.test):
         digest.update(part.images.contiguous().numpy().tobytes())
         digest.update(part.labels.contiguous().numpy().tobytes())
-    return {"tsynd": tsynd.__version__, "data": digest.hexdigest()[:16], **asdict(settings)}
+    return {"tsynd": __version__, "data": digest.hexdigest()[:16], **asdict(settings)}
 
 
 def _synthesise(
@@ -322,7 +322,7 @@ def _finish(
     }
     status = result.status.long().bincount(minlength=len(Status)).tolist()
     metrics: dict[str, Any] = {
-        "version": tsynd.__version__,
+        "version": __version__,
         "data": {
             "name": source.name,
             "task": source.task,
