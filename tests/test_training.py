@@ -288,8 +288,10 @@ def test_two_processes_end_with_the_same_models(tmp_path):
     (tmp_path / "worker.py").write_text(_WORKER)
     torch.save(_stripes(24), tmp_path / "data.pt")
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(tmp_path / "worker.py"), str(tmp_path / "data.pt")],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(str(tmp_path / "worker.py"), str(tmp_path / "data.pt")),
+        ],
         env=os.environ
         | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])},

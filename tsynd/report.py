@@ -40,10 +40,11 @@ p.lead { font-size: 1.08rem; } .soft { color: var(--soft); font-size: .92rem; }
 .plots img { width: 100%; height: auto; display: block; }
 .examples { display: grid; grid-template-columns: repeat(2, 1fr); gap: .9rem; }
 .example { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem .8rem; }
-.example .strip { display: grid; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
+.example .strip { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .4rem; }
 .example img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; display: block;
                border-radius: 4px; background: #000; }
-.example .cap { text-align: center; font-size: .78rem; color: var(--soft); line-height: 1.3; margin-top: .2rem; }
+.example .cap { text-align: center; font-size: clamp(.62rem, 1.55vw, .78rem); color: var(--soft);
+                line-height: 1.3; margin-top: .2rem; }
 .example .label { font-weight: 600; margin-bottom: .35rem; font-size: .92rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .38rem .5rem; border-bottom: 1px solid var(--line); }
