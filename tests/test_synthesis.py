@@ -287,3 +287,35 @@ def test_import_is_light() -> None:
         "found = heavy & set(sys.modules); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_extension_the_twins_serve() -> None:
+    """Same operators, same images, one warning."""
+    import subprocess
+    import sys
+
+    code = """
+import sys, warnings
+if sys.argv[1] == "off":
+    sys.modules["tsynd._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, tsynd
+    from tsynd import ops
+assert ops.compiled == (sys.argv[1] == "on")
+assert len([w for w in caught if "did not load" in str(w.message)]) == (sys.argv[1] == "off")
+torch.manual_seed(0)
+classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(64, 3))
+images = torch.rand(20, 1, 8, 8)
+for masks in ("shared", "independent"):
+    pair = (torch.nn.Identity(), torch.nn.Identity())
+    result = tsynd.synthesize(pair, classifier, images, masks=masks, samples=8, progress=False)
+    print(*[f"{x:.4f}" for x in result.uncertainty.tolist()])
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", code, mode], capture_output=True, text=True, timeout=120)
+        for mode in ("on", "off")
+    ]
+    assert all(run.returncode == 0 for run in runs), [run.stderr for run in runs]
+    values = [torch.tensor([[float(x) for x in line.split()] for line in run.stdout.splitlines()]) for run in runs]
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=2e-4)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tsynd.checks import resolve_device
 from tsynd.data import DataSource, LabelledImages, load_data
 from tsynd.errors import InputError, require
 from tsynd.evaluation import evaluate
+from tsynd.job import Job
 from tsynd.networks import SmallAutoencoder, SmallResNet
 from tsynd.report import draw_examples, write_report
 from tsynd.storage import atomic_path
@@ -74,56 +74,6 @@ class RunSettings:
     augmentation_weight: float = 1.0
 
 
-class _Job:
-    """The output folder: which settings it belongs to and which stages are done."""
-
-    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
-        self.folder = folder
-        self._path = folder / "job.json"
-        self._state: dict[str, Any] = {"fingerprint": fingerprint, "stages": {}}
-        if self._path.exists():
-            self._resume(fingerprint)
-        elif folder.exists() and any(folder.iterdir()):
-            raise InputError(f"output: {folder} is not empty and holds no tsynd run, wanted a new or empty folder")
-        self._write()
-
-    def _resume(self, fingerprint: dict[str, Any]) -> None:
-        try:
-            state = json.loads(self._path.read_text())
-            then: dict[str, Any] = state["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"output: {self._path} cannot be read ({type(error).__name__}); delete it") from None
-        differ = [key for key in fingerprint if then.get(key) != fingerprint[key]]
-        if differ:
-            changes = ", ".join(f"{key} {then.get(key)!r} → {fingerprint[key]!r}" for key in differ)
-            raise InputError(
-                f"output: {self.folder} holds a run with other settings ({changes}); wanted another folder"
-            )
-        self._state = state
-
-    def _write(self) -> None:
-        with atomic_path(self._path) as temporary:
-            temporary.write_text(json.dumps(self._state, indent=1))
-
-    def stage(self, name: str, file: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Make a file unless an earlier call of the same job did; return what ``make`` said about it."""
-        path = self.folder / file
-        known: dict[str, Any] | None = self._state["stages"].get(name)
-        if known is not None and path.exists():
-            return known
-        start = time.perf_counter()
-        facts = make(path)
-        facts["seconds"] = round(time.perf_counter() - start, 2)
-        self._state["stages"][name] = facts
-        self._write()
-        return facts
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Time of every stage."""
-        return {name: facts["seconds"] for name, facts in self._state["stages"].items()}
-
-
 def run(
     data: str | Path,
     output: str | Path,
@@ -156,7 +106,7 @@ def run(
     require("matplotlib.figure", "cli")
     where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed)
-    job = _Job(Path(output).expanduser(), _fingerprint(source, settings))
+    job = Job(Path(output).expanduser(), _fingerprint(source, settings))
 
     def train_autoencoder(path: Path) -> dict[str, Any]:
         with torch.random.fork_rng():
@@ -290,7 +240,7 @@ def _decode(autoencoder: Any, latents: Tensor, device: str) -> Tensor:
 
 
 def _finish(
-    job: _Job,
+    job: Job,
     source: DataSource,
     settings: RunSettings,
     synthesis: dict[str, Any],
