@@ -174,15 +174,8 @@ def info() -> None:
         table.add_row("operators", "plain torch: the compiled extension did not load")
     console.print(table)
     kernels = Table("operator", "CPU", "CUDA")
-    for name in (
-        "logits_uncertainty",
-        "head_uncertainty",
-        "dropout_head_uncertainty",
-        "dropout_mask",
-        "ascend_",
-    ):
-        has = [torch._C._dispatch_has_kernel_for_dispatch_key(f"tsynd::{name}", key) for key in ("CPU", "CUDA")]
-        kernels.add_row(name, *["yes" if x else "no" for x in has])
+    for name, by in ops.served_by().items():
+        kernels.add_row(name, by["CPU"], by["CUDA"])
     console.print(kernels)
     extras = Table("optional package", "version")
     for package in (

@@ -1,7 +1,8 @@
 """The operators of ``torch.ops.tsynd`` with documentation, fake kernels and autograd rules.
 
 Importing this module registers them: from the compiled extension ``tsynd._C`` where it loads, otherwise from
-the plain-torch twins of :mod:`tsynd.reference` (same results, slower), which is said once in a warning.
+the plain-torch twins of :mod:`tsynd.reference` (same results, slower), which is said once in a warning. Twins also
+serve an operator on a device that it has no compiled kernel for yet; :func:`served_by` tells.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "dropout_mask",
     "head_uncertainty",
     "logits_uncertainty",
+    "served_by",
 ]
 
 _SCHEMAS = {
@@ -37,6 +39,8 @@ _SCHEMAS = {
 def _load() -> bool:
     try:
         from tsynd import _C  # noqa: F401  (registers the operators)
+
+        loaded = True
     except ImportError as error:
         warnings.warn(
             f"tsynd's compiled operators did not load ({error}); using the slower plain-torch ones",
@@ -45,9 +49,13 @@ def _load() -> bool:
         )
         for name, schema in _SCHEMAS.items():
             torch.library.define(f"tsynd::{name}", schema)
-            torch.library.impl(f"tsynd::{name}", ["CPU", "CUDA"], _eager_twin(name))
-        return False
-    return True
+        loaded = False
+    for name in _SCHEMAS:
+        for key in ("CPU", "CUDA"):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"tsynd::{name}", key):
+                torch.library.impl(f"tsynd::{name}", key, _eager_twin(name))
+                _twins.add((name, key))
+    return loaded
 
 
 def _eager_twin(name: str) -> Any:
@@ -61,8 +69,18 @@ def _eager_twin(name: str) -> Any:
     return run
 
 
+_twins: set[tuple[str, str]] = set()
+
 compiled: bool = _load()
-"""Whether the compiled extension serves the operators."""
+"""Whether the compiled extension loaded."""
+
+
+def served_by() -> dict[str, dict[str, str]]:
+    """Which code serves each operator on each device: ``compiled`` or ``plain torch``."""
+    return {
+        name: {key: "plain torch" if (name, key) in _twins else "compiled" for key in ("CPU", "CUDA")}
+        for name in _SCHEMAS
+    }
 
 
 def _logits_uncertainty_fake(logits: Tensor, objective: str, task: str) -> tuple[Tensor, Tensor]:
