@@ -20,6 +20,10 @@ FAST = settings(max_examples=1000 if SEARCH else 40, deadline=None)
 
 choices = pytest.mark.parametrize(("objective", "task"), CHOICES)
 devices = pytest.mark.parametrize("device", DEVICES)
+KINDS = [
+    (d, t) for d in DEVICES for t in (torch.float32, torch.bfloat16, torch.float16) if (d, t) != ("cpu", torch.float16)
+]
+kinds = pytest.mark.parametrize(("device", "dtype"), KINDS)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -61,9 +65,8 @@ dims = st.tuples(
 )
 
 
-@devices
+@kinds
 @choices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @FAST
 @given(shape=dims, scale=st.sampled_from([0.1, 1.0, 8.0]), seed=st.integers(0, 99), strided=st.booleans())
 def test_logits_uncertainty(
@@ -90,8 +93,8 @@ def test_logits_uncertainty(
         assert (actual[0].cpu() <= bound + 1e-5).all()
 
 
+@kinds
 @choices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @FAST
 @given(shape=dims, bias=st.booleans(), seed=st.integers(0, 99), strided=st.booleans())
 def test_head_uncertainty(
@@ -102,14 +105,18 @@ def test_head_uncertainty(
     dtype: torch.dtype,
     objective: str,
     task: str,
+    device: str,
 ) -> None:
     images, units, classes, samples = shape
     features = random(images, units, seed=seed).to(dtype)
     weight = random(samples, classes, units, seed=seed + 1, scale=2 / math.sqrt(units)).to(dtype)
     offset = random(samples, classes, seed=seed + 2).to(dtype) if bias else None
-    given_features = features.t().contiguous().t() if strided else features
-    given_weight = weight.transpose(1, 2).contiguous().transpose(1, 2) if strided else weight
-    actual = ops.head_uncertainty(given_features, given_weight, offset, objective, task)
+    given_features, given_weight = features.to(device), weight.to(device)
+    if strided:
+        given_features = given_features.t().contiguous().t()
+        given_weight = given_weight.transpose(1, 2).contiguous().transpose(1, 2)
+    given_offset = None if offset is None else offset.to(device)
+    actual = ops.head_uncertainty(given_features, given_weight, given_offset, objective, task)
     wide = None if offset is None else offset.double()
     exact = reference.head_uncertainty(features.double(), weight.double(), wide, objective, task)
     logits = torch.einsum("bd,tcd->tbc", features.double(), weight.double())
@@ -118,8 +125,8 @@ def test_head_uncertainty(
     assert_pairs_close(actual, exact, same, terms=size_of_terms(slope, weight))
 
 
+@kinds
 @choices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @FAST
 @given(shape=dims, bias=st.booleans(), p=st.sampled_from([0.0, 0.1, 0.5, 0.93]), seed=st.integers(-99, 99))
 def test_dropout_head_uncertainty(
@@ -130,13 +137,15 @@ def test_dropout_head_uncertainty(
     dtype: torch.dtype,
     objective: str,
     task: str,
+    device: str,
 ) -> None:
     images, units, classes, samples = shape
     features = random(images, units, seed=abs(seed)).to(dtype)
     weight = random(classes, units, seed=abs(seed) + 1, scale=2 / math.sqrt(units)).to(dtype)
     offset = random(classes, seed=abs(seed) + 2).to(dtype) if bias else None
     ids = torch.randint(0, 2**32, (images,), generator=torch.Generator().manual_seed(abs(seed)))
-    actual = ops.dropout_head_uncertainty(features, weight, offset, p, samples, seed, 3, ids, objective, task)
+    on = [None if x is None else x.to(device) for x in (features, weight, offset)]
+    actual = ops.dropout_head_uncertainty(*on, p, samples, seed, 3, ids.to(device), objective, task)
     wide = None if offset is None else offset.double()
     exact = reference.dropout_head_uncertainty(
         features.double(), weight.double(), wide, p, samples, seed, 3, ids, objective, task
@@ -182,9 +191,8 @@ def test_mutual_information_is_entropy_of_the_mean_minus_mean_entropy() -> None:
     torch.testing.assert_close(value, entropy)
 
 
-@devices
+@kinds
 @choices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saturated_logits(dtype: torch.dtype, objective: str, task: str, device: str) -> None:
     signs = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4]], dtype=dtype)
     logits = signs.expand(5, 4, 3).clone()
@@ -225,7 +233,7 @@ def test_no_images(task: str) -> None:
     assert ops.dropout_mask(7, 0.5, 4, 0, 0, ids).shape == (4, 0, 7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@kinds
 @pytest.mark.parametrize("rule", reference.RULES)
 @FAST
 @given(
@@ -234,14 +242,20 @@ def test_no_images(task: str) -> None:
     radius=st.sampled_from([0.0, 0.5, 10.0]),
     seed=st.integers(0, 99),
 )
-def test_ascend(shape: tuple[int, ...], step: float, radius: float, seed: int, rule: str, dtype: torch.dtype) -> None:
+def test_ascend(
+    shape: tuple[int, ...], step: float, radius: float, seed: int, rule: str, dtype: torch.dtype, device: str
+) -> None:
     origin = random(*shape, seed=seed).to(dtype)
     latents = (origin + random(*shape, seed=seed + 1, scale=0.1)).to(dtype)
-    gradient = random(*shape, seed=seed + 2, scale=1e-22).to(dtype)  # a confident classifier's
-    gradient.view(-1)[-1] = math.nan if seed % 3 == 0 else 1e-22
+    tiny = 1e-5 if dtype == torch.float16 else 1e-22  # a confident classifier's
+    gradient = random(*shape, seed=seed + 2, scale=tiny).to(dtype)
+        dtype
+    )  # a confident classifier's
+    gradient.view(-1)[-1] = math.nan if seed % 3 == 0 else float(gradient.view(-1)[0])
     gradient[0] = 0
-    actual, exact, same = latents.clone(), latents.double(), latents.clone()
-    ops.ascend_(actual, gradient, origin, step, radius, rule)
+    actual, exact, same = latents.to(device, copy=True), latents.double(), latents.clone()
+    ops.ascend_(actual, gradient.to(device), origin.to(device), step, radius, rule)
+    actual = actual.cpu()
     reference.ascend_(exact, gradient.double(), origin.double(), step, radius, rule)
     reference.ascend_(same, gradient, origin, step, radius, rule)
     assert_close(actual, exact, same)
@@ -275,6 +289,7 @@ def test_philox_known_answers() -> None:
             assert _C.philox4x32([word] * 4, [word, word], rounds) == wanted
 
 
+@devices
 @FAST
 @given(
     units=st.integers(1, 700),
@@ -284,9 +299,12 @@ def test_philox_known_answers() -> None:
     layer=st.integers(0, 2**32 - 1),
     ids=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5),
 )
-def test_mask_bits_equal_the_twin(units: int, p: float, samples: int, seed: int, layer: int, ids: list[int]) -> None:
+def test_mask_bits_equal_the_twin(
+    units: int, p: float, samples: int, seed: int, layer: int, ids: list[int], device: str
+) -> None:
     arguments = (units, p, samples, seed, layer, torch.tensor(ids))
-    assert torch.equal(ops.dropout_mask(*arguments), reference.dropout_mask(*arguments))
+    actual = ops.dropout_mask(*arguments[:-1], arguments[-1].to(device))
+    assert torch.equal(actual.cpu(), reference.dropout_mask(*arguments))
 
 
 def test_mask_depends_on_its_address_alone() -> None:
