@@ -249,8 +249,6 @@ def test_ascend(
     latents = (origin + random(*shape, seed=seed + 1, scale=0.1)).to(dtype)
     tiny = 1e-5 if dtype == torch.float16 else 1e-22  # a confident classifier's
     gradient = random(*shape, seed=seed + 2, scale=tiny).to(dtype)
-        dtype
-    )  # a confident classifier's
     gradient.view(-1)[-1] = math.nan if seed % 3 == 0 else float(gradient.view(-1)[0])
     gradient[0] = 0
     actual, exact, same = latents.to(device, copy=True), latents.double(), latents.clone()

@@ -16,7 +16,8 @@ import torch
 
 import tsynd
 from tsynd import pipeline
-from tsynd.report import draw_examples, write_report
+from tsynd.figures import draw_examples
+from tsynd.report import write_report
 from tsynd.synthesis import SynthesisResult, load_result
 
 TINY = pipeline.RunSettings(

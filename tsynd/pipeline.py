@@ -21,9 +21,10 @@ from tsynd.checks import resolve_device
 from tsynd.data import DataSource, LabelledImages, load_data
 from tsynd.errors import InputError, require
 from tsynd.evaluation import evaluate
+from tsynd.figures import draw_examples
 from tsynd.job import Job
 from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.report import draw_examples, write_report
+from tsynd.report import write_report
 from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult, load_result, synthesize, uncertainty
 from tsynd.training import fit_autoencoder, fit_classifier

@@ -11,50 +11,65 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from tsynd.errors import require
+from tsynd.errors import InputError, require
+from tsynd.figures import COLUMNS, check_counts, curves, difference_scale, histogram, nats, spread, strip
 from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult
 
-__all__ = ["draw_examples", "write_report"]
+__all__ = ["write_report"]
 
-_BEFORE, _AFTER = "#7a8794", "#d1495b"
+_MEASURES = {"mutual_information": ("mutual information", "MI"), "entropy": ("predictive entropy", "entropy")}
+_SCORES = {"balanced_accuracy": "Balanced accuracy", "accuracy": "Accuracy", "auroc": "AUROC"}
+_STATUS = {
+    "raised": "reached a higher uncertainty",
+    "unchanged": "stayed at the reconstruction because no step raised the uncertainty",
+    "non_finite": "stopped at a value or gradient that was not finite",
+    "label_limit": "stopped where the source label would have become too improbable",
+}
 
 _STYLE = """
-:root { --ink: #1d2733; --soft: #5d6b7a; --line: #dfe5ea; --card: #ffffff; --page: #f4f6f8; --up: #1b7a4b;
-        --down: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6ebf0; --soft: #9aa7b4; --line: #37424e; --card: #1c242d; --page: #12181f; --up: #5cc98f;
-          --down: #ff8a80; }
-}
+:root { color-scheme: light dark; --ink: #1c2530; --soft: #566473; --line: #dde3e9; --card: #fff; --page: #f4f6f8;
+  --up: #17693f; --down: #a8321f; --before: #6b7c8f; --after: #c8441b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --soft: #a3b0bd; --line: #33404d; --card: #1b232c;
+  --page: #11171d; --up: #63cc95; --down: #ff9280; --before: #93a5b8; --after: #ff8a5c; } }
+@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #ccc; --card: #fff; --page: #fff;
+  --up: #17693f; --down: #a8321f; --before: #6b7c8f; --after: #c8441b; }
+  .card, .example, tr { break-inside: avoid; } h2 { break-after: avoid; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1000px; padding: 2rem 1.2rem 4rem; font: 16px/1.55 system-ui, sans-serif;
-       color: var(--ink); background: var(--page); }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p.lead { font-size: 1.08rem; } .soft { color: var(--soft); font-size: .92rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem; }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-.plots figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .6rem; }
-.plots img { width: 100%; height: auto; display: block; }
-.examples { display: grid; grid-template-columns: repeat(2, 1fr); gap: .9rem; }
-.example { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem .8rem; }
-.example .strip { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .4rem; }
-.example img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; display: block;
-               border-radius: 4px; background: #000; }
-.example .cap { text-align: center; font-size: clamp(.62rem, 1.55vw, .78rem); color: var(--soft);
-                line-height: 1.3; margin-top: .2rem; }
-.example .label { font-weight: 600; margin-bottom: .35rem; font-size: .92rem; }
+body { margin: 0 auto; max-width: 1000px; padding: 2.2rem 1.25rem 3.5rem; color: var(--ink); background: var(--page);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; overflow-wrap: anywhere;
+  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .2rem; letter-spacing: -.01em; }
+h2 { font-size: 1.2rem; margin: 2.3rem 0 .5rem; }
+p { margin: .5rem 0 .9rem; } .lead { font-size: 1.1rem; margin-top: .9rem; }
+.soft, figcaption, .cap { color: var(--soft); font-size: .9rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1.1rem; margin: 0; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } .pair > * { min-width: 0; }
+.pair figcaption b { display: block; color: var(--ink); font-size: 1rem; }
+.pair svg { display: block; width: 100%; height: auto; margin-top: .5rem; }
+.example { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .6rem .75rem; }
+.example b { display: block; font-size: .92rem; margin-bottom: .35rem; }
+.strip { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .4rem; text-align: center; }
+.strip img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
+  border: 1px solid var(--line); border-radius: 4px; background: #8884; }
+.strip img.small { image-rendering: pixelated; }
+.strip .cap { font-size: clamp(.62rem, 1.5vw, .74rem); line-height: 1.35; margin-top: .25rem; white-space: nowrap; }
+.strip .cap span { display: block; color: var(--ink); font-variant-numeric: tabular-nums; }
+.scale { margin: 0 0 .9rem; } .scale span { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.scale i { display: inline-block; margin: 0 .5rem; vertical-align: -.05rem; width: 8rem; height: .7rem;
+  border: 1px solid var(--line); border-radius: 3px; background: linear-gradient(90deg, #2166ac, #fff, #b2182b); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .38rem .5rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
-thead th { font-size: .85rem; color: var(--soft); font-weight: 600; }
-.up { color: var(--up); } .down { color: var(--down); }
-details { margin-top: 2rem; } details table { font-size: .9rem; }
-details td { text-align: left; word-break: break-word; }
-@media (max-width: 700px) { .plots, .examples { grid-template-columns: 1fr; } }
-@media print { body { background: #fff; max-width: none; } .example, figure { break-inside: avoid; } }
+th, td { text-align: right; padding: .4rem .45rem; border-bottom: 1px solid var(--line); font-weight: 400; }
+th:first-child, td:first-child { text-align: left; } tbody tr:last-child > * { border-bottom: 0; }
+thead th { font-size: .85rem; color: var(--soft); } thead tr:first-child th { color: var(--ink); font-weight: 600; }
+.scores th[scope=colgroup] { text-align: center; } .scores tr > .first { padding-left: 1.3rem; }
+.scores tbody th, .up, .down, .same { font-weight: 600; } .up { color: var(--up); } .down { color: var(--down); }
+ul { margin: .5rem 0; padding-left: 1.2rem; }
+details { margin-top: 2.2rem; } summary { cursor: pointer; font-weight: 600; margin-bottom: .6rem; }
+details td, details th { text-align: left; font-size: .9rem; width: 33%; }
+@media (max-width: 700px) { .pair { grid-template-columns: 1fr; } }
 """
 
 
@@ -68,309 +83,200 @@ def write_report(
     fresh_before: Tensor,
     fresh_after: Tensor,
 ) -> Path:
-    """Write one self-contained HTML file, whole or not at all.
+    """Write one self-contained HTML file, whole or not at all; it loads nothing and needs no script.
 
     Args:
         path: of the file.
-        metrics: what the run measured (``synthesis`` and ``evaluation`` are needed).
-        result: the synthesis.
-        sources: [N, C, H, W] in [0, 1], the real images.
+        metrics: what :func:`tsynd.pipeline.run` measured; ``synthesis`` and ``evaluation`` are needed.
+        result: the synthesis, N images.
+        sources: [N, C, H, W] in [0, 1], the real images; three channels are shown as RGB, else the first as grey.
         reconstructions: [N, C, H, W] in [0, 1].
         class_names: of the labels.
         fresh_before: [N], uncertainty of the reconstructions under samples that were not climbed on, in nats.
         fresh_after: [N], the same of the targeted images.
 
-    Raises:
-        InputError: the folder cannot be written to.
-        MissingExtraError: matplotlib or pillow is not installed.
-    """
-    chosen = _spread(result.labels, fresh_after - fresh_before, 12)
-    labels = _label_texts(result.labels, class_names, len(result))
-    data = metrics.get("data", {})
-    sections = [
-        f"<h1>Targeted images for {html.escape(str(data.get('name', 'the data')))}</h1>",
-        f'<p class="lead">{_summary(metrics)}</p>',
-        "<h2>Examples</h2>",
-        '<p class="soft">Source, its reconstruction by the autoencoder, the targeted image, and targeted minus '
-        f"reconstruction (blue darker, red brighter; full colour is ±{_scale(result.images, reconstructions):.2f}). "
-        "The number is the mutual information in nats. They are spread over the classes and from small to large gain, "
-        "not picked for looks.</p>",
-        '<div class="examples">'
-        + "".join(
-            _example(i, sources, reconstructions, result.images, labels[i], fresh_before, fresh_after) for i in chosen
-        )
-        + "</div>",
-        "<h2>Uncertainty</h2>",
-        '<div class="plots">'
-        + _figure(_histogram(fresh_before, fresh_after), "Histogram of the uncertainty before and after")
-        + _figure(_curves(result.trajectory), "Uncertainty at every step of the ascent")
-        + "</div>",
-        f'<p class="soft">{_status_text(metrics["synthesis"])}</p>',
-        "<h2>Accuracy on test images</h2>",
-        f'<div class="card">{_accuracy_table(metrics["evaluation"])}</div>',
-        f'<p class="soft">{_limits(metrics)}</p>',
-        "<h2>How to read this</h2>",
-        "<p>Uncertainty here is epistemic: how much posterior samples of the classifier (dropout masks) disagree about "
-        "an image. The ascent moves the image's latent code to where they disagree more, without leaving a small ball "
-        "around it. Left histogram and the numbers under the examples are measured with fresh posterior samples, so "
-        "they do not flatter the ascent; the curves on the right are of the samples it climbed on. <em>Real</em> was "
-        "trained on the real images alone, <em>targeted</em> for the same number of optimiser steps with targeted "
-        "images added to every batch after a warm-up.</p>",
-        _details(metrics),
-    ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>tsynd report</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return Path(path)
-
-
-def draw_examples(
-    path: Path,
-    sources: Tensor,
-    reconstructions: Tensor,
-    images: Tensor,
-    before: Tensor,
-    after: Tensor,
-    labels: Sequence[str],
-) -> Path:
-    """Draw one row per image, with the report's four columns, as PNG.
-
-    Args:
-        path: of the PNG.
-        sources: [n, C, H, W] in [0, 1].
-        reconstructions: [n, C, H, W].
-        images: [n, C, H, W], targeted.
-        before: [n], uncertainty of the reconstructions in nats.
-        after: [n], of the targeted images.
-        labels: n texts.
+    Returns:
+        The path of the file.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError: sizes that do not belong together, or the folder cannot be written to.
         MissingExtraError: matplotlib is not installed.
     """
-    count = len(sources)
-    figure = require("matplotlib.figure", "cli").Figure(figsize=(6.4, 1.68 * count + 0.3), facecolor="white")
-    axes = figure.subplots(count, 4, squeeze=False)
-    limit = _scale(images, reconstructions)
-    titles = ("source", "reconstruction", "targeted", "difference")
-    for row in range(count):
-        pictures = [_rgb(x[row]) for x in (sources, reconstructions, images)]
-        pictures.append(_diverging(images[row] - reconstructions[row], limit))
-        notes = (labels[row], f"MI {float(before[row]):.4f}", f"MI {float(after[row]):.4f}", "")
-        for axis, picture, note, title in zip(axes[row], pictures, notes, titles, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_xlabel(note, fontsize=9)
-            if row == 0:
-                axis.set_title(title, fontsize=10)
-    figure.tight_layout(pad=0.6)
+    path, before, after = Path(path), fresh_before.detach().cpu(), fresh_after.detach().cpu()
+    stages = [x.detach().cpu() for x in (sources, reconstructions, result.images)]
+    texts = _label_texts(result.labels, class_names, len(result))
+    check_counts(len(result), sources=stages[0], reconstructions=stages[1], fresh_before=before, fresh_after=after)
+    chosen = spread(result.labels, after - before, 12)
+    limit = difference_scale(stages[2][chosen] - stages[1][chosen])
+    objective = str(metrics.get("settings", {}).get("objective", "mutual_information"))
+    measure, short = _MEASURES.get(objective, (objective, objective))
+    name = html.escape(str(metrics.get("data", {}).get("name", "the data")))
+    examples = (_example(i, [x[i] for x in stages], limit, texts[i], before[i], after[i], short) for i in chosen)
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tsynd: {name}</title><style>{_STYLE}</style></head><body>
+<h1>Targeted images for {name}</h1>
+<p class="soft">{_facts(metrics)}</p>
+<p class="lead">{_summary(metrics)}</p>
+<h2>Examples</h2>
+<p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks. Below
+reconstruction and targeted: their {measure} in nats, under fresh posterior samples.</p>
+<p class="soft scale">Difference, targeted − reconstruction: <span>−{limit:.2f}<i></i>+{limit:.2f}</span>
+of the intensity range{", mean over channels" if stages[0].shape[1] == 3 else ""}</p>
+<div class="pair">{"".join(examples)}</div>
+<h2>Uncertainty</h2>
+<div class="pair">{histogram(before, after, short)}{curves(result.trajectory.detach().cpu(), short)}</div>
+<h2>Accuracy on test images</h2>
+<p class="soft">In percent; change in percentage points. <em>Real</em>: trained on the real images alone.
+<em>Targeted</em>: trained on real and targeted images.</p>
+<div class="card">{_score_table(metrics["evaluation"])}</div>
+<h2>How the ascents ended</h2>
+{_status_list(metrics["synthesis"])}
+<h2>How to read this</h2>
+<p>The classifier is run many times with different random parts switched off (posterior samples by dropout).
+{_meaning(short)}
+The ascent moves an image's latent code to where this number is higher, within a small ball around its start, and
+decodes it: the targeted image. It should differ from the reconstruction in what the classifier is unsure of; what the
+autoencoder loses shows between source and reconstruction. The histogram and the numbers under the examples use
+fresh samples, so they do not flatter the ascent; the curves show the samples that it climbed on.</p>
+<h2>Limits</h2>
+<p>{_limits(metrics)}</p>
+{_details(metrics)}
+</body></html>
+"""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    return Path(path)
-
-
-def _spread(labels: Tensor | None, gain: Tensor, count: int) -> list[int]:
-    """Indices over all classes and, within a class, from small to large gain."""
-    if labels is None or labels.dim() != 1:
-        groups = [torch.arange(len(gain))]
-    else:
-        groups = [(labels == c).nonzero()[:, 0] for c in torch.unique(labels)]
-    chosen: list[int] = []
-    for number, members in enumerate(groups):
-        share = count // len(groups) + (number < count % len(groups))
-        order = members[gain[members].argsort()]
-        places = np.unique(np.linspace(0.1, 0.9, share) * (len(order) - 1)).round().astype(int) if share else []
-        chosen += [int(order[place]) for place in np.unique(places)]
-    return chosen[: max(count, 1)]
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+    return path
 
 
 def _label_texts(labels: Tensor | None, names: Sequence[str], count: int) -> list[str]:
     if labels is None:
-        return [""] * count
+        return ["no label"] * count
+    wanted = int(labels.max()) + 1 if labels.dim() == 1 else labels.shape[1]
+    if len(names) < wanted:
+        raise InputError(f"class_names: got {len(names)}, wanted {wanted} or more")
     if labels.dim() == 1:
-        return [names[int(label)] for label in labels]
-    return [", ".join(name for name, on in zip(names, row, strict=True) if on > 0.5) or "none" for row in labels]
+        return [str(names[int(label)]) for label in labels]
+    return [", ".join(str(names[int(i)]) for i in row.nonzero()[:, 0]) or "no finding" for row in labels > 0.5]
 
 
-def _points(x: float) -> str:
-    return f"{100 * abs(x):.1f} points"
+def _signed(share: float) -> str:
+    """Percentage points with their sign; ±0.0 for what rounds to nothing."""
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return "±0.0" if text[1:] == "0.0" else text
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _facts(metrics: dict[str, Any]) -> str:
+    data = metrics.get("data", {})
+    facts = [f"{data[key]} {key} images" for key in ("train", "test") if key in data]
+    facts += ["×".join(map(str, data["image_shape"]))] if "image_shape" in data else []
+    facts += [str(data["task"])] if "task" in data else []
+    facts += [f"{len(data['class_names'])} classes"] if "class_names" in data else []
+    facts += [f"tsynd {metrics['version']}"] if "version" in metrics else []
+    return " · ".join(html.escape(fact) for fact in facts)
 
 
 def _summary(metrics: dict[str, Any]) -> str:
+    """One sentence on what happened; a loss is named as plainly as a gain."""
     made, scores = metrics["synthesis"], metrics["evaluation"]
-    times = made["uncertainty_after"] / max(made["uncertainty_before"], 1e-12)
-    text = (
-        f"{made['images']} real images were moved towards where the classifier is unsure: mean uncertainty rose from "
-        f"{made['uncertainty_before']:.4f} to {made['uncertainty_after']:.4f} nats ({times:.1f}×), for "
-        f"{100 * made['raised_fraction']:.1f} % of them. "
-    )
+    before, after = made["uncertainty_before"], made["uncertainty_after"]
     changes = []
     for condition, real in scores["real"].items():
         change = scores["targeted"][condition]["balanced_accuracy"] - real["balanced_accuracy"]
-        where = f"on {html.escape(condition)} test images"
-        if abs(change) < 5e-4:
-            changes.append(f"changed nothing {where}")
+        text, where = _signed(change), f"on {html.escape(condition)}"
+        verb = {"+": "gained", "−": "lost"}.get(text[0])
+        if not math.isfinite(change):
+            changes.append(f"could not be measured {where}")
         else:
-            changes.append(f"{'gained' if change > 0 else 'lost'} {_points(change)} {where}")
-    return text + "Training with such images " + ", ".join(changes) + " (balanced accuracy)."
+            changes.append(f"{verb} {text[1:]} points {where}" if verb else f"changed nothing {where}")
+    return (
+        f"{made['images']} images were moved towards where the classifier is unsure, which "
+        f"{'raised' if after > before else 'did not raise'} their mean uncertainty (from {nats(before)} to "
+        f"{nats(after)} nats; higher for {100 * made['raised_fraction']:.1f} % of them), and training with such "
+        f"images {_join(changes)} (balanced accuracy on test images)."
+    )
 
 
 def _limits(metrics: dict[str, Any]) -> str:
+    text = "This is one run with a single seed; how much another would change is not measured. "
     tests = metrics.get("data", {}).get("test")
-    text = "One run with one seed. "
-    if tests:
-        accuracy = metrics["evaluation"]["real"].get("clean", {}).get("accuracy", 0.5)
-        half = 1.96 * math.sqrt(max(accuracy * (1 - accuracy), 1e-4) / tests)
+    accuracies = [row["accuracy"] for row in metrics["evaluation"]["real"].values() if math.isfinite(row["accuracy"])]
+    if tests and accuracies:
+        share, z2 = accuracies[0], 1.96**2
+        half = math.sqrt(z2 * share * (1 - share) / tests + (z2 / tests) ** 2 / 4) / (1 + z2 / tests)  # Wilson
         text += (
-            f"With {tests} test images the 95 % half-width of an accuracy is {100 * half:.1f} points, so smaller "
-            "differences are within noise; how much another seed would change is not measured here."
+            f"With {tests} test images, an accuracy of {100 * share:.1f} % has a binomial 95 % half-width of "
+            f"{100 * half:.1f} percentage points: differences of about that size or less are within noise, and "
+            "balanced accuracy is noisier still where a class is rare. "
         )
-    return text
+    return text + "Targeted images are made to train on, not to diagnose from."
 
 
-def _status_text(made: dict[str, Any]) -> str:
-    words = {
-        "raised": "raised",
-        "unchanged": "left at the reconstruction because no step raised the uncertainty",
-        "non_finite": "frozen at a value that was not finite",
-        "label_limit": "stopped where the source label would have become too improbable",
-    }
-    parts = [f"{n} {words.get(name, name)}" for name, n in made.get("status", {}).items() if n]
-    return f"Of {made['images']} images: {'; '.join(parts)}. {made['images_per_second']:.0f} images per second."
+def _meaning(short: str) -> str:
+    if short == "MI":
+        return (
+            "Mutual information (MI, in nats) says how much these runs disagree about an image: high where the "
+            "classifier lacks examples, low where the image itself is ambiguous but all runs agree that it is."
+        )
+    return f"Their uncertainty ({html.escape(short)}, in nats) is high where their mean prediction is undecided."
 
 
-def _accuracy_table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    kinds = (("balanced_accuracy", "balanced accuracy"), ("accuracy", "accuracy"), ("auroc", "AUROC"))
-    head = "".join(f'<th colspan="3" scope="colgroup">{title}</th>' for _, title in kinds)
-    sub = "<th>real</th><th>targeted</th><th>change</th>" * 3
+def _status_list(made: dict[str, Any]) -> str:
+    counts = {name: n for name, n in made.get("status", {}).items() if n}
+    items = "".join(f"<li>{n} {html.escape(_STATUS.get(name, name))}</li>" for name, n in counts.items())
+    speed = made.get("images_per_second")
+    rate = "" if speed is None else f" Synthesis made {speed:.3g} images per second."
+    head = f"<p>Of {made['images']} images, judged by the samples climbed on:</p>"
+    return f'{head}<ul>{items}</ul><p class="soft">{rate.strip()}</p>'
+
+
+def _score_table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
+    head = "".join(f'<th class="first" colspan="3" scope="colgroup">{title}</th>' for title in _SCORES.values())
+    columns = '<th class="first" scope="col">real</th><th scope="col">targeted</th><th scope="col">change</th>' * 3
     rows = []
     for condition, real in scores["real"].items():
-        cells = []
-        for key, _ in kinds:
-            a, b = real[key], scores["targeted"][condition][key]
-            mark = "up" if b > a else "down" if b < a else ""
-            cells.append(f'<td>{100 * a:.1f}</td><td>{100 * b:.1f}</td><td class="{mark}">{100 * (b - a):+.1f}</td>')
-        rows.append(f"<tr><td>{html.escape(condition)}</td>{''.join(cells)}</tr>")
-    top = f'<tr><th rowspan="2">%</th>{head}</tr><tr>{sub}</tr>'
-    return f"<table><thead>{top}</thead><tbody>{''.join(rows)}</tbody></table>"
+        cells = f'<th scope="row">{html.escape(condition)}</th>'
+        for key in _SCORES:
+            a, b = (
+                f"{100 * x:.1f}" if math.isfinite(x) else "–" for x in (real[key], scores["targeted"][condition][key])
+            )
+            change = scores["targeted"][condition][key] - real[key]
+            text = _signed(change) if math.isfinite(change) else "–"
+            mark = {"+": "up", "−": "down"}.get(text[0], "same")
+            cells += f'<td class="first">{a}</td><td>{b}</td><td class="{mark}">{text}</td>'
+        rows.append(f"<tr>{cells}</tr>")
+    return (
+        f'<table class="scores"><thead><tr><th scope="col" rowspan="2">Test images</th>{head}</tr><tr>{columns}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 def _details(metrics: dict[str, Any]) -> str:
-    rows = []
-    for part in ("data", "settings", "seconds", "machine"):
-        for key, value in metrics.get(part, {}).items():
-            rows.append(f"<tr><td>{part}</td><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>")
-    rows.append(f"<tr><td>tsynd</td><td>version</td><td>{html.escape(str(metrics.get('version', '')))}</td></tr>")
-    return f"<details><summary>Settings, times and machine</summary><table>{''.join(rows)}</table></details>"
-
-
-def _scale(images: Tensor, reconstructions: Tensor) -> float:
-    """Symmetric limit of the difference's colours: the 99.5 % quantile, so that one pixel does not grey out all."""
-    difference = (images - reconstructions).abs().flatten()
-    step = max(1, len(difference) // 100_000)
-    return max(float(difference[::step].quantile(0.995)), 1e-3)
-
-
-def _rgb(image: Tensor) -> np.ndarray[Any, Any]:
-    x = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
-    return (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
-def _diverging(difference: Tensor, limit: float) -> np.ndarray[Any, Any]:
-    """White at 0, red above, blue below, on the mean over channels."""
-    x = (difference.mean(0) / limit).clamp(-1, 1)
-    strong = torch.tensor([[178.0, 24.0, 43.0], [33.0, 102.0, 172.0]])
-    colour = torch.where((x > 0)[..., None], strong[0], strong[1])
-    return (255 + (colour - 255) * x.abs()[..., None]).round().byte().numpy()
-
-
-def _embed(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _png(pixels: np.ndarray[Any, Any]) -> str:
-    buffer = io.BytesIO()
-    require("PIL.Image", "data").fromarray(pixels).save(buffer, format="png")
-    return _embed(buffer.getvalue())
+    cells = [
+        (part, key, f"{value} s" if part == "seconds" else value)
+        for part in ("data", "settings", "seconds", "machine")
+        for key, value in metrics.get(part, {}).items()
+    ]
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in cells)
+    table = f'<div class="card"><table>{rows}</table></div>'
+    return f"<details><summary>Settings, times and machine</summary>{table}</details>"
 
 
 def _example(
-    index: int,
-    sources: Tensor,
-    reconstructions: Tensor,
-    images: Tensor,
-    label: str,
-    before: Tensor,
-    after: Tensor,
+    index: int, stages: list[Tensor], limit: float, label: str, before: Tensor, after: Tensor, short: str
 ) -> str:
-    limit = _scale(images, reconstructions)
-    cells = (
-        ("source", "", _rgb(sources[index])),
-        ("reconstruction", f"{float(before[index]):.4f}", _rgb(reconstructions[index])),
-        ("targeted", f"{float(after[index]):.4f}", _rgb(images[index])),
-        ("difference", "", _diverging(images[index] - reconstructions[index], limit)),
-    )
-    strip = "".join(
-        f'<div><img src="{_png(pixels)}" alt="{name} of image {index}"><div class="cap">{name}<br>{note or "&nbsp;"}'
-        "</div></div>"
-        for name, note, pixels in cells
-    )
-    title = html.escape(label) or "no label"
-    return f'<div class="example"><div class="label">{title}</div><div class="strip">{strip}</div></div>'
-
-
-def _figure(png: bytes, text: str) -> str:
-    return f'<figure><img src="{_embed(png)}" alt="{text}"></figure>'
-
-
-def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
-    figure = require("matplotlib.figure", "cli").Figure(figsize=(4.8, 3.3), facecolor="white")
-    axis = figure.subplots()
-    axis.set_title(title, fontsize=11, loc="left", fontweight="bold")
-    axis.set_xlabel(x, fontsize=9)
-    axis.set_ylabel(y, fontsize=9)
-    axis.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    return figure, axis
-
-
-def _save(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(buffer, dpi=140, format="png")
-    return buffer.getvalue()
-
-
-def _histogram(before: Tensor, after: Tensor) -> bytes:
-    figure, axis = _axes("Before and after, fresh samples", "uncertainty [nats]", "images")
-    both = torch.cat([before, after]).numpy()
-    low, high = np.quantile(both, 0.01), both.max()
-    if low > 0 and high / low > 30:
-        bins = np.geomspace(max(low, high * 1e-7), high * 1.0001, 31)
-        axis.set_xscale("log")
-    else:
-        bins = np.linspace(both.min(), high + 1e-12, 31)
-    for values, colour, name in ((before, _BEFORE, "reconstruction"), (after, _AFTER, "targeted")):
-        axis.hist(values.numpy().clip(bins[0], bins[-1]), bins=bins, color=colour, alpha=0.65, label=name)
-    axis.legend(fontsize=8, frameon=False)
-    return _save(figure)
-
-
-def _curves(trajectory: Tensor) -> bytes:
-    figure, axis = _axes("Ascent, samples climbed on", "step", "uncertainty [nats]")
-    values = trajectory.numpy()
-    steps = np.arange(values.shape[1])
-    for row in values[:: max(1, len(values) // 12)][:12]:
-        axis.plot(steps, row, color=_BEFORE, lw=0.6, alpha=0.5)
-    low, median, high = np.nanquantile(values, [0.1, 0.5, 0.9], axis=0)
-    axis.fill_between(steps, low, high, color=_AFTER, alpha=0.2, lw=0, label="10–90 %")
-    axis.plot(steps, median, color=_AFTER, lw=2, label="median")
-    axis.set_xticks(steps)
-    axis.legend(fontsize=8, frameon=False)
-    return _save(figure)
+    notes = ("", f"{short} {nats(before)}", f"{short} {nats(after)}", "")
+    label, cells = html.escape(label), ""
+    for name, note, pixels in zip(COLUMNS, notes, strip(stages, limit), strict=True):
+        buffer = io.BytesIO()
+        require("PIL.Image", "cli").fromarray(np.ascontiguousarray(pixels)).save(buffer, format="png")
+        kind = ' class="small"' if max(pixels.shape) < 128 else ""
+        alt = f"{name} of image {index} ({label})" + (f", {note} nats" if note else "")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        cells += f'<div><img{kind} src="data:image/png;base64,{data}" alt="{alt}">'
+        cells += f'<div class="cap">{name}<span>{note}</span></div></div>'
+    return f'<div class="example"><b>{label}</b><div class="strip">{cells}</div></div>'
