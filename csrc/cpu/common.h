@@ -74,7 +74,7 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(wrap(a)),
                                     torch::stable::detail::from(wrap(b)),
                                     torch::stable::detail::from(wrap(out))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }
 
