@@ -256,6 +256,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"latent_std": -1.0}, "latent_std: got -1.0"),
     ({"sample_ids": [1, 2]}, "sample_ids"),
     ({"sample_ids": [-1] * 23}, "sample_ids: got -1"),
+    ({"precision": "float16"}, "precision: got 'float16' on a CPU"),
     ({"precision": "int8"}, "precision: got 'int8'"),
     ({"device": "gpu"}, "device: got 'gpu'"),
 ]

@@ -169,7 +169,7 @@ def synthesize(
         seed: of the posterior samples.
         sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
         device: where to work (the models are moved there); None is where the classifier is.
-        precision: ``float32``, ``bfloat16`` or ``float16`` (autocast).
+        precision: ``float32``, ``bfloat16`` or, on a GPU, ``float16`` (autocast).
         progress: show a bar where rich is installed.
 
     Raises:
@@ -186,6 +186,8 @@ def synthesize(
     model = as_autoencoder(autoencoder)
     source = ImageSource(images, labels, sample_ids, task)
     target = _place(posterior, model, device)
+    if precision == "float16" and target.type == "cpu":
+        raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
     modules = [part for part in (model, *posterior.networks) if isinstance(part, nn.Module)]
 
     with contextlib.ExitStack() as stack:
