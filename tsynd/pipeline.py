@@ -34,6 +34,15 @@ __all__ = ["RunSettings", "run"]
 
 # far from the ascent's seed, so that the reported uncertainty is not that of the samples climbed on
 _FRESH = 1_000_003
+_NEEDED = (
+    "monai.networks.nets",
+    "safetensors.torch",
+    "accelerate",
+    "torchmetrics",
+    "kornia",
+    "matplotlib.figure",
+    "PIL",
+)
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,8 @@ def run(
     """
     settings = settings or RunSettings()
     _check(settings)
-    require("monai.networks.nets", "train")
-    require("accelerate", "train")
-    require("matplotlib.figure", "cli")
+    for module in _NEEDED:  # now, not after the training
+        require(module, "cli")
     where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed)
     job = Job(Path(output).expanduser(), _fingerprint(source, settings))

@@ -188,11 +188,11 @@ def synthesize(
     target = _place(posterior, model, device)
     if precision == "float16" and target.type == "cpu":
         raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
-    modules = [part for part in (model, *posterior.networks) if isinstance(part, nn.Module)]
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(posterior.frozen())
-        stack.enter_context(frozen(*modules))
+        if isinstance(model, nn.Module):
+            stack.enter_context(frozen(model))
         autocast = _PRECISIONS[precision]
         if autocast is not None:
             stack.enter_context(torch.autocast(target.type, autocast))
@@ -287,7 +287,7 @@ def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> in
 
 
 def _default_batch(image: Tensor, device: torch.device) -> int:
-    """Images at once: about 16 MiB of pixels on a GPU, 1 MiB on a CPU, where larger batches leave the caches."""
+    """Images at once: about 16 MiB of float pixels on a GPU, 1 MiB on a CPU."""
     budget = 2**22 if device.type == "cuda" else 2**18
     return int(max(1, min(1024, budget // image[0].numel())))
 
@@ -313,7 +313,7 @@ def _halving(work: Callable[[Batch], None], batch: Batch, done: Callable[[int], 
         work(batch)
         done(len(batch.images))
         return
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not short or len(batch.images) == 1:
             raise

@@ -17,8 +17,8 @@ int64_t block_rows(int64_t images, int64_t columns, int64_t units, int64_t threa
   return (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
 }
 
-// logits^T [T * C, rows] = W F^T, one sweep for value and logit gradient with an image per lane, dF = dlogits
-// W.
+// logits^T [T * C, rows] = W F^T, then one sweep for value and logit gradient with an image per lane, then
+// dF = dlogits W.
 std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Tensor& weight_in,
                                             const std::optional<Tensor>& bias_in,
                                             const std::string& objective, const std::string& task) {
@@ -62,9 +62,9 @@ std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Ten
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * rows, count = std::min(rows, images - first);
         const int64_t stride = (count + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
-        const Matrix part{f + first * units, count, units, units};
         if (stride != count) std::fill(logits.get(), logits.get() + columns * stride, 0.f);
-        multiply({logits.get(), columns, count, stride}, weights, {part.data, count, units, units, true});
+        multiply({logits.get(), columns, count, stride}, weights,
+                 {f + first * units, count, units, units, true});
         for (int64_t image = 0; image < count; image += k.lanes)
           k.uncertainty({logits.get() + image, stride, b, samples, classes, goal, kind,
                          tile_values.get() + image, scratch.get()});
