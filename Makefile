@@ -7,11 +7,13 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(wildcard tsynd/*.py)
 
-.PHONY: help build test demo wheel bench lint format clean
+.PHONY: help build test test-kernels gpu-check registers demo wheel bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests"
 	@echo "make bench   measure head_uncertainty against its floor and its peers"
+	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
+	@echo "make registers  what ptxas says of every CUDA kernel"
 	@echo "make wheel   build a wheel and try it in a fresh environment"
 	@echo "make lint    ruff, mypy, clang-format"
 
@@ -28,8 +30,23 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 
 build: $(VENV)/.built
 
-test: build
+test: build test-kernels
 	$(BIN)/python -m pytest
+
+# the CUDA kernels' own code on the host
+test-kernels: $(VENV)/.torch
+	$(BIN)/cmake -S tests/cpp -B build/kernel-tests -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" > /dev/null
+	$(BIN)/cmake --build build/kernel-tests
+	$(BIN)/ctest --test-dir build/kernel-tests -j 2 --output-on-failure
+
+# with the torch, cmake and ninja that $(PYTHON) has: no network, nothing installed but tsynd itself
+gpu-check:
+	@test -n "$(OUT)" || { echo "gpu-check: say where to: make gpu-check OUT=DIR" >&2; exit 2; }
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -C cmake.define.TSYND_CUDA=ON -e .
+	$(PYTHON) -m benchmarks.gpu_check "$(OUT)"
+
+registers: $(VENV)/.torch
+	$(BIN)/python -m benchmarks.registers
 
 demo: build
 	$(BIN)/tsynd run --data phantom --train-size 200 --output $(DEMO)
@@ -52,13 +69,13 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name "*.[ch]*")
 
 format: build
 	$(BIN)/pip install -q ruff "clang-format>=18"
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -type f)
+	$(BIN)/clang-format -i $$(find csrc tests/cpp -name "*.[ch]*")
 
 clean:
 	rm -rf build dist $(VENV) $(VENV)-wheel

@@ -46,9 +46,18 @@ def describe_machine(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def _synchronise(device: str) -> None:
+def _milliseconds(run: Callable[[], object], device: str) -> float:
     if device.startswith("cuda"):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
 def _quantile(values: list[float], q: float) -> float:
@@ -115,11 +124,7 @@ def measure(
     rounds = 0
     while rounds < least_rounds or (time.perf_counter() < end and rounds < most_rounds):
         for name, run in methods.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            run()
-            _synchronise(device)
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(_milliseconds(run, device))
         rounds += 1
     gc.enable()
     base = statistics.median(times[floor])

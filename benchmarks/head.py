@@ -75,6 +75,13 @@ def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) 
         ),
         "T dropout passes, loop": lambda: peers.independent_loop(features, weight, DROP, samples),
     }
+    if device.startswith("cuda"):
+        compiled = torch.compile(peers.shared_analytic, mode="max-autotune-no-cudagraphs", dynamic=False)
+        batched = torch.compile(peers.batched_analytic, mode="max-autotune-no-cudagraphs", dynamic=False)
+        target = torch.empty_like(features)
+        methods["shared masks, compiled (max-autotune)"] = lambda: compiled(features, heads)
+        methods["T heads, batched, compiled (max-autotune)"] = lambda: batched(features, heads)
+        methods["device copy of the features"] = lambda: target.copy_(features)
     if images * samples * units * 4 <= 4 << 30:
         methods["T dropout passes, batched"] = lambda: peers.independent_batched(features, weight, DROP, samples)
     return methods

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "uncertainty.h"
 
@@ -40,19 +41,25 @@ inline void check_rank(const Tensor& tensor, const char* name, int64_t rank, con
   STD_TORCH_CHECK(tensor.dim() == rank, name, ": got shape ", shape_of(tensor), ", wanted ", layout);
 }
 
-inline void check_same_kind(const Tensor& tensor, const char* name, const Tensor& other,
-                            const char* other_name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, ": its dtype differs from that of ",
-                  other_name, "; wanted the same");
+inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& other,
+                              const char* other_name) {
   STD_TORCH_CHECK(
       tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
       ": its device differs from that of ", other_name, "; wanted the same");
 }
 
-inline void check_cpu_dtype(const Tensor& tensor, const char* name) {
+inline void check_same_kind(const Tensor& tensor, const char* name, const Tensor& other,
+                            const char* other_name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, ": its dtype differs from that of ",
+                  other_name, "; wanted the same");
+  check_same_device(tensor, name, other, other_name);
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
-                  ": wanted dtype float32 or bfloat16 on CPU");
+  const bool narrow = type == ScalarType::BFloat16 || (tensor.is_cuda() && type == ScalarType::Half);
+  STD_TORCH_CHECK(type == ScalarType::Float || narrow, name, ": wanted dtype ",
+                  tensor.is_cuda() ? "float32, float16 or bfloat16 on CUDA" : "float32 or bfloat16 on CPU");
 }
 
 inline void check_sample_ids(const Tensor& ids, int64_t images) {
@@ -81,6 +88,90 @@ inline void check_sizes(int64_t classes, int64_t units) {
 
 inline void check_layer(int64_t layer) {
   STD_TORCH_CHECK(layer >= 0 && layer <= 0xFFFFFFFFll, "layer: got ", layer, ", wanted 0 .. 2^32 - 1");
+}
+
+// The arguments of each operator.
+
+inline void check_logits(const Tensor& logits) {
+  check_rank(logits, "logits", 3, "[samples, images, classes]");
+  check_dtype(logits, "logits");
+  check_samples(logits.size(0));
+  check_sizes(logits.size(2), 1);
+}
+
+inline void check_head(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_rank(features, "features", 2, "[images, units]");
+  check_rank(weight, "weight", 3, "[samples, classes, units]");
+  check_dtype(features, "features");
+  check_same_kind(weight, "weight", features, "features");
+  const int64_t units = features.size(1), samples = weight.size(0), classes = weight.size(1);
+  STD_TORCH_CHECK(weight.size(2) == units, "weight: got shape ", shape_of(weight),
+                  ", wanted its last size to be ", units, " as in features ", shape_of(features));
+  check_samples(samples);
+  check_sizes(classes, units);
+  if (!bias) return;
+  check_same_kind(*bias, "bias", features, "features");
+  STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == samples && bias->size(1) == classes,
+                  "bias: got shape ", shape_of(*bias), ", wanted [", samples, ", ", classes, "]");
+}
+
+inline void check_dropout_head(const Tensor& features, const Tensor& weight,
+                               const std::optional<Tensor>& bias, int64_t samples, int64_t layer,
+                               const Tensor& sample_ids) {
+  check_rank(features, "features", 2, "[images, units]");
+  check_rank(weight, "weight", 2, "[classes, units]");
+  check_dtype(features, "features");
+  check_same_kind(weight, "weight", features, "features");
+  const int64_t units = features.size(1), classes = weight.size(0);
+  STD_TORCH_CHECK(weight.size(1) == units, "weight: got shape ", shape_of(weight),
+                  ", wanted its last size to be ", units, " as in features ", shape_of(features));
+  check_samples(samples);
+  check_sizes(classes, units);
+  check_layer(layer);
+  check_sample_ids(sample_ids, features.size(0));
+  check_same_device(sample_ids, "sample_ids", features, "features");
+  if (!bias) return;
+  check_same_kind(*bias, "bias", features, "features");
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == classes, "bias: got shape ", shape_of(*bias),
+                  ", wanted [", classes, "]");
+}
+
+inline void check_mask(int64_t units, int64_t samples, int64_t layer, const Tensor& sample_ids) {
+  check_samples(samples);
+  check_layer(layer);
+  check_sample_ids(sample_ids, -1);
+  STD_TORCH_CHECK(units >= 0, "units: got ", units, ", wanted at least 0");
+}
+
+// `input` [images or samples * images, units, inner]; returns the number of images.
+inline int64_t check_expand(const Tensor& input, const char* name, int64_t samples, int64_t layer,
+                            const Tensor& sample_ids, bool passes) {
+  check_rank(input, name, 3, "[images, units, values per unit]");
+  check_dtype(input, name);
+  check_samples(samples);
+  check_layer(layer);
+  STD_TORCH_CHECK(!passes || input.size(0) % samples == 0, name, ": got shape ", shape_of(input),
+                  ", wanted its first size to be a multiple of samples ", samples);
+  const int64_t images = passes ? input.size(0) / samples : input.size(0);
+  check_sample_ids(sample_ids, sample_ids.dim() == 1 && sample_ids.size(0) == 1 ? 1 : images);
+  check_same_device(sample_ids, "sample_ids", input, name);
+  return images;
+}
+
+// Whether rule l2 (else linf) is asked for.
+inline bool check_ascend(const Tensor& latents, const Tensor& gradient, const Tensor& origin, double step,
+                         double radius, const std::string& rule) {
+  STD_TORCH_CHECK(rule == "l2" || rule == "linf", "rule: got '", rule, "', wanted 'l2' or 'linf'");
+  STD_TORCH_CHECK(std::isfinite(step), "step: got ", step, ", wanted a finite number");
+  STD_TORCH_CHECK(radius >= 0., "radius: got ", radius, ", wanted at least 0");
+  STD_TORCH_CHECK(latents.dim() >= 1, "latents: got a scalar, wanted [images, ...]");
+  check_dtype(latents, "latents");
+  for (const auto& [tensor, name] : {std::pair(&gradient, "gradient"), std::pair(&origin, "origin")}) {
+    check_same_kind(*tensor, name, latents, "latents");
+    STD_TORCH_CHECK(shape_of(*tensor) == shape_of(latents), name, ": got shape ", shape_of(*tensor),
+                    ", wanted ", shape_of(latents), " as latents");
+  }
+  return rule == "l2";
 }
 
 }  // namespace tsynd

@@ -15,6 +15,15 @@ STABLE_TORCH_LIBRARY(tsynd, m) {
   m.def(
       "dropout_mask(int units, float p, int samples, int seed, int layer, Tensor sample_ids)"
       " -> Tensor mask");
+  // input [images, units, inner], or [samples * images, ...] where `passes`; out [samples * images, units,
+  // inner]
+  m.def(
+      "dropout_expand(Tensor input, float p, int samples, int seed, int layer, Tensor sample_ids, bool "
+      "passes)"
+      " -> Tensor out");
+  m.def(
+      "dropout_gather(Tensor gradient, float p, int samples, int seed, int layer, Tensor sample_ids,"
+      " bool passes) -> Tensor out");
   m.def(
       "ascend_(Tensor(a!) latents, Tensor gradient, Tensor origin, float step, float radius, str rule)"
       " -> ()");

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -28,11 +29,60 @@ std::map<std::string, std::string> build_info() {
           {"cpu_kernels", tsynd::kernels().isa}};
 }
 
+using Plan = std::map<std::string, py::object>;
+
+Plan plan_logits(int64_t samples, int64_t classes, const std::string& task, int64_t shared_bytes,
+                 int multiprocessors) {
+  const tsynd::RowPlan plan =
+      tsynd::plan_rows(samples, classes, task == "multilabel", {shared_bytes, multiprocessors});
+  Plan out{{"kernel", py::str(plan.kind == tsynd::RowPlan::kRegisters ? "registers"
+                              : plan.kind == tsynd::RowPlan::kStaged  ? "staged"
+                                                                      : "streamed")},
+           {"shared_bytes", py::int_(plan.shared_bytes)}};
+  if (plan.kind == tsynd::RowPlan::kRegisters) out["lanes_per_image"] = py::int_(plan.lanes);
+  return out;
+}
+
+Plan plan_head(int64_t images, int64_t units, int64_t classes, int64_t samples, const std::string& task,
+               bool narrow, int64_t shared_bytes, int multiprocessors) {
+  const tsynd::HeadPlan plan = tsynd::plan_head(images, units, classes, samples, task == "multilabel", narrow,
+                                                true, {shared_bytes, multiprocessors});
+  if (!plan.fused) {
+    Plan out = plan_logits(samples, classes, task, shared_bytes, multiprocessors);
+    out["kernel"] = py::str("product, " + std::string(py::str(out["kernel"])) + " rows, product");
+    return out;
+  }
+  return {{"kernel", py::str("fused")},
+          {"images_per_block", py::int_(16 * plan.warps)},
+          {"columns", py::int_(plan.columns)},
+          {"stages", py::int_(plan.stages)},
+          {"shared_bytes", py::int_(plan.shared_bytes)}};
+}
+
+Plan plan_dropout_head(int64_t units, int64_t classes, int64_t samples, bool narrow, int64_t shared_bytes,
+                       int multiprocessors) {
+  const tsynd::DropoutHeadPlan plan =
+      tsynd::plan_dropout_head(units, classes, samples, narrow, {shared_bytes, multiprocessors});
+  if (plan.kind == tsynd::DropoutHeadPlan::kGeneral) return {{"kernel", py::str("expanded passes")}};
+  return {
+      {"kernel", py::str(plan.kind == tsynd::DropoutHeadPlan::kTensor ? "tensor cores" : "multiply-adds")},
+      {"warps_per_block", py::int_(plan.warps)},
+      {"shared_bytes", py::int_(plan.shared_bytes)}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the tsynd operators with torch and tells how they were built.";
   m.def("build_info", &build_info, "Versions this module was built with, and the CPU kernels in use.");
+  m.def("plan_logits", &plan_logits, py::arg("samples"), py::arg("classes"), py::arg("task"),
+        py::arg("shared_bytes"), py::arg("multiprocessors"), "Which CUDA kernel serves logits_uncertainty.");
+  m.def("plan_head", &plan_head, py::arg("images"), py::arg("units"), py::arg("classes"), py::arg("samples"),
+        py::arg("task"), py::arg("narrow"), py::arg("shared_bytes"), py::arg("multiprocessors"),
+        "Which CUDA kernels serve head_uncertainty; narrow: float16 or bfloat16.");
+  m.def("plan_dropout_head", &plan_dropout_head, py::arg("units"), py::arg("classes"), py::arg("samples"),
+        py::arg("narrow"), py::arg("shared_bytes"), py::arg("multiprocessors"),
+        "Which CUDA kernel serves dropout_head_uncertainty.");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"), py::arg("rounds") = tsynd::kMaskRounds,
         "Philox4x32 block of four 32-bit words (the host build of the kernels' own function).");
 }

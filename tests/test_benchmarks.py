@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, registers
 from tsynd import ops, reference
 
 
-@pytest.mark.parametrize("name", ["pass_loop", "batched_passes", "shared_autograd", "shared_analytic"])
+@pytest.mark.parametrize(
+    "name", ["pass_loop", "batched_passes", "batched_analytic", "shared_autograd", "shared_analytic"]
+)
 def test_peers_equal_the_twin(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     features, weight = torch.randn(7, 20, generator=generator), torch.randn(5, 3, 20, generator=generator)
@@ -44,3 +46,36 @@ def test_program(tmp_path: Path) -> None:
     assert {row["method"] for row in rows} >= {"floor: two bare products", "tsynd head_uncertainty"}
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows)
     assert "geometric mean" in done.stdout
+
+
+def test_registers_reads_what_ptxas_says() -> None:
+    text = """ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90a'
+ptxas info    : Function properties for _Z1kPf
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 37 registers, used 1 barriers, 8 bytes cumulative stack size
+"""
+    (kernel,) = registers.parse(text)
+    assert (kernel["architecture"], kernel["registers"], kernel["stores"], kernel["loads"]) == (
+        "sm_90a",
+        "37",
+        "4",
+        "12",
+    )
+
+
+def test_gpu_check_reports_every_step(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "benchmarks.gpu_check", str(tmp_path), "--device", "cpu", "--only", "GPU tests"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    steps = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert [step["name"] for step in steps] == ["GPU tests"]
+    assert done.returncode == int(not steps[0]["passed"])
+    assert "| GPU tests | passed |" in (tmp_path / "gpu-check.md").read_text(), done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "benchmarks.gpu_check", str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert "no CUDA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()

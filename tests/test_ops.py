@@ -309,6 +309,54 @@ def test_mask_bits_equal_the_twin(
     assert torch.equal(actual.cpu(), reference.dropout_mask(*arguments))
 
 
+@kinds
+@pytest.mark.parametrize("passes", [False, True])
+@FAST
+@given(
+    images=st.integers(1, 4),
+    units=st.sampled_from([1, 5, 16, 33, 64, 200]),
+    inner=st.sampled_from([1, 2, 9, 49]),
+    samples=st.sampled_from([1, 2, 7]),
+    p=st.sampled_from([0.0, 0.1, 0.5, 0.93]),
+    shared=st.booleans(),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_dropout_expand_and_its_transpose(
+    images: int,
+    units: int,
+    inner: int,
+    samples: int,
+    p: float,
+    shared: bool,
+    seed: int,
+    passes: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    ids = torch.randint(0, 2**32, (1 if shared else images,), generator=torch.Generator().manual_seed(units))
+    rows = images * (samples if passes else 1)
+    x, g = random(rows, units, inner).to(dtype), random(samples * images, units, inner, seed=1).to(dtype)
+    address = (p, samples, seed, 5)
+    out = ops.dropout_expand(x.to(device), *address, ids.to(device), passes)
+    exact = reference.dropout_expand(x.double(), *address, ids, passes)
+    assert_close(out.cpu(), exact, reference.dropout_expand(x, *address, ids, passes))
+    assert torch.equal(out.cpu() == 0, exact.to(dtype) == 0)
+    back = ops.dropout_gather(g.to(device), *address, ids.to(device), passes)
+    exact = reference.dropout_gather(g.double(), *address, ids, passes)
+    assert_close(back.cpu(), exact, reference.dropout_gather(g, *address, ids, passes))
+
+
+def test_dropout_expand_is_differentiable() -> None:
+    x, ids = random(3, 20, 4).requires_grad_(True), torch.tensor([5, 0, 9])
+    wanted = torch.autograd.grad(reference.dropout_expand(x, 0.4, 6, 1, 2, ids).square().sum(), x)[0]
+    small = x.detach().float().requires_grad_(True)
+    got = torch.autograd.grad(ops.dropout_expand(small, 0.4, 6, 1, 2, ids).square().sum(), small)[0]
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    infinite = torch.full((1, 64, 1), math.inf)
+    out = ops.dropout_expand(infinite, 0.5, 1, 1, 2, torch.tensor([0]))
+    assert set(out.unique().tolist()) == {0.0, math.inf}  # dropped is 0, whatever it was
+
+
 def test_mask_depends_on_its_address_alone() -> None:
     ids = torch.tensor([7, 3, 2**32 - 1, 0, 12345])
     whole = ops.dropout_mask(333, 0.3, 11, 42, 2, ids)
@@ -383,6 +431,8 @@ def _samples() -> dict[str, tuple[object, ...]]:
             *("mutual_information", "multiclass"),
         ),
         "dropout_mask": (20, 0.5, 3, 1, 0, ids),
+        "dropout_expand": (random(4, 6, 2).float().requires_grad_(True), 0.5, 3, 1, 0, ids, False),
+        "dropout_gather": (random(12, 6, 2).float().requires_grad_(True), 0.5, 3, 1, 0, ids, False),
         "ascend_": (random(4, 6).float(), random(4, 6).float(), random(4, 6).float(), 0.1, 0.5, "l2"),
     }
 
@@ -446,6 +496,9 @@ _F, _W, _H, _I = torch.ones(4, 6), torch.ones(3, 6), torch.ones(2, 3, 6), torch.
         (lambda: ops.dropout_head_uncertainty(_F, _W, None, 0.5, 2, 0, 0, _I[:3]), ["sample_ids", "[3]"]),
         (lambda: ops.dropout_mask(8, 0.5, 2, 0, 0, _I.float()), ["sample_ids", "int64"]),
         (lambda: ops.dropout_mask(8, -0.1, 2, 0, 0, _I), ["p", "-0.1"]),
+        (lambda: ops.dropout_expand(_F, 0.5, 2, 0, 0, _I), ["input", "[4, 6]", "images, units"]),
+        (lambda: ops.dropout_gather(_F[:3, :, None], 0.5, 2, 0, 0, _I), ["gradient", "[3, 6, 1]", "samples 2"]),
+        (lambda: ops.dropout_expand(_F[..., None], 0.5, 2, 0, 0, _I[:3]), ["sample_ids", "[3]"]),
         (lambda: ops.ascend_(_F.clone(), _F, _W, 0.1, 0.5), ["origin", "[3, 6]", "[4, 6]"]),
         (lambda: ops.ascend_(_F.clone(), _F, _F, 0.1, -0.5), ["radius", "-0.5"]),
         (lambda: ops.ascend_(_F.clone(), _F, _F, math.nan, 0.5), ["step", "nan"]),

@@ -79,21 +79,19 @@ def expand_passes(x: Tensor, source: MaskSource) -> Tensor:
 def _addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, source: MaskSource) -> Tensor:
     if not source.active or p == 0.0:
         return x if expanded else expand_passes(x, source)
-    batch = x.shape[0] // source.samples if expanded else x.shape[0]
-    image = x.shape[1:]
-    spread = x.reshape(source.samples if expanded else 1, batch, *image)
-    channels = kind.startswith("channel")
+    image, channels = x.shape[1:], kind.startswith("channel")
     units = image[0] if channels else math.prod(image)
-    bits = ops.dropout_mask(units, p, source.samples, source.seed, layer, source.sample_ids)
+    address = (p, source.samples, source.seed, layer, source.sample_ids)
+    if not kind.endswith("alpha"):
+        rows = x.reshape(x.shape[0], units, -1)
+        return ops.dropout_expand(rows, *address, expanded).reshape(-1, *image)
+    spread = x.reshape(source.samples if expanded else 1, -1, *image)
+    bits = ops.dropout_mask(units, *address)
     mask = bits.reshape(source.samples, -1, *((image[0], *[1] * (len(image) - 1)) if channels else image))
     keep = keep_count(p) / 256.0
-    if kind.endswith("alpha"):
-        a = (keep + _ALPHA**2 * keep * (1.0 - keep)) ** -0.5
-        out = torch.where(mask, spread, _ALPHA) * a - a * _ALPHA * (1.0 - keep)
-    else:
-        out = torch.where(mask, spread * (1.0 / keep), 0.0)
-    result: Tensor = out.reshape(source.samples * batch, *image)
-    return result
+    a = (keep + _ALPHA**2 * keep * (1.0 - keep)) ** -0.5
+    out: Tensor = torch.where(mask, spread, _ALPHA) * a - a * _ALPHA * (1.0 - keep)
+    return out.reshape(-1, *image)
 
 
 class AddressedDropout(nn.Module):

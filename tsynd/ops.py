@@ -18,6 +18,8 @@ from tsynd import reference
 __all__ = [
     "ascend_",
     "compiled",
+    "dropout_expand",
+    "dropout_gather",
     "dropout_head_uncertainty",
     "dropout_mask",
     "head_uncertainty",
@@ -32,6 +34,10 @@ _SCHEMAS = {
     "dropout_head_uncertainty": "(Tensor features, Tensor weight, Tensor? bias, float p, int samples, int seed,"
     " int layer, Tensor sample_ids, str objective, str task) -> (Tensor value, Tensor gradient)",
     "dropout_mask": "(int units, float p, int samples, int seed, int layer, Tensor sample_ids) -> Tensor mask",
+    "dropout_expand": "(Tensor input, float p, int samples, int seed, int layer, Tensor sample_ids, bool passes)"
+    " -> Tensor out",
+    "dropout_gather": "(Tensor gradient, float p, int samples, int seed, int layer, Tensor sample_ids, bool passes)"
+    " -> Tensor out",
     "ascend_": "(Tensor(a!) latents, Tensor gradient, Tensor origin, float step, float radius, str rule) -> ()",
 }
 
@@ -99,6 +105,18 @@ def _dropout_mask_fake(units: int, p: float, samples: int, seed: int, layer: int
     return sample_ids.new_empty((samples, sample_ids.shape[0], units), dtype=torch.bool)
 
 
+def _dropout_expand_fake(
+    input: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool
+) -> Tensor:
+    return input.new_empty((input.shape[0] * (1 if passes else samples), *input.shape[1:]))
+
+
+def _dropout_gather_fake(
+    gradient: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool
+) -> Tensor:
+    return gradient.new_empty((gradient.shape[0] // (1 if passes else samples), *gradient.shape[1:]))
+
+
 def _ascend_fake(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str) -> None:
     return None
 
@@ -107,6 +125,8 @@ torch.library.register_fake("tsynd::logits_uncertainty", _logits_uncertainty_fak
 torch.library.register_fake("tsynd::head_uncertainty", _head_fake)
 torch.library.register_fake("tsynd::dropout_head_uncertainty", _head_fake)
 torch.library.register_fake("tsynd::dropout_mask", _dropout_mask_fake)
+torch.library.register_fake("tsynd::dropout_expand", _dropout_expand_fake)
+torch.library.register_fake("tsynd::dropout_gather", _dropout_gather_fake)
 torch.library.register_fake("tsynd::ascend_", _ascend_fake)
 
 
@@ -135,6 +155,23 @@ torch.library.register_autograd("tsynd::head_uncertainty", _scale_features_gradi
 torch.library.register_autograd(
     "tsynd::dropout_head_uncertainty", _scale_features_gradient(10), setup_context=_keep_gradient
 )
+
+
+def _keep_address(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.address = inputs[1:]
+
+
+def _gather_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return (torch.ops.tsynd.dropout_gather(gradient, *ctx.address), *[None] * 6)
+
+
+def _expand_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return (torch.ops.tsynd.dropout_expand(gradient, *ctx.address), *[None] * 6)
+
+
+# linear, and each other's transpose: differentiable as often as one likes
+torch.library.register_autograd("tsynd::dropout_expand", _gather_gradient, setup_context=_keep_address)
+torch.library.register_autograd("tsynd::dropout_gather", _expand_gradient, setup_context=_keep_address)
 
 
 def logits_uncertainty(
@@ -240,6 +277,36 @@ def dropout_mask(units: int, p: float, samples: int, seed: int, layer: int, samp
     """
     mask: Tensor = torch.ops.tsynd.dropout_mask(units, p, samples, seed, layer, sample_ids)
     return mask
+
+
+def dropout_expand(
+    input: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
+) -> Tensor:
+    """Activations of T passes behind addressed dropout, without a mask in memory: kept units times 1 / keep rate.
+
+    Args:
+        input: [B, D, R], D units of R values each (R = 1 for elementwise dropout, the map's size for channel
+            dropout); or [T * B, D, R], pass-major, where ``passes``.
+        p: drop probability in [0, 1), quantised to 1/256.
+        samples: T, at least 1.
+        seed: any 64-bit integer.
+        layer: 0 .. 2^32 - 1.
+        sample_ids: [B] int64 in [0, 2^32), or one id for masks shared by all images.
+        passes: whether ``input`` has its own values for every pass already.
+
+    Returns:
+        [T * B, D, R], pass-major; differentiable.
+    """
+    out: Tensor = torch.ops.tsynd.dropout_expand(input, p, samples, seed, layer, sample_ids, passes)
+    return out
+
+
+def dropout_gather(
+    gradient: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
+) -> Tensor:
+    """Transpose of :func:`dropout_expand`: [T * B, D, R] to [B, D, R], summed over passes, or to [T * B, D, R]."""
+    out: Tensor = torch.ops.tsynd.dropout_gather(gradient, p, samples, seed, layer, sample_ids, passes)
+    return out
 
 
 def ascend_(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -98,6 +98,11 @@ class Posterior(ABC):
         with frozen(*self.networks):
             yield self
 
+    @contextmanager
+    def compiled(self) -> Iterator[Posterior]:
+        """Inside, what runs once per image goes through ``torch.compile`` where the posterior can tell it apart."""
+        yield self
+
 
 class Ensemble(Posterior):
     """Independently trained classifiers as posterior samples (Lakshminarayanan et al., 2017).
@@ -113,12 +118,22 @@ class Ensemble(Posterior):
                 "wanted at least two nn.Module"
             )
         self.networks = tuple(networks)
+        self._runners: tuple[Callable[[Tensor], Tensor], ...] = self.networks
         self.samples = len(self.networks)
 
     def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """Logits [T, B, classes], one row of the first axis per network."""
         with _evaluating(*self.networks):
-            return torch.stack([network(images) for network in self.networks])
+            return torch.stack([network(images) for network in self._runners])
+
+    @contextmanager
+    def compiled(self) -> Iterator[Posterior]:
+        """See :meth:`Posterior.compiled`."""
+        self._runners = tuple(torch.compile(network, dynamic=False) for network in self.networks)
+        try:
+            yield self
+        finally:
+            self._runners = self.networks
 
 
 class MCDropout(Posterior):
@@ -152,6 +167,7 @@ class MCDropout(Posterior):
         self._sampled_head: tuple[Tensor, Tensor | None] | None = None
         self._checked = False
         self._split = self._trace()
+        self._trunk: Callable[..., tuple[Tensor, ...]] | None = None
 
     @property
     def plan(self) -> str:
@@ -224,6 +240,16 @@ class MCDropout(Posterior):
             finally:
                 self._frozen, self._sampled_head = False, None
 
+    @contextmanager
+    def compiled(self) -> Iterator[Posterior]:
+        """See :meth:`Posterior.compiled`; the part before the first dropout."""
+        if self._split is not None:
+            self._trunk = torch.compile(self._split.trunk, dynamic=False)
+        try:
+            yield self
+        finally:
+            self._trunk = None
+
     def _trace(self) -> Split | None:
         with _evaluating(self.classifier):
             try:
@@ -259,12 +285,12 @@ class MCDropout(Posterior):
 
     def _features(self, images: Tensor) -> Tensor:
         assert self._split is not None
-        features: Tensor = self._split.trunk(images)[0]
+        features: Tensor = (self._trunk or self._split.trunk)(images)[0]
         return features.flatten(1)
 
     def _run_tail(self, images: Tensor) -> Tensor:
         assert self._split is not None
-        logits: Tensor = self._split.tail(*self._split.trunk(images))
+        logits: Tensor = self._split.tail(*(self._trunk or self._split.trunk)(images))
         return logits.reshape(self.samples, images.shape[0], -1)
 
     def _sampled_weights(self, head: LinearHead) -> tuple[Tensor, Tensor | None]:

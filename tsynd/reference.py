@@ -15,6 +15,8 @@ __all__ = [
     "RULES",
     "TASKS",
     "ascend_",
+    "dropout_expand",
+    "dropout_gather",
     "dropout_head_uncertainty",
     "dropout_mask",
     "head_uncertainty",
@@ -224,6 +226,32 @@ def dropout_mask(units: int, p: float, samples: int, seed: int, layer: int, samp
     shifts = torch.arange(0, 32, 8, device=device)
     draws = (words.unsqueeze(-1) >> shifts) & 0xFF  # [T, N, blocks, 4, 4]
     return draws.reshape(samples, -1, blocks * 16)[:, :, :units] < keep_count(p)
+
+
+def _expansion_scale(like: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor) -> Tensor:
+    """Mask over keep rate [T, B or 1, D, 1]."""
+    mask = dropout_mask(like.shape[1], p, samples, seed, layer, sample_ids)
+    return mask.unsqueeze(-1).to(like.dtype) * (256.0 / keep_count(p))
+
+
+def dropout_expand(
+    input: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
+) -> Tensor:
+    """Twin: [B, D, R] (or [T * B, D, R] where ``passes``) to T masked and scaled copies [T * B, D, R]."""
+    scale = _expansion_scale(input, p, samples, seed, layer, sample_ids)
+    spread = input.reshape(samples, -1, *input.shape[1:]) if passes else input.unsqueeze(0)
+    # not a product: what is dropped is 0 even where the activation is not finite
+    return torch.where(scale > 0, spread * scale, 0.0).flatten(0, 1)
+
+
+def dropout_gather(
+    gradient: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
+) -> Tensor:
+    """Twin: transpose of :func:`dropout_expand`."""
+    scale = _expansion_scale(gradient, p, samples, seed, layer, sample_ids)
+    spread = gradient.reshape(samples, -1, *gradient.shape[1:])
+    masked = torch.where(scale > 0, spread * scale, 0.0)
+    return masked.flatten(0, 1) if passes else masked.sum(0)
 
 
 def ascend_(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2") -> None:

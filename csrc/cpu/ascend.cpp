@@ -5,16 +5,7 @@ namespace {
 
 void ascend_(Tensor latents, const Tensor& gradient_in, const Tensor& origin_in, double step, double radius,
              const std::string& rule) {
-  STD_TORCH_CHECK(rule == "l2" || rule == "linf", "rule: got '", rule, "', wanted 'l2' or 'linf'");
-  STD_TORCH_CHECK(std::isfinite(step), "step: got ", step, ", wanted a finite number");
-  STD_TORCH_CHECK(radius >= 0., "radius: got ", radius, ", wanted at least 0");
-  STD_TORCH_CHECK(latents.dim() >= 1, "latents: got a scalar, wanted [images, ...]");
-  check_cpu_dtype(latents, "latents");
-  for (const auto& [tensor, name] : {std::pair(&gradient_in, "gradient"), std::pair(&origin_in, "origin")}) {
-    check_same_kind(*tensor, name, latents, "latents");
-    STD_TORCH_CHECK(shape_of(*tensor) == shape_of(latents), name, ": got shape ", shape_of(*tensor),
-                    ", wanted ", shape_of(latents), " as latents");
-  }
+  const bool l2 = check_ascend(latents, gradient_in, origin_in, step, radius, rule);
   const int64_t images = latents.size(0);
   if (images == 0 || latents.numel() == 0) return;
   const Tensor dense = torch::stable::contiguous(latents);
@@ -26,7 +17,7 @@ void ascend_(Tensor latents, const Tensor& gradient_in, const Tensor& origin_in,
   const char* g = static_cast<const char*>(gradient.const_data_ptr());
   const char* z0 = static_cast<const char*>(origin.const_data_ptr());
   const bool bf16 = latents.scalar_type() == ScalarType::BFloat16;
-  const AscentRule kind = rule == "l2" ? AscentRule::kL2 : AscentRule::kLinf;
+  const AscentRule kind = l2 ? AscentRule::kL2 : AscentRule::kLinf;
   torch::stable::parallel_for(
       0, images, std::max<int64_t>(1, 16384 / count), [&](int64_t begin, int64_t end) {
         for (int64_t image = begin; image < end; ++image)

@@ -103,23 +103,9 @@ std::tuple<Tensor, Tensor> dropout_head_uncertainty(const Tensor& features_in, c
                                                     const std::string& task) {
   const Objective goal = parse_objective(objective);
   const Task kind = parse_task(task);
-  check_rank(features_in, "features", 2, "[images, units]");
-  check_rank(weight_in, "weight", 2, "[classes, units]");
-  check_cpu_dtype(features_in, "features");
-  check_same_kind(weight_in, "weight", features_in, "features");
-  const int64_t images = features_in.size(0), units = features_in.size(1), classes = weight_in.size(0);
-  STD_TORCH_CHECK(weight_in.size(1) == units, "weight: got shape ", shape_of(weight_in),
-                  ", wanted its last size to be ", units, " as in features ", shape_of(features_in));
+  check_dropout_head(features_in, weight_in, bias_in, samples, layer, sample_ids_in);
   const uint32_t keep = keep_count(p);
-  check_samples(samples);
-  check_sizes(classes, units);
-  check_layer(layer);
-  check_sample_ids(sample_ids_in, images);
-  if (bias_in) {
-    check_same_kind(*bias_in, "bias", features_in, "features");
-    STD_TORCH_CHECK(bias_in->dim() == 1 && bias_in->size(0) == classes, "bias: got shape ",
-                    shape_of(*bias_in), ", wanted [", classes, "]");
-  }
+  const int64_t images = features_in.size(0), units = features_in.size(1), classes = weight_in.size(0);
   const Tensor features = as_float(features_in), weight = as_float(weight_in);
   const Tensor sample_ids = torch::stable::contiguous(sample_ids_in);
   std::optional<Tensor> bias;

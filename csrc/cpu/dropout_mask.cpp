@@ -7,10 +7,7 @@ namespace {
 Tensor dropout_mask(int64_t units, double p, int64_t samples, int64_t seed, int64_t layer,
                     const Tensor& sample_ids_in) {
   const uint32_t keep = keep_count(p);
-  check_samples(samples);
-  check_layer(layer);
-  check_sample_ids(sample_ids_in, -1);
-  STD_TORCH_CHECK(units >= 0, "units: got ", units, ", wanted at least 0");
+  check_mask(units, samples, layer, sample_ids_in);
   const Tensor sample_ids = torch::stable::contiguous(sample_ids_in);
   const int64_t images = sample_ids.size(0);
   const int64_t* ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());

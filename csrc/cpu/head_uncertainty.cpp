@@ -24,21 +24,9 @@ std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Ten
                                             const std::string& objective, const std::string& task) {
   const Objective goal = parse_objective(objective);
   const Task kind = parse_task(task);
-  check_rank(features_in, "features", 2, "[images, units]");
-  check_rank(weight_in, "weight", 3, "[samples, classes, units]");
-  check_cpu_dtype(features_in, "features");
-  check_same_kind(weight_in, "weight", features_in, "features");
+  check_head(features_in, weight_in, bias_in);
   const int64_t images = features_in.size(0), units = features_in.size(1);
   const int64_t samples = weight_in.size(0), classes = weight_in.size(1), columns = samples * classes;
-  STD_TORCH_CHECK(weight_in.size(2) == units, "weight: got shape ", shape_of(weight_in),
-                  ", wanted its last size to be ", units, " as in features ", shape_of(features_in));
-  check_samples(samples);
-  check_sizes(classes, units);
-  if (bias_in) {
-    check_same_kind(*bias_in, "bias", features_in, "features");
-    STD_TORCH_CHECK(bias_in->dim() == 2 && bias_in->size(0) == samples && bias_in->size(1) == classes,
-                    "bias: got shape ", shape_of(*bias_in), ", wanted [", samples, ", ", classes, "]");
-  }
   const bool narrow_type = features_in.scalar_type() != ScalarType::Float;
   const Tensor features = as_float(features_in), weight = as_float(weight_in);
   std::optional<Tensor> bias;

@@ -11,11 +11,8 @@ std::tuple<Tensor, Tensor> logits_uncertainty(const Tensor& logits_in, const std
                                               const std::string& task) {
   const Objective goal = parse_objective(objective);
   const Task kind = parse_task(task);
-  check_rank(logits_in, "logits", 3, "[samples, images, classes]");
-  check_cpu_dtype(logits_in, "logits");
+  check_logits(logits_in);
   const int64_t samples = logits_in.size(0), images = logits_in.size(1), classes = logits_in.size(2);
-  check_samples(samples);
-  check_sizes(classes, 1);
   const Tensor logits = torch::stable::contiguous(logits_in);
   Tensor value = new_values(logits, images);
   Tensor gradient = torch::stable::empty_like(logits);

@@ -1,0 +1,122 @@
+"""``make gpu-check OUT=DIR``: tests, sanitizer and benchmarks on a machine with a GPU, into one report.
+
+Needs torch with CUDA, numpy and pytest; what else is there is used, what is missing is said in the report. Every step
+is bounded, so that the whole takes less than eight minutes and a step that hangs does not cost the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import describe_machine
+
+__all__ = ["Step", "main"]
+
+
+@dataclass
+class Step:
+    """One command of the check and how it ended."""
+
+    name: str
+    command: list[str]
+    limit_s: int
+    passed: bool | None = None  # None: not run
+    seconds: float = 0.0
+    note: str = ""
+
+
+def _steps(out: Path, device: str) -> list[Step]:
+    python = sys.executable
+    steps = [
+        Step("GPU tests", [python, "-m", "pytest", "-x", "tests/gpu", "-rs"], 120),
+        Step("operator tests on every device", [python, "-m", "pytest", "tests/test_ops.py"], 180),
+    ]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for tool in ("memcheck", "racecheck"):
+        few = ["tests/gpu", "-k", "(test_head or test_dropout_head) and (130-512 or 33-512) or own_stream"]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-x", *few]
+        steps.append(Step(f"compute-sanitizer {tool}", command, 100))
+    for dtype in ("bfloat16", "float32"):
+        rows = str(out / f"head-{device}-{dtype}.json")
+        command = [python, "-m", "benchmarks", "head", "--device", device, "--dtype", dtype, "--json", rows]
+        steps.append(Step(f"benchmark head {dtype}", [*command, "--seconds", "2"], 120))
+    return steps
+
+
+def _run(step: Step, log: Path, left: float) -> None:
+    if "compute-sanitizer" in step.name and not Path(step.command[0]).exists():
+        step.note = "compute-sanitizer is not installed"
+        return
+    limit = min(step.limit_s, left)
+    if limit < 5:
+        step.note = "no time was left"
+        return
+    start = time.perf_counter()
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                step.command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, env=dict(os.environ), check=False
+            ).returncode
+            step.passed = code == 0
+            step.note = "" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            step.passed, step.note = False, f"stopped after {limit:.0f} s"
+    step.seconds = time.perf_counter() - start
+    counts = re.findall(r"\d+ (?:passed|failed|skipped|error)[^\n]*", log.read_text(errors="replace"))
+    step.note = "; ".join(filter(None, [step.note, counts[-1] if counts else ""]))
+
+
+def _report(steps: list[Step], out: Path, device: str) -> str:
+    lines = ["# GPU check", "", describe_machine(device), "", "| step | result | s | |", "|---|---|---|---|"]
+    for step in steps:
+        result = "not run" if step.passed is None else "passed" if step.passed else "**failed**"
+        lines.append(f"| {step.name} | {result} | {step.seconds:.0f} | {step.note} |")
+    for step in steps:
+        log = out / _log_name(step)
+        if step.name.startswith("benchmark") and step.passed:
+            lines += ["", f"## {step.name}", "", *log.read_text().splitlines()]
+        elif step.passed is False:
+            lines += ["", f"## {step.name}: end of the log", "", "```", *log.read_text().splitlines()[-60:], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _log_name(step: Step) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", step.name.lower()) + ".log"
+
+
+def main() -> int:
+    """Run all steps; exit code 1 if one failed, 2 if there is nothing to run on."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the report, the logs and the raw rows")
+    parser.add_argument("--device", default="cuda", help="cpu tries the check itself out")
+    parser.add_argument("--seconds", type=float, default=470, help="budget for all steps")
+    parser.add_argument("--only", default="", help="run steps whose name contains this")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("gpu-check: torch sees no CUDA GPU here", file=sys.stderr)
+        return 2
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.perf_counter() + arguments.seconds
+    steps = [step for step in _steps(out, arguments.device) if arguments.only in step.name]
+    for step in steps:
+        _run(step, out / _log_name(step), end - time.perf_counter())
+        print(f"{step.name}: {step.passed} in {step.seconds:.0f} s {step.note}", flush=True)
+        (out / "gpu-check.md").write_text(_report(steps, out, arguments.device))
+        (out / "gpu-check.json").write_text(json.dumps([asdict(step) for step in steps], indent=1) + "\n")
+    return int(any(step.passed is False for step in steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The CUDA kernels on a GPU: every plan, streams, graphs, autocast, many rows. Skipped where there is none.
+
+``tests/test_ops.py`` holds every operator against its float64 twin over random shapes on every device there is; here
+are the things that only a GPU has.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsynd import ops, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# B, D, C, T: fused (each column count and class padding, both block sizes), general, block rows, streamed rows
+HEADS = [
+    *((1, 8, 1, 1), (70, 72, 3, 2), (130, 512, 8, 32), (20000, 64, 8, 16), (17, 136, 2, 100), (33, 200, 16, 16)),
+    *((40, 264, 4, 31), (129, 80, 11, 7), (50, 30, 8, 32), (64, 128, 8, 64), (9, 64, 129, 6), (3, 48, 1000, 40)),
+]
+DROPOUT_HEADS = [(1, 1, 1, 1), (33, 512, 8, 32), (17, 130, 2, 7), (40, 2048, 8, 64), (5, 300, 30, 40), (19, 45, 100, 9)]
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    assert actual.isfinite().all()
+    return float((actual.double().cpu() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+
+
+def assert_as_good(actual: Tensor, exact: Tensor, same: Tensor) -> None:
+    """At most 1e-5 of the largest entry in float32, or twice the error of the same-dtype torch code on the GPU."""
+    bound = 1e-5 if same.dtype == torch.float32 else 0.0
+    assert relative(actual, exact) <= max(bound, 2 * relative(same, exact), 1e-6)
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> object:
+    kept = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = kept
+
+
+def test_every_operator_has_a_kernel() -> None:
+    assert {by["CUDA"] for by in ops.served_by().values()} == {"compiled"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+@pytest.mark.parametrize(("objective", "task"), [("mutual_information", "multiclass"), ("entropy", "multilabel")])
+def test_head(shape: tuple[int, int, int, int], dtype: torch.dtype, objective: str, task: str) -> None:
+    images, units, classes, samples = shape
+    features = random(images, units).to(dtype).cuda()
+    weight = random(samples, classes, units, seed=1, scale=2 / math.sqrt(units)).to(dtype).cuda()
+    bias = random(samples, classes, seed=2).to(dtype).cuda()
+    wide = [x.double().cpu() for x in (features, weight, bias)]
+    exact = reference.head_uncertainty(*wide, objective, task)
+    same = reference.head_uncertainty(features, weight, bias, objective, task)
+    actual = ops.head_uncertainty(features, weight, bias, objective, task)
+    for a, e, s in zip(actual, exact, same, strict=True):
+        assert_as_good(a, e, s)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", DROPOUT_HEADS, ids=str)
+@pytest.mark.parametrize(("objective", "task"), [("mutual_information", "multiclass"), ("entropy", "multilabel")])
+def test_dropout_head(shape: tuple[int, int, int, int], dtype: torch.dtype, objective: str, task: str) -> None:
+    images, units, classes, samples = shape
+    features = random(images, units).to(dtype).cuda()
+    weight = random(classes, units, seed=1, scale=2 / math.sqrt(units)).to(dtype).cuda()
+    bias = random(classes, seed=2).to(dtype).cuda()
+    ids = torch.randint(0, 2**32, (images,), generator=torch.Generator().manual_seed(3))
+    address = (0.4, samples, -(2**62) + 5, 2)
+    wide = [x.double().cpu() for x in (features, weight, bias)]
+    exact = reference.dropout_head_uncertainty(*wide, *address, ids, objective, task)
+    same = reference.dropout_head_uncertainty(features, weight, bias, *address, ids.cuda(), objective, task)
+    actual = ops.dropout_head_uncertainty(features, weight, bias, *address, ids.cuda(), objective, task)
+    for a, e, s in zip(actual, exact, same, strict=True):
+        assert_as_good(a, e, s)
+
+
+@pytest.mark.parametrize("units", [1, 16, 333, 4096])
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.5, 0.97])
+def test_mask_bits_equal_those_of_the_cpu(units: int, p: float) -> None:
+    ids = torch.randint(0, 2**32, (9,), generator=torch.Generator().manual_seed(units))
+    on_gpu = ops.dropout_mask(units, p, 11, 2**63 - 1, 2**32 - 1, ids.cuda())
+    assert torch.equal(on_gpu.cpu(), ops.dropout_mask(units, p, 11, 2**63 - 1, 2**32 - 1, ids))
+
+
+def _all_operators(features: Tensor, heads: Tensor, ids: Tensor) -> list[Tensor]:
+    value, gradient = ops.head_uncertainty(features, heads)
+    own, own_gradient = ops.dropout_head_uncertainty(features, heads[0], None, 0.5, 8, 1, 0, ids)
+    logits = torch.einsum("bd,tcd->tbc", features, heads)
+    direct, slope = ops.logits_uncertainty(logits)
+    spread = ops.dropout_expand(features[..., None], 0.5, 8, 1, 0, ids)
+    back = ops.dropout_gather(spread, 0.5, 8, 1, 0, ids)
+    latents = features.clone()
+    ops.ascend_(latents, gradient, features, 0.1, 1.0)
+    return [value, gradient, own, own_gradient, direct, slope, spread, back, latents]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_own_stream(dtype: torch.dtype) -> None:
+    """Work goes to the current stream: what a side stream prepares late is what the operators read."""
+    heads = random(8, 4, 64, seed=1).to("cuda", dtype)
+    ids = torch.arange(300, device="cuda")
+    real, filler = random(300, 64).to("cuda", dtype), torch.randn(4096, 4096, device="cuda")
+    wanted = _all_operators(real, heads, ids)
+    features = torch.full_like(real, math.nan)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            filler = filler @ filler * 1e-3
+        features.copy_(real)
+        got = _all_operators(features, heads, ids)
+    side.synchronize()
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_graph_capture(dtype: torch.dtype) -> None:
+    heads = random(8, 4, 64, seed=1).to("cuda", dtype)
+    features, ids = random(300, 64).to("cuda", dtype), torch.arange(300, device="cuda")
+    _all_operators(features, heads, ids)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _all_operators(features, heads, ids)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = _all_operators(features, heads, ids)
+    features.copy_(random(300, 64, seed=9).to(dtype))
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(got, _all_operators(features, heads, ids), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_no_hidden_synchronisation() -> None:
+    heads, features = random(8, 4, 64, seed=1).float().cuda(), random(300, 64).float().cuda()
+    ids = torch.arange(300, device="cuda")
+    _all_operators(features, heads, ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _all_operators(features, heads, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_autocast_leaves_the_dtype_alone() -> None:
+    heads, features = random(8, 4, 64, seed=1).float().cuda(), random(30, 64).float().cuda()
+    wanted = ops.head_uncertainty(features, heads)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = ops.head_uncertainty(features, heads)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
+def test_more_than_two_billion_logits() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 << 30:
+        pytest.skip(f"needs 24 GiB of free GPU memory, has {free >> 30}")
+    samples, images, classes = 33, 2**23, 8  # 2.2e9
+    logits = torch.randn(samples, images, classes, device="cuda", dtype=torch.bfloat16)
+    value, gradient = ops.logits_uncertainty(logits)
+    some = torch.tensor([0, images // 2, images - 1], device="cuda")
+    exact = reference.logits_uncertainty(logits[:, some].double().cpu())
+    torch.testing.assert_close(value[some].cpu().double(), exact[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient[:, some].cpu().double(), exact[1], rtol=2e-2, atol=1e-4)
