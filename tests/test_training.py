@@ -13,13 +13,17 @@ import pytest
 import torch
 from torch import nn
 
+from tsynd.augmentation import TargetedAugmentation
 from tsynd.errors import InputError
+from tsynd.posterior import MCDropout
 
 pytest.importorskip("monai")
 pytest.importorskip("accelerate")
 
 from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.training import fit_autoencoder, fit_classifier
+from tsynd.rounds import fit_rounds
+from tsynd.synthesis import synthesize
+from tsynd.training import batch_order, fit_autoencoder, fit_classifier
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -33,6 +37,9 @@ def _stripes(count, size=16, seed=0):
     images[labels == 0] += 0.4 * bright[:, None]
     images[labels == 1] += 0.4 * bright
     return images, labels
+
+
+IMAGES, LABELS = _stripes(8)
 
 
 def _classifier(seed=0, classes=2):
@@ -138,6 +145,159 @@ def test_augmentation_starts_after_the_warm_up(factor):
         assert [known[image.numpy().tobytes()] for image in batch] == names.tolist()
 
 
+class Kept(TargetedAugmentation):
+    """Keeps what it was given and what it gave."""
+
+    def __call__(self, classifier, images, labels):
+        made = super().__call__(classifier, images, labels)
+        self.kept = [*getattr(self, "kept", []), (self.progress, images.clone(), *(part.clone() for part in made))]
+        return made
+
+
+def _targeted(**options):
+    torch.manual_seed(5)
+    coder = SmallAutoencoder(1, 4, (8, 16))
+    return Kept(coder, **{"latent_std": 1.0, "samples": 8, "steps": 2, "seed": 3} | options)
+
+
+def _plain_loop(model, images, labels, augmentation, iterations, batch_size, warmup, seed):
+    """What a user writes who wants no fit_classifier."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    rate = lambda step: min(1.0, step + 1) * 0.5 * (1 + math.cos(math.pi * step / iterations))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    augmentation.prepare(images.split(10))
+    torch.manual_seed(seed)
+    model.train()
+    for step, draw in zip(range(iterations), batch_order(len(images), batch_size, seed), strict=False):
+        x, y = images[draw], labels[draw]
+        share = torch.full([len(x)], 1 / len(x))
+        if step >= warmup:
+            augmentation.set_progress((step - warmup) / (iterations - 1 - warmup))
+            more, names = augmentation(model, x, y)
+            x, y = torch.cat([x, more]), torch.cat([y, names])
+            share = torch.cat([share, torch.full([len(more)], 1 / max(len(more), 1))])
+        loss = (nn.functional.cross_entropy(model(x), y, reduction="none") * share).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"radius": (0.2, 1.0), "every": 2, "label_consistency": 0.3},
+        {"typicality": 0.1, "diversity": 1.0, "ratio": 0.5},
+        {"direction": "loss"},
+        {"direction": "random"},
+    ],
+)
+def test_a_plain_loop_gets_the_same_batches(options):
+    images, labels = _stripes(24)
+    models, kept = [], []
+    for plain in (False, True):
+        model, augmentation = _classifier(), _targeted(**options)
+        if plain:
+            _plain_loop(model, images, labels, augmentation, iterations=7, batch_size=8, warmup=2, seed=4)
+        else:
+            fit_classifier(
+                model,
+                (images, labels),
+                iterations=7,
+                batch_size=8,
+                warmup_fraction=2 / 7,
+                balanced=False,
+                augmentation=augmentation,
+                seed=4,
+                **QUIET,
+            )
+        models.append(model)
+        kept.append(augmentation.kept)
+    assert len(kept[0]) == len(kept[1]) == 5
+    for (one, *mine), (other, *yours) in zip(*kept, strict=True):
+        assert one == other
+        assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
+    assert [progress for progress, *_ in kept[0]] == [0, 0.25, 0.5, 0.75, 1]
+    assert any(len(made) and (made - x[: len(made)]).abs().max() > 0.1 for _, x, made, _ in kept[0])
+    assert _same(*models)
+
+
+def test_the_augmentation_pays_its_own_bill():
+    augmentation = _targeted(every=2)
+    report = fit_classifier(
+        _classifier(), _stripes(24), iterations=6, batch_size=8, warmup_fraction=0, augmentation=augmentation, **QUIET
+    )
+    assert augmentation.images_made == 3 * 8
+    assert 0.5 * report.seconds * report.augmentation_share < augmentation.seconds < report.seconds
+
+
+def test_rounds_append_and_continue_with_the_same_number_of_steps(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        "tsynd.rounds.synthesize",
+        lambda *given, seed, **more: seeds.append(seed) or synthesize(*given, seed=seed, **more),
+    )
+    images, labels = data = _stripes(24)
+    torch.manual_seed(5)
+    coder, model = SmallAutoencoder(1, 4, (8, 16)), _classifier()
+    state = torch.get_rng_state()
+    steps = []
+    model.register_forward_hook(lambda m, x, out: steps.append((m.training, len(x[0]))))
+    options = {"iterations": 13, "batch_size": 8, "warmup_fraction": 0.3, "seed": 2, **QUIET}
+    report = fit_rounds(model, data, coder, rounds=3, samples=8, steps=2, radius=0.7, latent_std=1.0, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report.fit.iterations == len(report.fit.losses) == 13
+    assert [size for training, size in steps if training] == [8] * 4 + [16] * 9
+    assert 0 < report.fit.augmentation_share < 1
+    assert len(report.results) == 3
+    assert seeds == [2, 3, 4]
+    for result in report.results:
+        assert torch.equal(result.labels, labels)
+        assert torch.equal(result.sample_ids, torch.arange(24))
+        assert (result.uncertainty >= result.initial_uncertainty).all()
+    assert (report.results[0].images - report.results[1].images).abs().max() > 1e-3
+    again = _classifier()
+    fit_rounds(again, data, coder, rounds=3, samples=8, steps=2, radius=0.7, latent_std=1.0, **options)
+    assert _same(model, again)
+    # the first round is made where the online augmentation would begin
+    early = _classifier()
+    with pytest.raises(KeyboardInterrupt):
+        fit_classifier(early, data, **options, augmentation=_interrupt)
+    with torch.no_grad():
+        source = coder.eval().decode(coder.encode(images))
+        before = MCDropout(early, 8, seed=2).uncertainty(source)
+    torch.testing.assert_close(report.results[0].initial_uncertainty, before, rtol=1e-3, atol=1e-5)
+
+
+def _interrupt(classifier, images, labels):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds: got 0"),
+        ({"rounds": 4}, "rounds: got 4, wanted at most the 3 steps after the warm-up"),
+        ({"radius": 0.0}, "radius: got 0.0"),
+        ({"objective": "bald"}, "objective: got 'bald'"),
+        ({"masks": "none"}, "masks: got 'none'"),
+        ({"samples": 0}, "samples: got 0"),
+        ({"latent_std": -1.0}, "latent_std: got -1.0"),
+        ({"autoencoder": SmallAutoencoder(3)}, "autoencoder: failed on images"),
+        ({"autoencoder": None}, "autoencoder: got NoneType"),
+        ({"classifier": nn.Sequential(nn.Flatten(), nn.Linear(256, 2))}, "no active dropout"),
+        ({"task": "ranking"}, "task: got 'ranking'"),
+    ],
+)
+def test_rounds_refuse_bad_input_before_training(options, message):
+    given = {"classifier": _classifier(), "autoencoder": SmallAutoencoder(1, 4, (8, 16)), "latent_std": 1.0} | options
+    model = given.pop("classifier")
+    before = [weight.clone() for weight in model.state_dict().values()]
+    with pytest.raises(InputError, match=message):
+        fit_rounds(model, (IMAGES, LABELS), given.pop("autoencoder"), iterations=5, batch_size=4, **given, **QUIET)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
 def test_augmentation_without_weight_or_images_changes_the_loss_as_it_should():
     data = _stripes(32)
     options = {"iterations": 1, "batch_size": 8, "warmup_fraction": 0.0, **QUIET}
@@ -207,18 +367,12 @@ def test_a_loss_that_is_not_finite_is_told_and_the_weights_before_it_stay():
 
 
 def test_interruption_leaves_things_in_order():
-    def interrupt(classifier, images, labels):
-        raise KeyboardInterrupt
-
     model = _classifier()
     state = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
-        fit_classifier(model, _stripes(16), iterations=4, augmentation=interrupt, device="cpu")
+        fit_classifier(model, _stripes(16), iterations=4, augmentation=_interrupt, device="cpu")
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
-
-
-IMAGES, LABELS = _stripes(8)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +425,9 @@ _WORKER = """
 import hashlib, os, sys, torch
 from pathlib import Path
 from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.training import fit_autoencoder, fit_classifier
+from tsynd.rounds import fit_rounds
+from tsynd.synthesis import synthesize
+from tsynd.training import batch_order, fit_autoencoder, fit_classifier
 
 images, labels = torch.load(sys.argv[1], weights_only=True)
 torch.manual_seed(0)

@@ -21,6 +21,7 @@ _HOME = {
     "LabelledImages": "data",
     "MCDropout": "posterior",
     "Posterior": "posterior",
+    "RoundsReport": "rounds",
     "SmallAutoencoder": "networks",
     "SmallResNet": "networks",
     "Status": "ascent",
@@ -30,6 +31,7 @@ _HOME = {
     "evaluate": "evaluation",
     "fit_autoencoder": "training",
     "fit_classifier": "training",
+    "fit_rounds": "rounds",
     "load_data": "data",
     "load_model": "checkpoint",
     "save_model": "checkpoint",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from tsynd.evaluation import evaluate
     from tsynd.networks import SmallAutoencoder, SmallResNet
     from tsynd.posterior import Ensemble, MCDropout, Posterior
+    from tsynd.rounds import RoundsReport, fit_rounds
     from tsynd.synthesis import SynthesisResult, synthesize, uncertainty
     from tsynd.training import fit_autoencoder, fit_classifier
 

@@ -1,4 +1,4 @@
-"""The ascent itself: one batch of latents moved uphill on the posterior's uncertainty."""
+"""The ascent itself: one batch of latents moved uphill, as a rule on the posterior's uncertainty."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch import Tensor
 from tsynd import ops
 from tsynd.checks import check_choice
 from tsynd.errors import InputError
+from tsynd.goals import Goal, PlausibleGoal, Uncertainty
 from tsynd.posterior import Posterior
 from tsynd.reference import OBJECTIVES, RULES, TASKS
 
-__all__ = ["Ascent", "AscentSettings", "Status", "ascend_latents"]
+__all__ = ["Ascent", "AscentSettings", "Status", "ascend_latents", "label_probability"]
 
 
 class Status(IntEnum):
     """How the ascent of one image ended."""
 
     RAISED = 0
-    """A latent of higher uncertainty than the source's was found."""
+    """A latent of higher score (as a rule the uncertainty) than the source's was found."""
     UNCHANGED = 1
-    """No step raised the uncertainty; the image is the reconstruction."""
+    """No step raised the score; the image is the reconstruction."""
     NON_FINITE = 2
     """A value or gradient was not finite; the image is the best one before that."""
     LABEL_LIMIT = 3
@@ -85,8 +86,8 @@ class Ascent:
     Attributes:
         images: [B, C, H, W] in [0, 1], decoded best iterates.
         latents: [B, ...], best iterates.
-        uncertainty: [B], of the best iterates, under the samples climbed on.
-        trajectory: [steps + 1, B], value at every iterate; row 0 is the reconstruction's.
+        uncertainty: [B], of the best iterates, under the samples climbed on (the goal's value for another goal).
+        trajectory: [steps + 1, B], the same at every iterate; row 0 is the reconstruction's.
         status: [B] int8, see :class:`Status`.
     """
 
@@ -111,7 +112,7 @@ class Ascent:
         return Ascent(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
 
-def _label_probability(posterior: Posterior, images: Tensor, labels: Tensor, ids: Tensor, task: str) -> Tensor:
+def label_probability(posterior: Posterior, images: Tensor, labels: Tensor, ids: Tensor, task: str) -> Tensor:
     """Mean probability [B] of the source label; for several labels, of the least certain one."""
     with torch.no_grad():
         p = posterior.probabilities(images, ids, task)
@@ -128,11 +129,12 @@ def ascend_latents(
     settings: AscentSettings,
     latent_std: float,
     labels: Tensor | None = None,
+    goal: Goal | None = None,
 ) -> Ascent:
-    """Projected gradient ascent of the uncertainty over latents, each image by itself.
+    """Projected gradient ascent over latents, each image by itself unless the goal couples them.
 
-    The posterior samples stay the same over all steps, so the objective is deterministic; the best iterate is kept.
-    Call it inside ``posterior.frozen()``.
+    The posterior samples stay the same over all steps, so the goal is deterministic; the best iterate is kept. Call
+    it inside ``posterior.frozen()``.
 
     Args:
         posterior: gives the uncertainty.
@@ -142,43 +144,46 @@ def ascend_latents(
         settings: see :class:`AscentSettings`.
         latent_std: standard deviation of the latents.
         labels: [B] or [B, L], needed for ``label_consistency``.
+        goal: what to climb; None is the uncertainty that the settings name.
     """
+    if goal is None:
+        goal = PlausibleGoal(Uncertainty(posterior, settings.objective, settings.task), source)
     step, radius = settings.lengths(latent_std, source[0].numel())
     latents = source.clone()
-    best_latents = best_images = best = first = torch.empty(0)
+    best_latents = best_images = best = best_score = first = torch.empty(0)
     climbing = torch.ones(len(source), dtype=torch.bool, device=source.device)
     status = torch.full((len(source),), Status.UNCHANGED, dtype=torch.int8, device=source.device)
+    per_latent = [-1] + [1] * (source.dim() - 1)
     trajectory = []
     for k in range(settings.steps + 1):
         last = k == settings.steps
         with torch.set_grad_enabled(not last):
             leaf = latents.detach().requires_grad_(not last)
             images = decode(leaf).clamp(0, 1)
-            value = posterior.uncertainty(images, sample_ids, settings.objective, settings.task)
-            gradient = None if last else torch.autograd.grad(value.sum(), leaf)[0]
-        images, value = images.detach(), value.detach()
+            value, score, climbed = goal(leaf, images, sample_ids)
+            gradient = None if last else torch.autograd.grad(climbed.sum(), leaf)[0]
+        images, value, score = images.detach(), value.detach(), score.detach()
         trajectory.append(value)
-        sound = value.isfinite()
+        sound = value.isfinite() & score.isfinite()
         if gradient is not None:
             sound &= gradient.flatten(1).isfinite().all(1)
         status[climbing & ~sound] = Status.NON_FINITE
         climbing &= sound
         if settings.label_consistency is not None and labels is not None and k > 0:
-            kept = _label_probability(posterior, images, labels, sample_ids, settings.task)
+            kept = label_probability(posterior, images, labels, sample_ids, settings.task)
             lost = climbing & (kept < settings.label_consistency)
             status[lost] = Status.LABEL_LIMIT
             climbing &= ~lost
         if k == 0:
-            best, first, best_latents, best_images = value, value, latents, images
+            best, best_score, first, best_latents, best_images = value, score, score, latents, images
         else:
-            better = climbing & (value > best)
-            best = torch.where(better, value, best)
-            shape = [-1] + [1] * (images.dim() - 1)
-            best_images = torch.where(better.reshape(shape), images, best_images)
-            best_latents = torch.where(better.reshape([-1] + [1] * (source.dim() - 1)), latents, best_latents)
+            better = climbing & (score > best_score)
+            best, best_score = torch.where(better, value, best), torch.where(better, score, best_score)
+            best_images = torch.where(better.reshape([-1] + [1] * (images.dim() - 1)), images, best_images)
+            best_latents = torch.where(better.reshape(per_latent), latents, best_latents)
         if gradient is not None:
-            still = climbing.reshape([-1] + [1] * (source.dim() - 1))
             latents = latents.clone()
-            ops.ascend_(latents, torch.where(still, gradient, 0.0), source, step, radius, settings.rule)
-    status[(status == Status.UNCHANGED) & (best > first)] = Status.RAISED
+            still = torch.where(climbing.reshape(per_latent), gradient, 0.0)
+            ops.ascend_(latents, still, source, step, radius, settings.rule)
+    status[(status == Status.UNCHANGED) & (best_score > first)] = Status.RAISED
     return Ascent(best_images, best_latents, best, torch.stack(trajectory), status)

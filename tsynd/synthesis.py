@@ -18,6 +18,7 @@ from tsynd.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, measure_latent_std
 from tsynd.checks import check_choice, check_images, resolve_device
 from tsynd.errors import InputError
+from tsynd.fast import GraphedAscent, channels_last
 from tsynd.posterior import Posterior, as_posterior, frozen
 from tsynd.progress import progress_bar
 from tsynd.source import Batch, ImageSource
@@ -116,6 +117,13 @@ def _whole_tiles(count: int, device: torch.device) -> int:
     return -(-count // _TILE) * _TILE if device.type == "cpu" else count
 
 
+def _halved(size: int, count: int) -> int:
+    """The least of size, size / 2, size / 4, ... (rounded up) that holds ``count``: few shapes to compile for."""
+    while size > 1 and -(-size // 2) >= count:
+        size = -(-size // 2)
+    return size
+
+
 def synthesize(
     autoencoder: Any,
     classifier: nn.Module | Posterior,
@@ -137,6 +145,7 @@ def synthesize(
     sample_ids: Any = None,
     device: torch.device | str | None = None,
     precision: str = "float32",
+    compile: bool = False,
     progress: bool = True,
 ) -> SynthesisResult:
     """Move each image's latent code uphill on the classifier's epistemic uncertainty and decode it.
@@ -170,6 +179,9 @@ def synthesize(
         sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
         device: where to work (the models are moved there); None is where the classifier is.
         precision: ``float32``, ``bfloat16`` or, on a GPU, ``float16`` (autocast).
+        compile: send the decoder and the classifier's part before its first dropout through ``torch.compile``, and on
+            a GPU replay the steps of a batch as a CUDA graph. Worth its minute for many batches; the images then
+            equal those without it to float tolerance only.
         progress: show a bar where rich is installed.
 
     Raises:
@@ -200,15 +212,26 @@ def synthesize(
         source.check_labels(classes, needed=label_consistency is not None)
         size = _whole_tiles(batch_size or _default_batch(source.first, target), target)
         scale = latent_std or _latent_std(model, source, size, target)
+        networks = (*posterior.networks, model) if isinstance(model, nn.Module) else posterior.networks
+        stack.enter_context(channels_last(*networks))
+        decode = model.decode
+        if compile:
+            stack.enter_context(posterior.compiled())
+            decode = torch.compile(model.decode, dynamic=False)
+
+        def climb(z0: Tensor, ids: Tensor, y: Tensor | None) -> Ascent:
+            return ascend_latents(posterior, decode, z0, ids, settings, scale, y)
+
+        run = GraphedAscent(climb) if compile and target.type == "cuda" else climb
         parts: list[tuple[Batch, Tensor, Ascent]] = []
 
         def work(batch: Batch) -> None:
             count = len(batch.images)
-            full = batch.padded(_whole_tiles(count, target))
+            full = batch.padded(_halved(size, count) if compile else _whole_tiles(count, target))
             with torch.no_grad():
-                z0 = model.encode(full.images.to(target)).float()
+                z0 = model.encode(full.images.to(target)).float().contiguous()
             y = None if full.labels is None else full.labels.to(target)
-            climbed = ascend_latents(posterior, model.decode, z0, full.sample_ids.to(target), settings, scale, y)
+            climbed = run(z0, full.sample_ids.to(target), y)
             parts.append((batch, z0[:count].cpu(), climbed.first(count).cpu()))
 
         with progress_bar("synthesising", source.count, progress) as advance:

@@ -18,11 +18,12 @@ from torch.nn import functional
 
 from tsynd.autoencoder import ReconstructionLoss, check_autoencoder, measure_latent_std
 from tsynd.checks import resolve_device
+from tsynd.clock import clock
 from tsynd.errors import InputError, require
 from tsynd.evaluation import Batches, check_task, evaluate
 from tsynd.progress import progress_bar
 
-__all__ = ["Augmentation", "FitReport", "fit_autoencoder", "fit_classifier"]
+__all__ = ["Augmentation", "FitReport", "batch_order", "fit_autoencoder", "fit_classifier"]
 
 Augmentation: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(classifier, images [B, C, H, W], labels [B, ...]) → extra images [M, C, H, W], labels [M, ...]."""
@@ -66,8 +67,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise InputError("learning_rate: got 0, wanted a positive number")
 
 
-def _draws(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless full batches of indices: shuffled passes over the data, laid end to end."""
+def batch_order(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless full batches of indices [batch_size]: shuffled passes over ``count`` images, laid end to end."""
     generator = torch.Generator().manual_seed(seed)
     rest = torch.empty(0, dtype=torch.long)
     while True:
@@ -131,7 +132,7 @@ class _Loop:
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         engine = self.accelerator.prepare_model(self.module) if ranks > 1 else self.module
-        draws = _draws(len(self.batches), self.batch_size, self.seed)
+        draws = batch_order(len(self.batches), self.batch_size, self.seed)
         losses: list[float] = []
         start = time.perf_counter()
         with (
@@ -264,7 +265,9 @@ def fit_classifier(
         task: "multiclass" (labels int64 [N]) or "multilabel" (labels 0/1 [N, K]).
         balanced: weigh the loss so that every class (every label's positives) counts the same.
         augmentation: called with the classifier and each step's real batch after the warm-up; it may change
-            the classifier's mode, and what it returns is not differentiated.
+            the classifier's mode, and what it returns is not differentiated. Where it has them, its
+            ``prepare(batches of all training images)`` is called before training and ``set_progress(fraction)``
+            before each call, from 0 at the first to 1 at the last augmented step.
         augmentation_weight: λ.
         warmup_fraction: part of the iterations before the augmentation is used, in [0, 1].
         val: labelled images, scored once after training.
@@ -291,15 +294,21 @@ def fit_classifier(
     weights = weights.to(loop.device)
     start_at = math.ceil(warmup_fraction * iterations)
     spent = 0.0
+    tell_progress = getattr(augmentation, "set_progress", None)
+    prepare = getattr(augmentation, "prepare", None)
+    if prepare is not None:
+        prepare(batches(part)[0].to(loop.device) for part in batches.chunks(256))
 
     def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
         assert labels is not None  # batches.labels has seen them
         share = torch.full([len(images)], 1 / len(images), device=loop.device)
         if augmentation is not None and step >= start_at:
-            start = time.perf_counter()
+            start = clock(loop.device)
+            if tell_progress is not None:
+                tell_progress((step - start_at) / max(iterations - 1 - start_at, 1))
             extra, extra_labels = augmentation(classifier, images, labels)
-            spent += time.perf_counter() - start
+            spent += clock(loop.device) - start
             classifier.train()
             if extra.shape[1:] != images.shape[1:] or len(extra) != len(extra_labels):
                 raise InputError(
