@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -106,10 +106,6 @@ class Ascent:
             self.trajectory[:, :count],
             self.status[:count],
         )
-
-    def cpu(self) -> Ascent:
-        """The same on the CPU."""
-        return Ascent(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
 
 def label_probability(posterior: Posterior, images: Tensor, labels: Tensor, ids: Tensor, task: str) -> Tensor:

@@ -284,13 +284,17 @@ class MCDropout(Posterior):
         return MaskSource(self.samples, self.seed, ids)
 
     def _features(self, images: Tensor) -> Tensor:
-        assert self._split is not None
-        features: Tensor = (self._trunk or self._split.trunk)(images)[0]
+        features: Tensor = self._run_trunk(images)[0]
         return features.flatten(1)
+
+    def _run_trunk(self, images: Tensor) -> tuple[Tensor, ...]:
+        assert self._split is not None
+        out: tuple[Tensor, ...] = (self._split.trunk if self._trunk is None else self._trunk)(images)
+        return out
 
     def _run_tail(self, images: Tensor) -> Tensor:
         assert self._split is not None
-        logits: Tensor = self._split.tail(*(self._trunk or self._split.trunk)(images))
+        logits: Tensor = self._split.tail(*self._run_trunk(images))
         return logits.reshape(self.samples, images.shape[0], -1)
 
     def _sampled_weights(self, head: LinearHead) -> tuple[Tensor, Tensor | None]:

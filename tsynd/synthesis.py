@@ -18,7 +18,7 @@ from tsynd.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, measure_latent_std
 from tsynd.checks import check_choice, check_images, resolve_device
 from tsynd.errors import InputError
-from tsynd.fast import GraphedAscent, channels_last
+from tsynd.fast import GraphedAscent, channels_last, fetch, send
 from tsynd.posterior import Posterior, as_posterior, frozen
 from tsynd.progress import progress_bar
 from tsynd.source import Batch, ImageSource
@@ -224,19 +224,27 @@ def synthesize(
 
         run = GraphedAscent(climb) if compile and target.type == "cuda" else climb
         parts: list[tuple[Batch, Tensor, Ascent]] = []
+        copying: list[tuple[Batch, Callable[[], tuple[Tensor, Ascent]]]] = []
+
+        def collect(most: int) -> None:  # leave `most` batches' results on their way
+            while len(copying) > most:
+                done, wait = copying.pop(0)
+                parts.append((done, *wait()))
 
         def work(batch: Batch) -> None:
             count = len(batch.images)
             full = batch.padded(_halved(size, count) if compile else _whole_tiles(count, target))
             with torch.no_grad():
-                z0 = model.encode(full.images.to(target)).float().contiguous()
-            y = None if full.labels is None else full.labels.to(target)
-            climbed = run(z0, full.sample_ids.to(target), y)
-            parts.append((batch, z0[:count].cpu(), climbed.first(count).cpu()))
+                z0 = model.encode(send(full.images, target)).float().contiguous()
+            y = None if full.labels is None else send(full.labels, target)
+            climbed = run(z0, send(full.sample_ids, target), y)
+            copying.append((batch, fetch(z0[:count], climbed.first(count))))
+            collect(1 if target.type == "cuda" else 0)
 
         with progress_bar("synthesising", source.count, progress) as advance:
             for batch in source.batches(size):
                 _halving(work, batch, lambda done: advance(done, _mean_raise(parts)))
+        collect(0)
     return _collect(parts)
 
 
@@ -350,6 +358,8 @@ def _halving(work: Callable[[Batch], None], batch: Batch, done: Callable[[int], 
 
 
 def _mean_raise(parts: list[tuple[Batch, Tensor, Ascent]]) -> str:
+    if not parts:
+        return ""
     climbed = parts[-1][2]
     return f"uncertainty {float(climbed.trajectory[0].mean()):.4f} → {float(climbed.uncertainty.mean()):.4f}"
 

@@ -10,8 +10,10 @@ import math
 
 import pytest
 import torch
+from conftest import TinyAutoencoder, TinyClassifier
 from torch import Tensor
 
+import tsynd
 from tsynd import ops, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -165,6 +167,25 @@ def test_autocast_leaves_the_dtype_alone() -> None:
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masks", ["shared", "independent"])
+def test_synthesis_on_the_gpu(masks: str, precision: str) -> None:
+    """Eager and compiled with graph replay climb alike, and float32 as the CPU does."""
+    torch.manual_seed(0)
+    autoencoder, classifier = TinyAutoencoder(), TinyClassifier()
+    images = torch.rand(150, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"steps": 2, "samples": 8, "latent_std": 1.0, "masks": masks, "progress": False}
+    on_cpu = tsynd.synthesize(autoencoder, classifier, images, device="cpu", **options)
+    options |= {"device": "cuda", "batch_size": 64, "precision": precision}
+    eager = tsynd.synthesize(autoencoder, classifier, images, **options)
+    fast = tsynd.synthesize(autoencoder, classifier, images, compile=True, **options)
+    close = {"rtol": 1e-2, "atol": 1e-3} if precision == "float32" else {"rtol": 0.2, "atol": 2e-2}
+    torch.testing.assert_close(fast.uncertainty.mean(), eager.uncertainty.mean(), **close)
+    torch.testing.assert_close(eager.uncertainty.mean(), on_cpu.uncertainty.mean(), **close)
+    assert (fast.uncertainty >= fast.initial_uncertainty).all()
+    assert torch.equal(fast.sample_ids, eager.sample_ids)
 
 
 def test_more_than_two_billion_logits() -> None:
