@@ -14,7 +14,10 @@ from tsynd.errors import InputError
 pytest.importorskip("torchmetrics")
 pytest.importorskip("kornia")
 
-from tsynd.evaluation import CONDITIONS, Batches, evaluate, gaussian_noise, rotation, scores
+from tsynd.evaluation import CONDITIONS, Batches, evaluate, evaluate_uncertainty, gaussian_noise, rotation, scores
+from tsynd.posterior import MCDropout
+from tsynd.scores import errors, uncertainty_scores
+from tsynd.shifts import SHIFTS, blur, brightness, contrast, jpeg, shifts, translation
 
 
 class Brightness(nn.Module):
@@ -158,6 +161,130 @@ def test_all_kinds_of_data_read_alike(data):
     assert [part.tolist() for part in Batches(whole[:3]).chunks(2)] == [[0, 1], [2]]
 
 
+@pytest.mark.parametrize("name", list(shifts()))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shifts_do_not_depend_on_the_batch(name, channels):
+    generator = torch.Generator().manual_seed(9)
+    images, indices = torch.rand(70, channels, 12, 16, generator=generator), torch.arange(70)
+    shift = CONDITIONS[name]
+    whole = shift(images, indices, 3)
+    assert whole.shape == images.shape
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    assert not torch.equal(whole, images)
+    for size in (1, 7, 64):
+        parts = torch.cat([shift(images[part], part, 3) for part in indices.split(size)])
+        if name.startswith("blur"):  # torch picks another convolution for single images
+            torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(parts, whole)
+
+
+@pytest.mark.parametrize("kind", list(SHIFTS))
+def test_higher_severity_moves_images_further(kind):
+    generator = torch.Generator().manual_seed(9)
+    smooth = torch.nn.functional.interpolate(torch.rand(30, 1, 7, 7, generator=generator), 28, mode="bilinear")
+    far = [float((shift(smooth, torch.arange(30), 0) - smooth).square().mean()) for shift in SHIFTS[kind]]
+    assert len(far) == 5
+    assert far == sorted(far)
+    assert far[0] > 0
+
+
+def test_named_shifts_keep_their_meaning(data):
+    images, indices = data[0], torch.arange(41)
+    assert torch.equal(CONDITIONS["noise"](images, indices, 2), CONDITIONS["noise:2"](images, indices, 2))
+    assert torch.equal(CONDITIONS["rotation"](images, indices, 2), CONDITIONS["rotation:5"](images, indices, 2))
+
+
+def test_shifts_against_hand_made_ones():
+    image = torch.linspace(0.2, 0.6, 64).reshape(1, 1, 8, 8)
+    index = torch.tensor([0])
+    for number in range(8):  # both directions occur
+        index = torch.tensor([number])
+        bright = brightness(image, index, 0, up=1.5, down=0.5)
+        assert any(torch.allclose(bright, (image * factor).clamp(0, 1)) for factor in (1.5, 0.5))
+        stretched = contrast(image, index, 0, up=1.2, down=0.5)
+        mean = image.mean()
+        assert any(torch.allclose(stretched, mean + factor * (image - mean), atol=1e-6) for factor in (1.2, 0.5))
+    many = brightness(image.expand(400, -1, -1, -1), torch.arange(400), 0)
+    assert 0.4 < float((many.mean((1, 2, 3)) > image.mean()).double().mean()) < 0.6
+    dot = torch.zeros(1, 1, 29, 29)
+    dot[..., 14, 14] = 1
+    spot = blur(dot, index, 0, sigma=2 / 29)[0, 0]
+    assert float(spot.sum()) == pytest.approx(1, abs=1e-4)
+    positions = torch.arange(29.0) - 14
+    assert float((spot.sum(0) * positions**2).sum()) == pytest.approx(4, rel=0.05)
+    flat = torch.full((2, 3, 16, 16), 0.5)
+    assert (jpeg(flat, torch.arange(2), 0, quality=7) - 0.5).abs().max() < 0.02
+    moved = translation(dot.expand(300, -1, -1, -1), torch.arange(300), 0, share=0.2)[:, 0]
+    sides = torch.arange(29.0) - 14
+    x, y = (moved.sum(1) * sides).sum(1), (moved.sum(2) * sides).sum(1)
+    for shift in (x, y):
+        assert shift.abs().max() <= 0.2 * 29 + 1e-3
+        assert shift.std().item() == pytest.approx(0.2 * 29 / 3**0.5, rel=0.15)
+
+
+def test_known_calibration_error_and_likelihood():
+    # four predictions of class 0 at 0.9 (three right) and four at 0.6 (one right): gaps 0.15 and 0.35
+    chances = torch.tensor([[0.9, 0.1]] * 4 + [[0.6, 0.4]] * 4)
+    labels = torch.tensor([0, 0, 0, 1, 0, 1, 1, 1])
+    result = scores(chances.log(), labels)
+    assert result["ece"] == pytest.approx((0.15 + 0.35) / 2, abs=1e-6)
+    nll = -(3 * math.log(0.9) + math.log(0.1) + math.log(0.6) + 3 * math.log(0.4)) / 8
+    assert result["nll"] == pytest.approx(nll, rel=1e-5)
+    assert scores(chances.log() + 7, labels)["nll"] == pytest.approx(nll, rel=1e-5)
+    many = scores(torch.tensor([[math.log(9.0), -math.log(9.0)]]), torch.tensor([[1, 1]]), "multilabel")
+    assert many["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.1)) / 2, rel=1e-5)
+    assert many["ece"] == pytest.approx((0.1 + 0.9) / 2, abs=1e-6)
+
+
+def test_known_uncertainty_quality():
+    wrong = torch.tensor([False, False, True, False, True])
+    uncertainty = torch.tensor([0.0, 0.2, 0.3, 0.4, 5.0])
+    result = uncertainty_scores(uncertainty, wrong)
+    assert result["error_auroc"] == pytest.approx(5 / 6)  # of 2 · 3 pairs one is the wrong way round
+    assert result["aurc"] == pytest.approx((0 + 0 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
+    assert result["error_rate"] == pytest.approx(0.4)
+    curve = dict(zip(result["coverage"], result["selective_accuracy"], strict=True))
+    assert curve[0.2] == curve[0.4] == 1
+    assert curve[0.6] == pytest.approx(2 / 3)
+    assert curve[1.0] == pytest.approx(0.6)
+    assert math.isnan(uncertainty_scores(uncertainty, wrong & False)["error_auroc"])
+    assert errors(torch.tensor([[1.0, -1], [1, 1]]), torch.tensor([[1, 0], [1, 0]]), "multilabel").tolist() == [
+        False,
+        True,
+    ]
+
+
+def test_uncertainty_of_a_classifier(classifier, images):
+    labels = torch.arange(23) % 3
+    result = evaluate_uncertainty(classifier.train(), (images, labels), samples=16)
+    assert classifier.training
+    assert result["mean_uncertainty"] > 0
+    posterior = MCDropout(classifier.eval(), 16)
+    with torch.no_grad():
+        right = classifier(images).argmax(1) == labels
+        assert result["mean_uncertainty"] == pytest.approx(float(posterior.uncertainty(images).mean()), rel=1e-4)
+    assert result["error_rate"] == pytest.approx(1 - float(right.double().mean()))
+    small = evaluate_uncertainty(classifier, (images, labels), samples=16, batch_size=5)
+    assert small["error_auroc"] == pytest.approx(result["error_auroc"])
+    assert small["mean_uncertainty"] == pytest.approx(result["mean_uncertainty"], rel=1e-4)
+
+
+def test_multilabel_conditions_and_attacks():
+    generator = torch.Generator().manual_seed(2)
+    images, labels = torch.rand(20, 1, 12, 12, generator=generator), torch.randint(2, (20, 2), generator=generator)
+    result = evaluate(Brightness().eval(), (images, labels), task="multilabel", conditions=("clean", "blur:3"))
+    assert list(result) == ["clean", "blur:3"]
+    assert all(math.isfinite(value) for row in result.values() for value in row.values())
+
+
+def test_shifts_stands_for_all(data):
+    result = evaluate(Brightness(), data, conditions=("shifts",))
+    assert list(result) == list(shifts())
+    assert len(result) == 35
+
+
 IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
 
 
@@ -178,6 +305,9 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
         ((IMAGES, torch.full((4, 2), 0.5)), {"task": "multilabel"}, "other values than 0 and 1"),
         ((IMAGES, LABELS), {"task": "regression"}, "task: got 'regression'"),
         ((IMAGES, LABELS), {"conditions": ("clean", "fog")}, "conditions: got 'fog', wanted some of clean"),
+        ((IMAGES, LABELS), {"conditions": ("noise:6",)}, "conditions: got 'noise:6'"),
+        ((IMAGES, LABELS), {"attacks": ("pgd:2",)}, "attacks: got 'pgd:2'"),
+        ((IMAGES, LABELS), {"attack_images": 0}, "attack_images: got 0"),
         ((IMAGES, LABELS), {"batch_size": 0}, "batch_size: got 0"),
     ],
 )

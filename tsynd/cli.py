@@ -1,4 +1,4 @@
-"""The command ``tsynd``: run, synthesize, info."""
+"""The command ``tsynd``: run, synthesize, evaluate, experiment, info."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ except ImportError:
     print("tsynd: the command line needs typer and rich: pip install 'tsynd[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
+from tsynd import cli_study
+from tsynd.cli_options import (
+    Consistency,
+    Data,
+    Device,
+    Masks,
+    Objective,
+    Quiet,
+    Radius,
+    Samples,
+    Seed,
+    Steps,
+    TrainSize,
+)
 from tsynd.errors import InputError, MissingExtraError
 from tsynd.version import __version__
 
@@ -27,24 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="MedMNIST-style .npz, folder of class folders, MedMNIST name (pneumoniamnist, ...) or 'phantom'.",
-    ),
-]
-TrainSize = Annotated[int | None, typer.Option(help="Labelled training images; all by default.")]
-Seed = Annotated[int, typer.Option(help="Of the subset, the networks and the posterior samples.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")]
-Objective = Annotated[str, typer.Option(help="mutual_information or entropy.")]
-Samples = Annotated[int, typer.Option(help="Posterior samples T.")]
-Masks = Annotated[str, typer.Option(help="shared or independent dropout masks.")]
-Steps = Annotated[int, typer.Option(help="Ascent steps K.")]
-Radius = Annotated[float, typer.Option(help="Of the ball, times latent deviation times sqrt(dimension).")]
-Consistency = Annotated[float | None, typer.Option(help="Least mean probability that the source label must keep.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
 @app.command()
@@ -148,8 +144,14 @@ def synthesize(
     typer.echo(f"{len(result)} images, mean uncertainty {before:.4f} → {after:.4f} nats, in {output}")
 
 
+app.command()(cli_study.evaluate)
+app.command()(cli_study.experiment)
+
+
 @app.command()
-def info() -> None:
+def info(
+    plan: Annotated[bool, typer.Option("--plan", help="Also which CUDA kernel serves which shape.")] = False,
+) -> None:
     """Print versions, devices, operators and how they were built."""
     import platform
 
@@ -187,12 +189,22 @@ def info() -> None:
         "pillow",
         "pooch",
         "matplotlib",
+        "adversarial-robustness-toolbox",
+        "captum",
+        "scipy",
     ):
         try:
             extras.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             extras.add_row(package, "not installed")
     console.print(extras)
+    if plan:
+        from tsynd.plans import describe_plans
+
+        plans = Table("device", "shape", "operator", "kernel")
+        for row in describe_plans():
+            plans.add_row(*row)
+        console.print(plans)
 
 
 def _print_run(metrics: dict[str, object], output: Path) -> None:
@@ -212,6 +224,21 @@ def _print_run(metrics: dict[str, object], output: Path) -> None:
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
 
 
+def _spread(arguments: list[str]) -> list[str]:
+    """``--arms a b`` as ``--arms a --arms b``: the parser takes one value per flag."""
+    spread: list[str] = []
+    flag, fresh = "", False
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, fresh = (argument if argument in cli_study.LISTS else ""), True
+        elif flag and not fresh:
+            spread.append(flag)
+        else:
+            fresh = False
+        spread.append(argument)
+    return spread
+
+
 def _fail(message: str, code: int) -> NoReturn:
     print(f"tsynd: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
@@ -220,7 +247,7 @@ def _fail(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Run the command; an input that cannot be used ends with one line and exit code 2."""
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(_spread(sys.argv[1:]), standalone_mode=False) or 0
         if code == 130:  # the parser swallowed the interrupt
             raise KeyboardInterrupt
         raise SystemExit(code)

@@ -1,208 +1,65 @@
-"""Scores of a classifier on clean and on disturbed images."""
+"""Test of a classifier: clean, disturbed and attacked images, and how much its uncertainty can be trusted."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tsynd.attacks import Attack, check_robustness, parse_attacks, perturb
+from tsynd.batches import Batches, check_task
 from tsynd.checks import resolve_device
-from tsynd.errors import InputError, require
+from tsynd.errors import InputError
+from tsynd.posterior import MCDropout
+from tsynd.scores import errors, scores, uncertainty_scores
+from tsynd.shifts import Condition, gaussian_noise, rotation, shifts
 
-__all__ = ["CONDITIONS", "Batches", "Condition", "evaluate", "gaussian_noise", "rotation", "scores"]
-
-Condition: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
-"""(images [B, C, H, W] in [0, 1], their indices [B], seed) → images of the same shape in [0, 1]."""
-
-
-class Batches:
-    """One way to read all kinds of data by index.
-
-    Args:
-        data: a tensor of images, a pair (images, labels), or anything with ``__len__`` and
-            ``__getitem__(i) → image or (image, label)``; its ``batch(indices)`` is used where it has one.
-            Images are uint8, or float in [0, 1].
-        name: the argument's name in error messages.
-
-    Raises:
-        InputError: data that cannot be read this way, or none at all.
-    """
-
-    def __init__(self, data: Any, name: str = "data") -> None:
-        if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-            if len(data[0]) != len(data[1]):
-                raise InputError(f"{name}: {len(data[0])} images but {len(data[1])} labels")
-        elif not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-            raise InputError(
-                f"{name}: got {type(data).__name__}, wanted a pair of tensors (images, labels) or a Dataset"
-                " with __len__ and __getitem__"
-            )
-        self._data = data
-        self.name = name
-        self.count = len(data[0]) if isinstance(data, (tuple, list)) else len(data)
-        if self.count == 0:
-            raise InputError(f"{name}: holds no images")
-        image = self(torch.tensor([0]))[0]
-        if image.ndim != 4:
-            raise InputError(f"{name}: an image has shape {list(image.shape[1:])}, wanted [C, H, W]")
-        low, high = image.min().item(), image.max().item()
-        if not (low >= 0 and high <= 1):  # also catches NaN
-            raise InputError(f"{name}: the first image holds values in [{low:.4g}, {high:.4g}], wanted [0, 1]")
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images [B, C, H, W], float32 in [0, 1], and labels (None if there are none) at ``indices`` [B]."""
-        data, labels = self._data, None
-        if isinstance(data, Tensor):
-            images = data[indices]
-        elif isinstance(data, (tuple, list)):
-            images, labels = data[0][indices], data[1][indices]
-        elif hasattr(data, "batch"):
-            images, labels = data.batch(indices)
-        else:
-            items = [data[int(index)] for index in indices]
-            if isinstance(items[0], (tuple, list)):
-                labels = torch.stack([torch.as_tensor(item[1]) for item in items])
-                items = [item[0] for item in items]
-            images = torch.stack([torch.as_tensor(item) for item in items])
-        return (images.float() / 255 if images.dtype == torch.uint8 else images.float()), labels
-
-    def chunks(self, size: int) -> tuple[Tensor, ...]:
-        """All indices in order, ``size`` at a time."""
-        return torch.split(torch.arange(self.count), size)
-
-    def labels(self, task: str, classes: int) -> Tensor:
-        """All labels, int64 [N] in [0, classes) (multiclass) or float32 [N, classes] of 0 and 1 (multilabel).
-
-        Raises:
-            InputError: labels that are missing, or do not fit the task or the number of classes.
-        """
-        own = getattr(self._data, "labels", None)
-        if isinstance(own, Tensor):
-            labels = own.cpu()
-        else:
-            parts = [self(indices)[1] for indices in self.chunks(256)]
-            if any(part is None for part in parts):
-                raise InputError(f"{self.name}: has images but no labels")
-            labels = torch.cat([part for part in parts if part is not None])
-        shape, name = list(labels.shape), self.name
-        if task == "multiclass":
-            if labels.ndim != 1 or labels.is_floating_point():
-                raise InputError(f"{name}: labels are {labels.dtype} {shape}, wanted integers [N] for multiclass")
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= classes:
-                raise InputError(
-                    f"{name}: labels lie in [{low}, {high}] but the classifier gives {classes} logits,"
-                    f" wanted labels in [0, {classes - 1}]"
-                )
-            return labels.long()
-        if labels.ndim != 2 or labels.shape[1] != classes:
-            raise InputError(f"{name}: labels have shape {shape}, wanted [N, {classes}] for multilabel")
-        labels = labels.float()
-        if not bool(((labels == 0) | (labels == 1)).all()):
-            raise InputError(f"{name}: multilabel labels hold other values than 0 and 1")
-        return labels
-
-
-def _generators(indices: Tensor, seed: int) -> Iterator[torch.Generator]:
-    """One random stream per image, addressed by (seed, index): a batch's make-up cannot matter."""
-    generator = torch.Generator()
-    for index in indices.tolist():
-        # torch's CPU engine uses 32 bits of its seed; the odd constant keeps streams of two seeds apart.
-        yield generator.manual_seed((seed * 0x9E3779B1 + index) & 0xFFFFFFFF)
-
-
-def gaussian_noise(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 0.05) -> Tensor:
-    """Add Gaussian noise and clip to [0, 1].
-
-    Args:
-        images: [B, C, H, W] in [0, 1].
-        indices: [B], the images' numbers in their data set; with ``seed`` they fix the noise.
-        seed: any integer.
-        sigma: standard deviation, in units of the intensity range.
-    """
-    shape = images.shape[1:]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in _generators(indices, seed)])
-    return (images + sigma * noise.to(images)).clamp(0, 1)
-
-
-def rotation(images: Tensor, indices: Tensor, seed: int, *, degrees: float = 15.0) -> Tensor:
-    """Rotate each image about its centre by its own angle, uniform in ±``degrees``.
-
-    Corners that come into view repeat the border: the test is the turn, not black triangles.
-
-    Args:
-        images: [B, C, H, W] in [0, 1].
-        indices: [B], the images' numbers in their data set; with ``seed`` they fix the angle.
-        seed: any integer.
-        degrees: largest angle.
-    """
-    rotate = require("kornia.geometry.transform", "train").rotate
-    turns = torch.stack([torch.rand((), generator=generator) for generator in _generators(indices, seed)])
-    angles = ((2 * turns - 1) * degrees).to(images)
-    rotated: Tensor = rotate(images, angles, mode="bilinear", padding_mode="border")
-    return rotated.clamp(0, 1)
+__all__ = [
+    "CONDITIONS",
+    "Batches",
+    "Condition",
+    "check_task",
+    "choose_conditions",
+    "evaluate",
+    "evaluate_uncertainty",
+    "gaussian_noise",
+    "rotation",
+    "scores",
+]
 
 
 def _clean(images: Tensor, indices: Tensor, seed: int) -> Tensor:
     return images
 
 
-CONDITIONS: Mapping[str, Condition] = {"clean": _clean, "noise": gaussian_noise, "rotation": rotation}
-"""Name → disturbance. ``functools.partial(gaussian_noise, sigma=0.2)`` makes another severity."""
+CONDITIONS: Mapping[str, Condition] = {"clean": _clean, "noise": gaussian_noise, "rotation": rotation, **shifts()}
+"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of :data:`tsynd.shifts.SHIFTS`; and two of fixed strength,
+``noise`` (σ = 0.05) and ``rotation`` (±15°). ``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
 
 
-def scores(logits: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str, float]:
-    """Balanced accuracy, accuracy and area under the ROC curve.
-
-    Multiclass: balanced accuracy is the mean recall and ``auroc`` the mean one-vs-rest area over the classes
-    that occur. Multilabel: balanced accuracy is the mean over labels of (sensitivity + specificity) / 2 at
-    probability 0.5, accuracy the share of right 0/1 answers, ``auroc`` the mean area over the labels; labels
-    with one value only are left out. A score that is defined nowhere is NaN.
-
-    Args:
-        logits: [N, C].
-        labels: int64 [N], or 0/1 [N, C] for multilabel.
-        task: "multiclass" or "multilabel".
-    """
-    metrics = require("torchmetrics.functional.classification", "train")
-    logits, count = logits.float(), logits.shape[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchmetrics warns of absent classes, which are left out below
-        if task == "multiclass":
-            present = torch.bincount(labels, minlength=count) > 0
-            judged = present & (present.sum() > 1)  # an area needs images outside the class too
-            recalls = metrics.multiclass_accuracy(logits, labels, num_classes=count, average=None)
-            areas = metrics.multiclass_auroc(logits.softmax(1), labels, num_classes=count, average=None)
-            accuracy = metrics.multiclass_accuracy(logits, labels, num_classes=count, average="micro")
-        else:
-            truth, chances = labels.long(), logits.sigmoid()
-            present = judged = truth.amin(0) != truth.amax(0)
-            recalls = metrics.multilabel_recall(chances, truth, num_labels=count, average=None)
-            recalls = (recalls + metrics.multilabel_specificity(chances, truth, count, average=None)) / 2
-            areas = metrics.multilabel_auroc(chances, truth, num_labels=count, average=None)
-            accuracy = metrics.multilabel_accuracy(chances, truth, num_labels=count, average="micro")
-    return {
-        "balanced_accuracy": float(recalls.reshape(-1)[present].mean()),
-        "accuracy": float(accuracy),
-        "auroc": float(areas.reshape(-1)[judged].mean()) if bool(judged.any()) else math.nan,
-    }
-
-
-def check_task(task: str) -> None:
-    """Refuse an unknown task.
+def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[str, Condition]:
+    """Conditions by their names; ``shifts`` stands for all kinds in all severities.
 
     Raises:
-        InputError: neither "multiclass" nor "multilabel".
+        InputError: an unknown name.
     """
-    if task not in ("multiclass", "multilabel"):
-        raise InputError(f"task: got {task!r}, wanted 'multiclass' or 'multilabel'")
+    if isinstance(names, Mapping):
+        return dict(names)
+    chosen: dict[str, Condition] = {}
+    for name in names:
+        if name == "shifts":
+            chosen |= shifts()
+        elif name in CONDITIONS:
+            chosen[name] = CONDITIONS[name]
+        else:
+            plain = [known for known in CONDITIONS if ":" not in known]
+            raise InputError(
+                f"conditions: got {name!r}, wanted some of {', '.join(plain)}, shifts, or KIND:SEVERITY"
+                f" with KIND one of {', '.join(dict.fromkeys(known.split(':')[0] for known in shifts()))}"
+            )
+    return chosen
 
 
 def evaluate(
@@ -211,53 +68,157 @@ def evaluate(
     *,
     task: str = "multiclass",
     conditions: Sequence[str] | Mapping[str, Condition] = ("clean", "noise", "rotation"),
+    attacks: Sequence[str] = (),
+    attack_images: int | None = 256,
+    query_images: int | None = 64,
     seed: int = 0,
     batch_size: int = 512,
     device: torch.device | str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Score a deterministic classifier (eval mode, no dropout) on disturbed copies of ``data``.
+    """Score a deterministic classifier (eval mode, no dropout) on disturbed and on attacked copies of ``data``.
 
-    The disturbance of an image depends on ``seed`` and its index alone, not on the batch size.
+    The disturbance of an image depends on ``seed`` and its index alone, not on the batch size or the classifier.
 
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; its modes are restored.
         data: labelled images, as :class:`Batches` reads them.
         task: "multiclass" or "multilabel".
-        conditions: names from ``CONDITIONS``, or a mapping name → function.
-        seed: fixes the disturbances.
+        conditions: names from ``CONDITIONS``, ``shifts`` for all of its kinds and severities, or a mapping
+            name → function.
+        attacks: as ``pgd:2/255`` or ``pgd``, see :func:`tsynd.attacks.parse_attacks`.
+        attack_images: how many images FGSM and PGD attack, spread evenly over the classes; None is all.
+        query_images: how many of those Square attacks, which needs far more passes; None is all.
+        seed: fixes the disturbances and the attacks' random choices.
         batch_size: images at a time.
         device: where to run; the classifier's own device by default, and it is moved if another is named.
 
     Returns:
-        condition → {"balanced_accuracy", "accuracy", "auroc"}, see :func:`scores`.
+        condition or attack (as ``pgd:2/255``) → {"balanced_accuracy", "accuracy", "auroc", "ece", "nll"}, see
+        :func:`tsynd.scores.scores`. An attack's scores also have ``images``, how many were attacked; Square's have
+        ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A Square that leaves a
+        clearly lower accuracy than PGD is a sign of masked gradients.
 
     Raises:
-        InputError: an unknown task or condition, or data that do not fit the classifier.
+        InputError: an unknown task, condition or attack, or data that do not fit the classifier.
+        MissingExtraError: a package that a condition or an attack needs is not installed.
     """
     check_task(task)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of 1 or more")
-    unknown = [] if isinstance(conditions, Mapping) else [name for name in conditions if name not in CONDITIONS]
-    if unknown:
-        raise InputError(f"conditions: got {', '.join(map(repr, unknown))}, wanted some of {', '.join(CONDITIONS)}")
-    chosen = conditions if isinstance(conditions, Mapping) else {name: CONDITIONS[name] for name in conditions}
+    counts = {"batch_size": batch_size, "attack_images": attack_images, "query_images": query_images}
+    for name, value in counts.items():
+        if not (value is None and name != "batch_size") and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name}: got {value!r}, wanted an integer of 1 or more")
+    chosen, wanted = choose_conditions(conditions), parse_attacks(attacks)
+    if wanted:
+        check_robustness()
     batches = Batches(data)
-    first = next(iter(classifier.parameters()), None)
-    target = resolve_device(device) if device is not None else (first.device if first is not None else "cpu")
+    target = _place(classifier, device)
     modes = {module: module.training for module in classifier.modules()}
     classifier.to(target).eval()
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     try:
         with torch.no_grad():
             classes = classifier(batches(torch.tensor([0]))[0].to(target)).shape[1]
-            labels = batches.labels(task, classes)
+            labels = batches.labels(task, classes).cpu()
             for name, disturb in chosen.items():
                 logits = [
                     classifier(disturb(batches(indices)[0].to(target), indices, seed)).cpu()
                     for indices in batches.chunks(batch_size)
                 ]
-                results[name] = scores(torch.cat(logits), labels.cpu(), task)
+                results[name] = scores(torch.cat(logits), labels, task)
+        if wanted:
+            pool = spread_indices(labels, attack_images)
+            few = pool[spread_indices(labels[pool], query_images)]
+            results |= _attacked(classifier, batches, labels, wanted, {"square": few}, pool, task, seed, target)
     finally:
         for module, training in modes.items():
             module.training = training
     return results
+
+
+def _place(classifier: nn.Module, device: torch.device | str | None) -> torch.device:
+    first = next(iter(classifier.parameters()), None)
+    own = first.device if first is not None else torch.device("cpu")
+    return resolve_device(device) if device is not None else own
+
+
+def spread_indices(labels: Tensor, count: int | None) -> Tensor:
+    """``count`` indices, evenly spaced in the order of the classes, so that these keep their shares; all if None."""
+    order = labels.argsort(stable=True) if labels.ndim == 1 else torch.arange(len(labels))
+    if count is None or count >= len(order):
+        return order.msort()
+    return order[(torch.arange(count) * len(order)) // count].msort()
+
+
+def _attacked(
+    classifier: nn.Module,
+    batches: Batches,
+    labels: Tensor,
+    attacks: Sequence[Attack],
+    subsets: Mapping[str, Tensor],
+    pool: Tensor,
+    task: str,
+    seed: int,
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    results: dict[str, dict[str, float]] = {}
+    broken: dict[str, Tensor] = {}
+    for attack in sorted(attacks, key=lambda a: a.kind == "square"):  # after PGD, to be compared with it
+        indices = subsets.get(attack.kind, pool)
+        truth = labels[indices]
+        found = perturb(classifier, batches(indices)[0].to(device), truth.to(device), attack, task=task, seed=seed)
+        with torch.no_grad():
+            logits = torch.cat([classifier(part).cpu() for part in torch.split(found, 256)])
+        results[attack.name] = scores(logits, truth, task) | {"images": len(indices)}
+        broken[attack.name] = errors(logits, truth, task)
+        rival = broken.get(attack.name.replace("square", "pgd"))
+        if attack.kind == "square" and rival is not None:
+            right = ~rival[torch.isin(pool, indices)]
+            results[attack.name]["gradient_accuracy"] = float(right.double().mean())
+    return results
+
+
+def evaluate_uncertainty(
+    classifier: nn.Module,
+    data: Any,
+    *,
+    task: str = "multiclass",
+    objective: str = "mutual_information",
+    samples: int = 32,
+    masks: str = "shared",
+    seed: int = 0,
+    batch_size: int = 512,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """How well the dropout posterior's uncertainty finds the deterministic classifier's errors on clean images.
+
+    Args:
+        classifier: with an active dropout; its modes are restored.
+        data: labelled images, as :class:`Batches` reads them.
+        task: "multiclass" or "multilabel"; an image of several labels is wrong where any of them is.
+        objective: ``mutual_information`` or ``entropy``.
+        samples: T, posterior samples.
+        masks: ``shared`` or ``independent``.
+        seed: of the samples.
+        batch_size: images at a time.
+        device: as in :func:`evaluate`.
+
+    Returns:
+        See :func:`tsynd.scores.uncertainty_scores`.
+
+    Raises:
+        InputError: no active dropout, or data that do not fit the classifier.
+    """
+    check_task(task)
+    batches = Batches(data)
+    target = _place(classifier, device)
+    classifier.to(target)
+    posterior = MCDropout(classifier, samples, masks, seed)
+    values, logits = [], []
+    with posterior.frozen(), torch.no_grad():
+        for indices in batches.chunks(batch_size):
+            images = batches(indices)[0].to(target)
+            values.append(posterior.uncertainty(images, indices.to(target), objective, task).cpu())
+            logits.append(classifier(images).float().cpu())
+    outputs = torch.cat(logits)
+    labels = batches.labels(task, outputs.shape[1]).cpu()
+    return uncertainty_scores(torch.cat(values), errors(outputs, labels, task))

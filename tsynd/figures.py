@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import math
@@ -19,11 +20,15 @@ from tsynd.storage import atomic_path
 
 __all__ = [
     "COLUMNS",
+    "INK",
+    "SOFT",
     "check_counts",
     "curves",
     "difference_scale",
     "draw_examples",
     "histogram",
+    "inline_png",
+    "inline_svg",
     "nats",
     "spread",
     "strip",
@@ -32,8 +37,8 @@ __all__ = [
 COLUMNS = ("source", "reconstruction", "targeted", "difference")
 _RED, _BLUE = (178.0, 24.0, 43.0), (33.0, 102.0, 172.0)
 # stand-ins that matplotlib draws with and the page replaces, so that plots follow its light or dark scheme
-_INK, _SOFT, _BEFORE, _AFTER = "#010101", "#020202", "#030303", "#040404"
-_VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _BEFORE: "var(--before)", _AFTER: "var(--after)"}
+INK, SOFT, _BEFORE, _AFTER = "#010101", "#020202", "#030303", "#040404"
+_VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", _BEFORE: "var(--before)", _AFTER: "var(--after)"}
 
 
 def check_counts(count: int, **tensors: Tensor) -> None:
@@ -144,18 +149,37 @@ def draw_examples(
 def _axes(x: str, y: str) -> tuple[Any, Any]:
     figure = require("matplotlib.figure", "cli").Figure(figsize=(4.8, 3.2))
     axis = figure.subplots()
-    axis.set_xlabel(x, fontsize=10, color=_INK)
-    axis.set_ylabel(y, fontsize=10, color=_INK)
-    axis.tick_params(which="both", labelsize=9, color=_SOFT, labelcolor=_SOFT)
-    axis.spines[:].set_color(_SOFT)
+    axis.set_xlabel(x, fontsize=10, color=INK)
+    axis.set_ylabel(y, fontsize=10, color=INK)
+    axis.tick_params(which="both", labelsize=9, color=SOFT, labelcolor=SOFT)
+    axis.spines[:].set_color(SOFT)
     axis.spines[["top", "right"]].set_visible(False)
     return figure, axis
 
 
+def inline_png(pixels: np.ndarray[Any, Any]) -> str:
+    """A picture, uint8 [H, W, 3], as the source of an HTML image."""
+    buffer = io.BytesIO()
+    require("PIL.Image", "cli").fromarray(np.ascontiguousarray(pixels)).save(buffer, format="png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def _svg(figure: Any, axis: Any, key: str, title: str, caption: str, alt: str) -> str:
-    """A figure as inline SVG: the page's colours, ids of its own, no metadata or name spaces."""
-    axis.legend(fontsize=9, frameon=False, labelcolor=_INK)
+    axis.legend(fontsize=9, frameon=False, labelcolor=INK)
     figure.tight_layout(pad=0.3)
+    return inline_svg(figure, key, title, caption, alt)
+
+
+def inline_svg(figure: Any, key: str, title: str, caption: str, alt: str) -> str:
+    """A figure as inline SVG: the page's colours, ids of its own, no metadata or name spaces.
+
+    Args:
+        figure: matplotlib's, drawn with :data:`INK` and :data:`SOFT` where the page's colours shall stand.
+        key: letters that no other figure of the page has; they go before its ids.
+        title: HTML.
+        caption: HTML.
+        alt: text for who cannot see it.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -212,7 +236,7 @@ def curves(trajectory: Tensor, short: str) -> str:
         low, median, high = np.quantile(values, [0.1, 0.5, 0.9], axis=0)
         order = values[:, -1].argsort()
         for row in values[order[np.unique(np.linspace(0, len(values) - 1, 10).astype(int))]]:
-            axis.plot(steps, row, color=_SOFT, linewidth=0.7, alpha=0.6)
+            axis.plot(steps, row, color=SOFT, linewidth=0.7, alpha=0.6)
         axis.fill_between(steps, low, high, color=_AFTER, alpha=0.2, linewidth=0, label="10–90 %")
         axis.plot(steps, median, color=_AFTER, linewidth=2, label="median")
         axis.set_xticks(steps[:: -(-len(steps) // 11)])

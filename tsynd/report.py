@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from tsynd.errors import InputError, require
-from tsynd.figures import COLUMNS, check_counts, curves, difference_scale, histogram, nats, spread, strip
+from tsynd.errors import InputError
+from tsynd.figures import COLUMNS, check_counts, curves, difference_scale, histogram, inline_png, nats, spread, strip
 from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult
 
-__all__ = ["write_report"]
+__all__ = ["STYLE", "write_report"]
 
 _MEASURES = {"mutual_information": ("mutual information", "MI"), "entropy": ("predictive entropy", "entropy")}
 _SCORES = {"balanced_accuracy": "Balanced accuracy", "accuracy": "Accuracy", "auroc": "AUROC"}
@@ -29,7 +26,7 @@ _STATUS = {
     "label_limit": "stopped where the source label would have become too improbable",
 }
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #566473; --line: #dde3e9; --card: #fff; --page: #f4f6f8;
   --up: #17693f; --down: #a8321f; --before: #6b7c8f; --after: #c8441b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --soft: #a3b0bd; --line: #33404d; --card: #1b232c;
@@ -114,7 +111,7 @@ def write_report(
     examples = (_example(i, [x[i] for x in stages], limit, texts[i], before[i], after[i], short) for i in chosen)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tsynd: {name}</title><style>{_STYLE}</style></head><body>
+<title>tsynd: {name}</title><style>{STYLE}</style></head><body>
 <h1>Targeted images for {name}</h1>
 <p class="soft">{_facts(metrics)}</p>
 <p class="lead">{_summary(metrics)}</p>
@@ -272,11 +269,8 @@ def _example(
     notes = ("", f"{short} {nats(before)}", f"{short} {nats(after)}", "")
     label, cells = html.escape(label), ""
     for name, note, pixels in zip(COLUMNS, notes, strip(stages, limit), strict=True):
-        buffer = io.BytesIO()
-        require("PIL.Image", "cli").fromarray(np.ascontiguousarray(pixels)).save(buffer, format="png")
         kind = ' class="small"' if max(pixels.shape) < 128 else ""
         alt = f"{name} of image {index} ({label})" + (f", {note} nats" if note else "")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        cells += f'<div><img{kind} src="data:image/png;base64,{data}" alt="{alt}">'
+        cells += f'<div><img{kind} src="{inline_png(pixels)}" alt="{alt}">'
         cells += f'<div class="cap">{name}<span>{note}</span></div></div>'
     return f'<div class="example"><b>{label}</b><div class="strip">{cells}</div></div>'
