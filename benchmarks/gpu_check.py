@@ -14,8 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,27 +36,31 @@ class Step:
     passed: bool | None = None  # None: not run
     seconds: float = 0.0
     note: str = ""
+    output: str = field(default="", repr=False)
 
 
-def _steps(out: Path, device: str) -> list[Step]:
+def _steps(parts: Path, device: str) -> list[Step]:
     python = sys.executable
     steps = [
         Step("GPU tests", [python, "-m", "pytest", "-x", "tests/gpu", "-rs"], 120),
         Step("operator tests on every device", [python, "-m", "pytest", "tests/test_ops.py"], 180),
     ]
+    # a step a shape: what one of them costs to compile and measure is not lost with another
+    shapes = [("bfloat16", "G1"), ("bfloat16", "G2"), ("bfloat16", "G3"), ("float32", "G1")]
+    for dtype, shape in [("bfloat16", "S1"), ("float32", "S1")] if device == "cpu" else shapes:
+        rows = str(parts / f"{dtype}-{shape}.json")
+        command = [python, "-m", "benchmarks", "head", "--device", device, "--dtype", dtype, "--shapes", shape]
+        steps.append(Step(f"benchmark head {dtype} {shape}", [*command, "--seconds", "3", "--json", rows], 80))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in ("memcheck", "racecheck"):
         few = ["tests/gpu", "-k", "(test_head or test_dropout_head) and (130 or 33) and multiclass or own_stream"]
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-x", *few]
-        steps.append(Step(f"compute-sanitizer {tool}", command, 100))
-    for dtype in ("bfloat16", "float32"):
-        rows = str(out / f"head-{device}-{dtype}.json")
-        command = [python, "-m", "benchmarks", "head", "--device", device, "--dtype", dtype, "--json", rows]
-        steps.append(Step(f"benchmark head {dtype}", [*command, "--seconds", "2"], 120))
+        steps.append(Step(f"compute-sanitizer {tool}", command, 80))
     return steps
 
 
 def _run(step: Step, log: Path, left: float) -> None:
+    """Run a step with its output in ``log``, as far as it came."""
     if "compute-sanitizer" in step.name and not Path(step.command[0]).exists():
         step.note = "compute-sanitizer is not installed"
         return
@@ -77,32 +82,38 @@ def _run(step: Step, log: Path, left: float) -> None:
         except subprocess.TimeoutExpired:
             step.passed, step.note = False, f"stopped after {limit:.0f} s"
     step.seconds = time.perf_counter() - start
-    counts = re.findall(r"\d+ (?:passed|failed|skipped|error)[^\n]*", log.read_text(errors="replace"))
+    step.output = log.read_text(errors="replace")
+    counts = re.findall(r"\d+ (?:passed|failed|skipped|error)[^\n]*", step.output)
     step.note = "; ".join(filter(None, [step.note, counts[-1] if counts else ""]))
 
 
-def _report(steps: list[Step], out: Path, device: str) -> str:
+def _report(steps: list[Step], device: str) -> str:
     lines = ["# GPU check", "", describe_machine(device), "", "| step | result | s | |", "|---|---|---|---|"]
     for step in steps:
         result = "not run" if step.passed is None else "passed" if step.passed else "**failed**"
         lines.append(f"| {step.name} | {result} | {step.seconds:.0f} | {step.note} |")
     for step in steps:
-        log = out / _log_name(step)
         if step.name.startswith("benchmark") and step.passed:
-            lines += ["", f"## {step.name}", "", *log.read_text().splitlines()]
+            lines += ["", f"## {step.name}", "", *step.output.splitlines()]
         elif step.passed is False:
-            lines += ["", f"## {step.name}: end of the log", "", "```", *log.read_text().splitlines()[-60:], "```"]
+            lines += ["", f"## {step.name}: end of the log", "", "```", *step.output.splitlines()[-60:], "```"]
     return "\n".join(lines) + "\n"
 
 
-def _log_name(step: Step) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", step.name.lower()) + ".log"
+def _write(out: Path, steps: list[Step], parts: Path, device: str) -> None:
+    """The report, the steps, all output in one file and all measured rows in one."""
+    (out / "gpu-check.md").write_text(_report(steps, device))
+    told = [{key: value for key, value in asdict(step).items() if key != "output"} for step in steps]
+    (out / "gpu-check.json").write_text(json.dumps(told, indent=1) + "\n")
+    (out / "gpu-check.log").write_text("".join(f"=== {step.name}\n{step.output}\n" for step in steps))
+    rows = [row for path in sorted(parts.glob("*.json")) for row in json.loads(path.read_text())]
+    (out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> int:
     """Run all steps; exit code 1 if one failed, 2 if there is nothing to run on."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder of the report, the logs and the raw rows")
+    parser.add_argument("out", type=Path, help="folder of the report, all output and the raw rows")
     parser.add_argument("--device", default="cuda", help="cpu tries the check itself out")
     parser.add_argument("--seconds", type=float, default=370, help="budget for all steps")
     parser.add_argument("--only", default="", help="run steps whose name contains this")
@@ -113,12 +124,13 @@ def main() -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     end = time.perf_counter() + arguments.seconds
-    steps = [step for step in _steps(out, arguments.device) if arguments.only in step.name]
-    for step in steps:
-        _run(step, out / _log_name(step), end - time.perf_counter())
-        print(f"{step.name}: {step.passed} in {step.seconds:.0f} s {step.note}", flush=True)
-        (out / "gpu-check.md").write_text(_report(steps, out, arguments.device))
-        (out / "gpu-check.json").write_text(json.dumps([asdict(step) for step in steps], indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = Path(folder)
+        steps = [step for step in _steps(parts, arguments.device) if arguments.only in step.name]
+        for step in steps:
+            _run(step, parts / "output.log", end - time.perf_counter())
+            print(f"{step.name}: {step.passed} in {step.seconds:.0f} s {step.note}", flush=True)
+            _write(out, steps, parts, arguments.device)
     return int(any(step.passed is False for step in steps))
 
 

@@ -211,7 +211,11 @@ def test_processes_are_killed_and_the_study_goes_on(
     flags += ["--autoencoder-widths", "4", "4", "--arms", "real", "random", "--device", "cpu", "--quiet"]
     flags += ["--conditions", *TINY.conditions, "--attacks", *TINY.attacks]
     line = [sys.executable, "-m", "tsynd", "experiment", "--data", str(data), "--output", str(folder), *flags]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def hear() -> None:  # a test run in a shell's background inherits deafness to Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear)
     deadline = time.monotonic() + 600  # only a starved machine needs it
     while not list(folder.glob("cells/[!.]*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -247,6 +247,7 @@ def _work(tasks: Sequence[_Task], workers: int, threads: int | None, progress: _
     waiting, running = list(tasks), dict[Future[Any], _Task]()
     # a fresh interpreter each: forking after torch has started its threads may hang
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())  # the caller's own
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,))
     try:
         while waiting or running:
@@ -264,7 +265,7 @@ def _work(tasks: Sequence[_Task], workers: int, threads: int | None, progress: _
             " goes on behind the finished cells"
         ) from None
     finally:
-        children = multiprocessing.active_children() if waiting or running else []
+        children = set(multiprocessing.active_children()) - others if waiting or running else set()
         pool.shutdown(wait=not children, cancel_futures=True)
         for child in children:
             child.terminate()
