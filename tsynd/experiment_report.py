@@ -21,6 +21,7 @@ from tsynd.experiment_tables import (
     masked_gradients,
     quality_table,
     score_table,
+    signed,
     to_html,
     to_markdown,
 )
@@ -84,7 +85,8 @@ information tells wrong predictions from right ones (area under the ROC curve, 5
 <h2>Paired differences</h2>
 <p class="soft">In percentage points of balanced accuracy, over pairs of equal size and seed, with their 95 % t
 interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test, two-sided, not corrected for
-the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs: 0.0625).</p>
+the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs: 0.0625). Pairs of several
+sizes share test and training images, so that p over all sizes is optimistic.</p>
 {"".join(to_html(table) for table in difference_tables(rows))}
 <h2>Synthetic images</h2>
 <p class="soft">Made of training images against each arm's finished classifier, seed 0; not picked for looks. Below:
@@ -138,9 +140,14 @@ def _summary(rows: Sequence[Row]) -> str:
         for measure in headline(rows):
             found = difference(rows, targeted, against, sizes_of(rows), measure.key)
             if found.pairs:
-                points = f"{100 * found.mean:+.1f}".replace("-", "−")
+                points = signed(found.mean)
                 where = f"{measure.title.lower()} images" if measure.key in ("clean", "shifted") else measure.title
                 surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
+                if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
+                    each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
+                    surety = (
+                        ", ".join(f"{n} labels: {signed(one.mean)}" for n, one in each if one.pairs) + f"; {surety}"
+                    )
                 texts.append(f"{points} points on {where} ({surety})")
         sentences += [f"against {label_of(against)}: {', '.join(texts)}"] if texts else []
     return html.escape(f"Balanced accuracy of {label_of(targeted)} {'; '.join(sentences)}.")

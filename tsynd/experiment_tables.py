@@ -11,7 +11,16 @@ from tsynd.experiment_figures import label_of
 from tsynd.statistics import mean_interval, smallest_p
 from tsynd.summary import Measure, Row, all_measures, arms_of, difference, headline, quality_of, sizes_of, values
 
-__all__ = ["Table", "difference_tables", "masked_gradients", "quality_table", "score_table", "to_html", "to_markdown"]
+__all__ = [
+    "Table",
+    "difference_tables",
+    "masked_gradients",
+    "quality_table",
+    "score_table",
+    "signed",
+    "to_html",
+    "to_markdown",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,11 @@ class Table:
 
 def _minus(text: str) -> str:
     return "±0.0" + text[4:] if text[:4] in ("-0.0", "+0.0") else text.replace("-", "−")
+
+
+def signed(share: float) -> str:
+    """Percentage points with their sign; ±0.0 for what rounds to nothing."""
+    return _minus(f"{100 * share:+.1f}")
 
 
 def _value(mean: float, half: float, measure: Measure) -> str:
@@ -82,7 +96,7 @@ def _differences(rows: Sequence[Row], against: str, sizes: Sequence[int], name: 
             continue
         line = [label_of(arm), str(found[0].pairs)]
         for one in found:
-            text = "–" if math.isnan(one.mean) else f"{100 * one.mean:+.1f}"
+            text = "–" if math.isnan(one.mean) else signed(one.mean)
             text += "" if math.isnan(one.half_width) else f" ± {100 * one.half_width:.1f}"
             if one.half_width < abs(one.mean):
                 marks[len(lines), len(line)] = "up" if one.mean > 0 else "down"
