@@ -147,8 +147,9 @@ def ascend_latents(
     step, radius = settings.lengths(latent_std, source[0].numel())
     latents = source.clone()
     best_latents = best_images = best = best_score = first = torch.empty(0)
-    climbing = torch.ones(len(source), dtype=torch.bool, device=source.device)
-    status = torch.full((len(source),), Status.UNCHANGED, dtype=torch.int8, device=source.device)
+    count = source.shape[0]  # not len(): an export keeps the batch size open
+    climbing = torch.ones(count, dtype=torch.bool, device=source.device)
+    status = torch.full((count,), int(Status.UNCHANGED), dtype=torch.int8, device=source.device)
     per_latent = [-1] + [1] * (source.dim() - 1)
     trajectory = []
     for k in range(settings.steps + 1):
@@ -162,14 +163,14 @@ def ascend_latents(
         trajectory.append(value)
         sound = value.isfinite() & score.isfinite()
         if gradient is not None:
-            sound &= gradient.flatten(1).isfinite().all(1)
-        status[climbing & ~sound] = Status.NON_FINITE
-        climbing &= sound
+            sound = sound & gradient.flatten(1).isfinite().all(1)
+        status = status.masked_fill(climbing & ~sound, int(Status.NON_FINITE))
+        climbing = climbing & sound
         if settings.label_consistency is not None and labels is not None and k > 0:
             kept = label_probability(posterior, images, labels, sample_ids, settings.task)
             lost = climbing & (kept < settings.label_consistency)
-            status[lost] = Status.LABEL_LIMIT
-            climbing &= ~lost
+            status = status.masked_fill(lost, int(Status.LABEL_LIMIT))
+            climbing = climbing & ~lost
         if k == 0:
             best, best_score, first, best_latents, best_images = value, score, score, latents, images
         else:
@@ -181,5 +182,5 @@ def ascend_latents(
             latents = latents.clone()
             still = torch.where(climbing.reshape(per_latent), gradient, 0.0)
             ops.ascend_(latents, still, source, step, radius, settings.rule)
-    status[(status == Status.UNCHANGED) & (best_score > first)] = Status.RAISED
+    status = status.masked_fill((status == int(Status.UNCHANGED)) & (best_score > first), int(Status.RAISED))
     return Ascent(best_images, best_latents, best, torch.stack(trajectory), status)

@@ -185,9 +185,9 @@ class MCDropout(Posterior):
                 return self._whole_network(images, self._source)
             if self._split.head and self.masks == "shared":
                 weight, bias = self._sampled_weights(self._split.head)
-                features = self._features(images)
+                features = self.features(images)
                 flat = features @ weight.flatten(0, 1).t().to(features.dtype)
-                logits = flat.reshape(len(flat), *weight.shape[:2]).transpose(0, 1)
+                logits = flat.reshape(flat.shape[0], *weight.shape[:2]).transpose(0, 1)
                 return logits if bias is None else logits + bias[:, None]
             return self._run_tail(images)
 
@@ -208,7 +208,7 @@ class MCDropout(Posterior):
             self._check_split(images)
             if self._split is None:
                 return super().uncertainty(images, sample_ids, objective, task)
-            features = self._features(images)
+            features = self.features(images)
             if self.masks == "shared":
                 weight, bias = self._sampled_weights(head)
                 kind = features.dtype
@@ -229,6 +229,17 @@ class MCDropout(Posterior):
                 objective,
                 task,
             )[0]
+
+    def features(self, images: Tensor) -> Tensor:
+        """What enters the first active dropout, [B, D], of images [B, C, H, W]; computed once for all samples.
+
+        Raises:
+            InputError: the classifier cannot be split there.
+        """
+        if self._split is None:
+            raise InputError("classifier: cannot be split at its first dropout, so it has no features of its own")
+        features: Tensor = self._run_trunk(images)[0]
+        return features.flatten(1)
 
     @contextmanager
     def frozen(self) -> Iterator[Posterior]:
@@ -282,10 +293,6 @@ class MCDropout(Posterior):
         else:
             ids = sample_ids.to(images.device)
         return MaskSource(self.samples, self.seed, ids)
-
-    def _features(self, images: Tensor) -> Tensor:
-        features: Tensor = self._run_trunk(images)[0]
-        return features.flatten(1)
 
     def _run_trunk(self, images: Tensor) -> tuple[Tensor, ...]:
         assert self._split is not None

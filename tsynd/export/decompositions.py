@@ -1,0 +1,211 @@
+"""What a derivative or an operator of ours becomes when a program is traced for export: plain tensor operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tsynd import ops, reference
+from tsynd.errors import InputError
+
+__all__ = ["decompositions"]
+
+_aten = torch.ops.aten
+_ours = torch.ops.tsynd
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operator overload -> function of plainer operators, for ``make_fx``."""
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
+    table.update(get_decompositions([_aten.native_group_norm, _aten.native_layer_norm, _aten.gelu, _aten.silu]))
+    table.update(
+        {
+            _aten.convolution_backward.default: _convolution_backward,
+            _aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+            _aten.avg_pool2d_backward.default: _average_pool_backward,
+            _aten._adaptive_avg_pool2d.default: _adaptive_pool,
+            _aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward,
+            _aten.upsample_nearest2d.default: _nearest,
+            _aten.upsample_nearest2d.vec: _nearest_vec,
+            _aten.upsample_nearest2d_backward.default: _nearest_backward,
+            _aten.log1p.default: _log1p,
+            _aten.expm1.default: _expm1,
+            _ours.ascend_.default: reference.ascend_,
+            _ours.head_uncertainty.default: _pair(reference.head_uncertainty),
+            _ours.logits_uncertainty.default: _pair(reference.logits_uncertainty),
+            _ours.dropout_mask.default: _mask,
+            _ours.dropout_expand.default: _expand,
+            _ours.dropout_gather.default: _gather,
+        }
+    )
+    return table
+
+
+def _log1p(x: Tensor) -> Tensor:
+    # the file format has neither of the two; in double the plain formula keeps what float32 can hold
+    return (x.double() + 1).log().to(x.dtype)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    return (x.double().exp() - 1).to(x.dtype)
+
+
+def _pair(twin: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        value, gradient = twin(*arguments)
+        return value.float(), gradient
+
+    return run
+
+
+def _mask(units: int, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor) -> Tensor:
+    """The mask itself, as a constant: shared masks depend on nothing that the program is given."""
+    if sample_ids.shape[0] != 1:
+        raise InputError("masks: got 'independent', wanted 'shared': a mask per image cannot be a constant of a file")
+    with _disable_current_modes():
+        return ops.dropout_mask(units, p, samples, seed, layer, torch.zeros(1, dtype=torch.int64))
+
+
+def _scale(units: int, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor) -> Tensor:
+    mask = _mask(units, p, samples, seed, layer, sample_ids)
+    with _disable_current_modes():
+        return mask.unsqueeze(-1).float() * (256.0 / reference.keep_count(p))
+
+
+def _expand(
+    x: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
+) -> Tensor:
+    scale = _scale(x.shape[1], p, samples, seed, layer, sample_ids)
+    spread = x.reshape(samples, -1, *x.shape[1:]) if passes else x.unsqueeze(0)
+    return torch.where(scale > 0, spread * scale, 0.0).flatten(0, 1)
+
+
+def _gather(
+    gradient: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
+) -> Tensor:
+    scale = _scale(gradient.shape[1], p, samples, seed, layer, sample_ids)
+    spread = gradient.reshape(samples, -1, *gradient.shape[1:])
+    masked = torch.where(scale > 0, spread * scale, 0.0)
+    return masked.flatten(0, 1) if passes else masked.sum(0)
+
+
+def _convolution_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    wanted: list[bool],
+) -> tuple[Tensor | None, None, None]:
+    """Parameters are frozen: the input's gradient alone, a convolution with ``transposed`` flipped."""
+    if not wanted[0]:
+        return None, None, None
+    rank = len(stride)
+    if transposed:
+        back = _aten.convolution(gradient, weight, None, stride, padding, dilation, False, [0] * rank, groups)
+        return back, None, None
+    rest = [
+        x.shape[2 + i]
+        - ((gradient.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+        for i in range(rank)
+    ]
+    return _aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups), None, None
+
+
+def _max_pool_backward(
+    gradient: Tensor,
+    x: Tensor,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    flat = torch.zeros_like(x).flatten(2)
+    return flat.scatter_add(2, indices.flatten(2), gradient.flatten(2)).reshape(x.shape)
+
+
+def _separable(pool: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Matrix [out, size] of a linear map along one axis, found by mapping the unit vectors."""
+    with _disable_current_modes():
+        return pool(torch.eye(size)[None, :, :, None])[0, :, :, 0].t().contiguous()
+
+
+def _average_pool_backward(
+    gradient: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    include_pad: bool,
+    divisor: int | None,
+) -> Tensor:
+    stride = stride or kernel
+
+    def axis(i: int) -> Tensor:
+        def pool(eye: Tensor) -> Tensor:
+            return functional.avg_pool2d(
+                eye, (kernel[i], 1), (stride[i], 1), (padding[i], 0), ceil_mode, include_pad
+            )
+
+        return _separable(pool, x.shape[2 + i])
+
+    back = axis(0).t() @ gradient @ axis(1)
+    return back if divisor is None else back * (kernel[0] * kernel[1] / divisor)
+
+
+def _adaptive_matrices(x: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
+    def axis(size: int, out: int) -> Tensor:
+        return _separable(lambda eye: functional.adaptive_avg_pool2d(eye, (out, 1)), size)
+
+    return axis(x.shape[-2], sizes[0]), axis(x.shape[-1], sizes[1])
+
+
+def _adaptive_pool(x: Tensor, sizes: list[int]) -> Tensor:
+    rows, columns = _adaptive_matrices(x, sizes)
+    return rows @ x @ columns.t()
+
+
+def _adaptive_pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    rows, columns = _adaptive_matrices(x, gradient.shape[-2:])
+    return rows.t() @ gradient @ columns
+
+
+def _factors(small: Any, large: Any) -> tuple[int, int]:
+    if large[0] % small[0] or large[1] % small[1]:
+        raise InputError(f"upsampling: got {list(small)} to {list(large)}, wanted whole factors")
+    return large[0] // small[0], large[1] // small[1]
+
+
+def _nearest(x: Tensor, sizes: Any, scale_h: float | None = None, scale_w: float | None = None) -> Tensor:
+    batch, channels, height, width = x.shape
+    down, right = _factors((height, width), sizes)
+    spread = x.reshape(batch, channels, height, 1, width, 1).expand(batch, channels, height, down, width, right)
+    return spread.reshape(batch, channels, height * down, width * right)
+
+
+def _nearest_vec(x: Tensor, sizes: Any, scales: Any) -> Tensor:
+    if sizes is None:
+        sizes = [int(x.shape[2 + i] * scales[i]) for i in range(2)]
+    return _nearest(x, sizes)
+
+
+def _nearest_backward(
+    gradient: Tensor, sizes: Any, input_size: Any, scale_h: float | None = None, scale_w: float | None = None
+) -> Tensor:
+    batch, channels, height, width = input_size
+    down, right = _factors((height, width), sizes)
+    return gradient.reshape(batch, channels, height, down, width, right).sum((3, 5))

@@ -1,0 +1,290 @@
+"""What each kind of file computes, as functions of tensors that are recorded and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsynd import ops, reference
+from tsynd.ascent import AscentSettings, ascend_latents
+from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
+from tsynd.checks import check_choice
+from tsynd.errors import InputError
+from tsynd.export.tracing import contiguous
+from tsynd.posterior import MCDropout, Posterior, as_posterior, frozen
+from tsynd.runtime import FORMAT_VERSION, KINDS
+from tsynd.version import __version__
+
+__all__ = ["Program", "prepare", "write_path"]
+
+_NEEDS_POSTERIOR = ("classifier", "features", "step", "synthesizer")
+_NEEDS_AUTOENCODER = ("encoder", "decoder", "step", "synthesizer")
+_OUTPUTS = {
+    "classifier": ("probabilities", "mutual_information", "entropy"),
+    "features": ("features",),
+    "encoder": ("latents",),
+    "decoder": ("images",),
+    "step": ("next_latents", "value"),
+    "synthesizer": ("targeted", "latents", "initial_uncertainty", "uncertainty", "status"),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One function to export.
+
+    Attributes:
+        kind: one of :data:`tsynd.runtime.KINDS`, or ``features``.
+        run: the function, of tensors [B, ...] float32 in the order of ``inputs``.
+        inputs: name -> shape of one item.
+        outputs: names.
+        metadata: what a file tells of itself, JSON values.
+        modules: the networks in it.
+        warm: runs the networks forward once.
+        encode: images -> latents; the images themselves where there is no autoencoder.
+        measure: decoded images and uncertainty of latents, for kinds that climb.
+        limits: length of a step and of the ball in latent units, and the rule, for kinds that climb.
+    """
+
+    kind: str
+    run: Callable[..., tuple[Tensor, ...]]
+    inputs: dict[str, list[int]]
+    outputs: tuple[str, ...]
+    metadata: dict[str, Any]
+    modules: tuple[nn.Module, ...]
+    warm: Callable[[], Any]
+    encode: Callable[[Tensor], Tensor]
+    measure: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    limits: tuple[float, float, str] | None = None
+
+    def examples(self, count: int, seed: int = 0) -> dict[str, Tensor]:
+        """Random images, or what the autoencoder makes of them, as inputs."""
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(count, *self.metadata["image_shape"], generator=generator)
+        if "images" in self.inputs:
+            return {"images": images}
+        with torch.no_grad():
+            latents = self.encode(images)
+        return {"latents": latents, "origins": latents * 0.9} if self.kind == "step" else {"latents": latents}
+
+
+@contextlib.contextmanager
+def prepare(
+    kind: str,
+    classifier: nn.Module | Posterior | None,
+    autoencoder: Any,
+    image_shape: Sequence[int],
+    settings: AscentSettings,
+    samples: int,
+    seed: int,
+    latent_std: float | None,
+    class_names: Sequence[str] | None,
+    kinds: Sequence[str] = KINDS,
+) -> Iterator[Program]:
+    """Check the arguments and yield the program; inside, its networks are frozen.
+
+    Args:
+        kind: one of ``kinds``.
+        classifier: see :func:`tsynd.export_onnx`, as the other arguments.
+        autoencoder: see there.
+        image_shape: [C, H, W].
+        settings: of the ascent.
+        samples: T.
+        seed: of the posterior samples.
+        latent_std: None for the autoencoder's own.
+        class_names: kept in the metadata.
+        kinds: what can be asked for.
+
+    Raises:
+        InputError: an argument does not fit.
+    """
+    check_choice("kind", kind, tuple(kinds))
+    shape = _check_shape(image_shape)
+    posterior = _posterior(kind, classifier, samples, seed) if kind in _NEEDS_POSTERIOR else None
+    model = as_autoencoder(autoencoder) if kind in _NEEDS_AUTOENCODER else None
+    modules = (*(posterior.networks if posterior else ()), *((model,) if isinstance(model, nn.Module) else ()))
+    _check_parameters(modules)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(*modules))
+        stack.enter_context(contiguous(*modules))
+        if posterior is not None:
+            stack.enter_context(posterior.frozen())
+        probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+        latent: list[int] = []
+        if model is not None:
+            check_autoencoder(model, probe)
+            with torch.no_grad():
+                latent = list(model.encode(probe).shape[1:])
+
+        def warm() -> None:
+            with torch.no_grad():
+                images = probe if model is None else model.decode(model.encode(probe))
+                if posterior is not None:
+                    posterior.logits(images)
+
+        try:
+            warm()  # what is worked out and cached at the first call must not be recorded
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"classifier: failed on images {list(probe.shape)}: {str(error).splitlines()[0]}") from None
+        yield _program(kind, posterior, model, settings, shape, latent, latent_std, class_names, modules, warm)
+
+
+def _program(
+    kind: str,
+    posterior: Posterior | None,
+    model: Autoencoder | None,
+    settings: AscentSettings,
+    shape: list[int],
+    latent: list[int],
+    latent_std: float | None,
+    class_names: Sequence[str] | None,
+    modules: tuple[nn.Module, ...],
+    warm: Callable[[], Any],
+) -> Program:
+    climbs = kind in ("step", "synthesizer")
+    metadata: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "version": __version__,
+        "kind": kind,
+        "image_shape": shape,
+        "image_range": [0, 1],
+        "latent_shape": latent or None,
+        "class_names": None if class_names is None else [str(name) for name in class_names],
+        "samples": posterior.samples if posterior else None,
+        "seed": getattr(posterior, "seed", None),
+        "task": settings.task if posterior else None,
+    }
+    encode = (lambda x: x) if model is None else _without_gradient(lambda x: model.encode(x).float())
+    if not climbs:
+        inputs = {"latents": latent} if kind == "decoder" else {"images": shape}
+        run = _plain(kind, posterior, model, settings.task)
+        return Program(kind, run, inputs, _OUTPUTS[kind], metadata, modules, warm, encode)
+    assert posterior is not None
+    assert model is not None
+    deviation, decode = _deviation(model, latent_std), model.decode
+    step, radius = settings.lengths(deviation, math.prod(latent))
+    metadata |= {
+        "objective": settings.objective,
+        "steps": settings.steps,
+        "radius": settings.radius,
+        "step_size": settings.step_size,
+        "rule": settings.rule,
+        "latent_std": deviation,
+    }
+
+    def measure(latents: Tensor) -> tuple[Tensor, Tensor]:
+        images = decode(latents).clamp(0, 1)
+        return images, posterior.uncertainty(images, None, settings.objective, settings.task)
+
+    def climb(images: Tensor) -> tuple[Tensor, ...]:
+        source = encode(images)
+        ids = torch.zeros(1, dtype=torch.int64)  # masks are shared: no image has its own
+        done = ascend_latents(posterior, decode, source, ids, settings, deviation)
+        return done.images, done.latents, done.trajectory[0], done.uncertainty, done.status
+
+    def move(latents: Tensor, origins: Tensor) -> tuple[Tensor, ...]:
+        leaf = latents.detach().requires_grad_(True)
+        value = measure(leaf)[1]
+        gradient = torch.autograd.grad(value.sum(), leaf)[0]
+        moved = latents.clone()
+        ops.ascend_(moved, gradient.float(), origins, step, radius, settings.rule)
+        return moved, value.detach()
+
+    limits = (step, radius, settings.rule)
+    if kind == "step":
+        inputs = {"latents": latent, "origins": latent}
+        return Program(kind, move, inputs, _OUTPUTS[kind], metadata, modules, warm, encode, measure, limits)
+    inputs = {"images": shape}
+    return Program(kind, climb, inputs, _OUTPUTS[kind], metadata, modules, warm, encode, measure, limits)
+
+
+def _plain(kind: str, posterior: Posterior | None, model: Autoencoder | None, task: str) -> Callable[..., Any]:
+    """The kinds without an ascent."""
+
+    def classify(images: Tensor) -> tuple[Tensor, ...]:
+        assert posterior is not None
+        logits = posterior.logits(images).float()
+        mean = (logits.softmax(-1) if task == "multiclass" else logits.sigmoid()).mean(0)
+        return mean, *(ops.logits_uncertainty(logits, name, task)[0] for name in reference.OBJECTIVES)
+
+    def features(images: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(posterior, MCDropout)
+        return (posterior.features(images),)
+
+    def encode(images: Tensor) -> tuple[Tensor, ...]:
+        assert model is not None
+        return (model.encode(images).float(),)
+
+    def decode(latents: Tensor) -> tuple[Tensor, ...]:
+        assert model is not None
+        return (model.decode(latents).clamp(0, 1),)
+
+    return _without_gradient({"classifier": classify, "features": features, "encoder": encode, "decoder": decode}[kind])
+
+
+def _without_gradient(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def run(x: Tensor) -> Any:
+        with torch.no_grad():
+            return function(x)
+
+    return run
+
+
+def _check_shape(image_shape: Sequence[int]) -> list[int]:
+    shape = list(image_shape)
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise InputError(f"image_shape: got {shape}, wanted [C, H, W]")
+    return shape
+
+
+def _posterior(kind: str, classifier: nn.Module | Posterior | None, samples: int, seed: int) -> Posterior:
+    if classifier is None:
+        raise InputError("classifier: got None, wanted a module or a tsynd.Posterior for this kind")
+    posterior = as_posterior(classifier, samples, "shared", seed)
+    if kind == "features" and not isinstance(posterior, MCDropout):
+        raise InputError(f"classifier: got {type(posterior).__name__}, wanted MC dropout for 'features'")
+    if isinstance(posterior, MCDropout) and posterior.masks != "shared":
+        raise InputError(
+            "masks: got 'independent', wanted 'shared': masks that differ by image cannot be constants of a file; "
+            "export MCDropout(classifier, masks='shared')"
+        )
+    return posterior
+
+
+def _check_parameters(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.device.type != "cpu":
+                raise InputError(f"{type(module).__name__}: on {parameter.device}, wanted on the CPU for an export")
+            if parameter.dtype != torch.float32:
+                raise InputError(f"{type(module).__name__}: has {parameter.dtype} parameters, wanted float32")
+
+
+def _deviation(model: Autoencoder, given: float | None) -> float:
+    known = getattr(model, "latent_std", None)
+    value = float(given) if given is not None else float(known) if known is not None else math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(
+            f"latent_std: got {given}, and the autoencoder's own is {None if known is None else value}; wanted a "
+            "number above 0, for instance from tsynd.fit_autoencoder"
+        )
+    return value
+
+
+def write_path(path: str | Path, suffix: str) -> Path:
+    """The path, if it ends as such a file must.
+
+    Raises:
+        InputError: it does not.
+    """
+    target = Path(path).expanduser()
+    if target.suffix != suffix:
+        raise InputError(f"path: got {path}, wanted a name that ends in {suffix}")
+    return target

@@ -1,0 +1,147 @@
+"""Record a function of tensors, derivatives included, as a program of plain operators with an open batch size."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tsynd.errors import InputError
+
+__all__ = ["contiguous", "layer_of", "quiet", "record", "to_program"]
+
+Table = dict[Any, Callable[..., Any]]
+
+_BATCH = 3  # neither 0 nor 1, which torch takes for constants
+
+
+@contextlib.contextmanager
+def contiguous(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the modules' weights lie in torch's plain order, so that no layout is recorded; then as before."""
+    kept = [(p, p.data) for module in modules for p in module.parameters()]
+    try:
+        for parameter, data in kept:
+            # a copy: what is contiguous in both orders, as a 1 x 1 kernel is, would keep the other order's strides
+            parameter.data = data.clone(memory_format=torch.contiguous_format)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporters' notes on their own insides (and on torchvision, which is not needed) stay unsaid."""
+    names = ("torch.onnx", "torch.export", "torch._inductor", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def record(function: Callable[..., Any], shapes: Sequence[Sequence[int]], table: Table) -> fx.GraphModule:
+    """The function's graph of operators for any batch size.
+
+    Args:
+        function: tensors -> tuple of tensors; may call ``torch.autograd.grad``. Parameters become constants.
+        shapes: of one item of every argument.
+        table: operator overload -> function of plainer operators that replaces it.
+
+    Raises:
+        InputError: the function's course depends on the batch size or on the values in it.
+    """
+
+    def plain(*arguments: Tensor) -> Any:  # a bound method's own argument would be counted too
+        return function(*arguments)
+
+    generator = torch.Generator().manual_seed(0)
+    examples = [torch.rand(_BATCH, *shape, generator=generator) for shape in shapes]
+    trace = make_fx(plain, table, "symbolic", _allow_non_fake_inputs=True)
+    # attention by its formula: the fused kernels have no counterpart in a file
+    with sdpa_kernel(SDPBackend.MATH), quiet():
+        module: fx.GraphModule = trace(*examples)
+    if isinstance(size := module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0], int):
+        raise InputError(f"model: works for a batch of {size} alone, wanted any batch size")
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def to_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> ExportedProgram:
+    """The module as an exported program with a dynamic leading axis ``batch``.
+
+    Raises:
+        InputError: the module's course depends on the batch size or on the values in it.
+    """
+    examples = tuple(torch.rand(_BATCH, *shape) for shape in shapes)
+    batch = Dim("batch", min=1)
+    try:
+        with quiet():
+            return torch.export.export(module, examples, dynamic_shapes=tuple({0: batch} for _ in shapes))
+    except torch._dynamo.exc.UserError as error:
+        reason = str(error).strip().splitlines()
+        detail = next((line.strip(" -") for line in reason if "dynamic" in line), reason[0])
+        raise InputError(f"model: works for one batch size alone, wanted any ({detail})") from error
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the innermost layer in which an operator runs."""
+
+    def __init__(self, name: str, stack: list[str]) -> None:
+        super().__init__()
+        self.name, self.stack = name, stack
+        self.found: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.found is None and self.stack and func.overloadpacket.__name__ == self.name:
+            self.found = self.stack[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def layer_of(operator: str, run: Callable[[], Any], modules: Sequence[nn.Module]) -> str:
+    """Name and type of the layer that an operator comes from, or "a function outside of the layers".
+
+    Args:
+        operator: as ``aten.name.overload``; a derivative is looked up by its forward operator.
+        run: runs the models once.
+        modules: the models.
+    """
+    name = operator.split(".")[1].removesuffix("_backward").removesuffix("_jvp")
+    names = {part: path for module in modules for path, part in module.named_modules()}
+    stack: list[str] = []
+
+    def enter(part: nn.Module, _: Any) -> None:
+        path = names.get(part)
+        stack.append(f"{path or 'the whole'} ({type(part).__name__})" if part in names or not stack else stack[-1])
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    before = torch.nn.modules.module.register_module_forward_pre_hook(enter)
+    after = torch.nn.modules.module.register_module_forward_hook(leave)
+    try:
+        with _Watch(name, stack) as watch:
+            run()
+    finally:
+        before.remove()
+        after.remove()
+    return watch.found or "a function outside of the layers"
