@@ -1,4 +1,4 @@
-"""What a derivative or an operator of ours becomes when a program is traced for export: plain tensor operators."""
+"""What a derivative or an operator of ours becomes when a program is recorded for ONNX: plain tensor operators."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tsynd import ops, reference
 from tsynd.errors import InputError
+from tsynd.export.convolutions import Convolutions
 
 __all__ = ["decompositions"]
 
@@ -22,11 +23,17 @@ _ours = torch.ops.tsynd
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Operator overload -> function of plainer operators, for ``make_fx``."""
+    convolutions = Convolutions()
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
+    for known in (_aten._prelu_kernel.default, _aten.pixel_shuffle.default):  # the format has them
+        table.pop(known, None)
     table.update(get_decompositions([_aten.native_group_norm, _aten.native_layer_norm, _aten.gelu, _aten.silu]))
     table.update(
         {
-            _aten.convolution_backward.default: _convolution_backward,
+            _aten.convolution.default: convolutions.forward,
+            _aten.convolution_backward.default: convolutions.backward,
+            _aten.threshold_backward.default: _threshold_backward,
+            _aten._prelu_kernel_backward.default: _prelu_backward,
             _aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
             _aten.avg_pool2d_backward.default: _average_pool_backward,
             _aten._adaptive_avg_pool2d.default: _adaptive_pool,
@@ -81,46 +88,33 @@ def _scale(units: int, p: float, samples: int, seed: int, layer: int, sample_ids
 def _expand(
     x: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
 ) -> Tensor:
-    scale = _scale(x.shape[1], p, samples, seed, layer, sample_ids)
     spread = x.reshape(samples, -1, *x.shape[1:]) if passes else x.unsqueeze(0)
-    return torch.where(scale > 0, spread * scale, 0.0).flatten(0, 1)
+    return (spread * _scale(x.shape[1], p, samples, seed, layer, sample_ids)).flatten(0, 1)
 
 
 def _gather(
     gradient: Tensor, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor, passes: bool = False
 ) -> Tensor:
-    scale = _scale(gradient.shape[1], p, samples, seed, layer, sample_ids)
     spread = gradient.reshape(samples, -1, *gradient.shape[1:])
-    masked = torch.where(scale > 0, spread * scale, 0.0)
+    masked = spread * _scale(gradient.shape[1], p, samples, seed, layer, sample_ids)
     return masked.flatten(0, 1) if passes else masked.sum(0)
 
 
-def _convolution_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Any,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-    wanted: list[bool],
-) -> tuple[Tensor | None, None, None]:
-    """Parameters are frozen: the input's gradient alone, a convolution with ``transposed`` flipped."""
-    if not wanted[0]:
-        return None, None, None
-    rank = len(stride)
-    if transposed:
-        back = _aten.convolution(gradient, weight, None, stride, padding, dilation, False, [0] * rank, groups)
-        return back, None, None
-    rest = [
-        x.shape[2 + i]
-        - ((gradient.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
-        for i in range(rank)
-    ]
-    return _aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups), None, None
+# Products with 0 and 1 instead of a choice: onnxruntime's Where, and casts of truths, take several times as long.
+
+
+def _positive(x: Tensor) -> Tensor:
+    """1 where x > 0 (by more than 1e-38), else 0; a NaN stays one."""
+    return (x * 3e38).clamp(0, 1)
+
+
+def _threshold_backward(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
+    return gradient * _positive(x - threshold if threshold else x)
+
+
+def _prelu_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    positive = _positive(x)
+    return gradient * (positive * (1 - weight) + weight), torch.zeros_like(weight)
 
 
 def _max_pool_backward(
