@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo
 
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(wildcard tsynd/*.py)
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
 .PHONY: help build test test-kernels gpu-check registers demo wheel bench lint format clean
 help:

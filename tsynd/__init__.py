@@ -20,6 +20,7 @@ _HOME = {
     "InputError": "errors",
     "LabelledImages": "data",
     "MCDropout": "posterior",
+    "OnnxSynthesizer": "runtime",
     "Posterior": "posterior",
     "RoundsReport": "rounds",
     "SmallAutoencoder": "networks",
@@ -29,6 +30,9 @@ _HOME = {
     "TargetedAugmentation": "augmentation",
     "as_autoencoder": "autoencoder",
     "evaluate": "evaluation",
+    "export_aoti": "export",
+    "export_onnx": "export",
+    "export_torchscript": "export",
     "fit_autoencoder": "training",
     "fit_classifier": "training",
     "fit_rounds": "rounds",
@@ -49,9 +53,11 @@ if TYPE_CHECKING:
     from tsynd.data import DataSource, LabelledImages, load_data
     from tsynd.errors import InputError
     from tsynd.evaluation import evaluate
+    from tsynd.export import export_aoti, export_onnx, export_torchscript
     from tsynd.networks import SmallAutoencoder, SmallResNet
     from tsynd.posterior import Ensemble, MCDropout, Posterior
     from tsynd.rounds import RoundsReport, fit_rounds
+    from tsynd.runtime import OnnxSynthesizer
     from tsynd.synthesis import SynthesisResult, synthesize, uncertainty
     from tsynd.training import fit_autoencoder, fit_classifier
 
@@ -59,7 +65,14 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'tsynd' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"tsynd.{_HOME[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"tsynd.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"tsynd.{name} needs torch, which is not installed; without it there is tsynd.OnnxSynthesizer alone"
+        ) from None
     globals()[name] = value
     return value
 

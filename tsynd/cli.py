@@ -1,4 +1,4 @@
-"""The command ``tsynd``: run, synthesize, evaluate, experiment, info."""
+"""The command ``tsynd``: run, synthesize, evaluate, experiment, export, info."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:
     print("tsynd: the command line needs typer and rich: pip install 'tsynd[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from tsynd import cli_study
+from tsynd import cli_export, cli_study
 from tsynd.cli_options import (
     Consistency,
     Data,
@@ -88,9 +88,13 @@ def run(
 @app.command()
 def synthesize(
     data: Data,
-    autoencoder: Annotated[Path, typer.Option(help="autoencoder.safetensors of a run.")],
-    classifier: Annotated[Path, typer.Option(help="classifier.safetensors of a run.")],
     output: Annotated[Path, typer.Option(help="New .npz file, or new folder for a PNG per image.")],
+    autoencoder: Annotated[Path | None, typer.Option(help="autoencoder.safetensors of a run.")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="classifier.safetensors of a run.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Instead of the two: synthesizer.onnx of tsynd export, which knows its settings."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Which images: train, val or test.")] = "train",
     train_size: TrainSize = None,
     seed: Seed = 0,
@@ -104,7 +108,7 @@ def synthesize(
     batch_size: Annotated[int | None, typer.Option(help="Images at once; one that fits by default.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make targeted images with models saved by a run."""
+    """Make targeted images with models saved by a run, or with an exported synthesizer."""
     from tsynd import synthesis
     from tsynd.checkpoint import load_model, read_card
     from tsynd.data import load_data
@@ -115,6 +119,14 @@ def synthesize(
     check_writable(output)
     if split not in ("train", "val", "test"):
         raise InputError(f"split: got {split!r}, wanted train, val or test")
+    if model is not None:
+        if autoencoder or classifier:
+            raise InputError("model: got --autoencoder or --classifier beside it, wanted the one or the other")
+        cli_export.run_model(model, data, output, split, train_size, seed, device, batch_size)
+        return
+    if autoencoder is None or classifier is None:
+        missing = "autoencoder" if autoencoder is None else "classifier"
+        raise InputError(f"{missing}: got none, wanted --autoencoder and --classifier, or --model")
     encoder, network = load_model(autoencoder), load_model(classifier)
     source = load_data(data, train_size=train_size, seed=seed)
     names = read_card(classifier).class_names
@@ -146,6 +158,7 @@ def synthesize(
 
 app.command()(cli_study.evaluate)
 app.command()(cli_study.experiment)
+app.command()(cli_export.export)
 
 
 @app.command()
@@ -191,6 +204,9 @@ def info(
         "matplotlib",
         "adversarial-robustness-toolbox",
         "captum",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
         "scipy",
     ):
         try:

@@ -7,13 +7,16 @@ serve an operator on a device that it has no compiled kernel for yet; :func:`ser
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsynd import reference
+from tsynd.errors import InputError
 
 __all__ = [
     "ascend_",
@@ -23,6 +26,7 @@ __all__ = [
     "dropout_head_uncertainty",
     "dropout_mask",
     "head_uncertainty",
+    "library_path",
     "logits_uncertainty",
     "served_by",
 ]
@@ -79,6 +83,17 @@ _twins: set[tuple[str, str]] = set()
 
 compiled: bool = _load()
 """Whether the compiled extension loaded."""
+
+
+def library_path() -> str:
+    """Path of the operator library, for a C++ program to link or load.
+
+    Raises:
+        InputError: the compiled extension is not there.
+    """
+    if not compiled:
+        raise InputError("library: the compiled operators did not load, so there is no library of them")
+    return str(Path(str(importlib.import_module("tsynd._C").__file__)).with_name("libtsynd_ops.so"))
 
 
 def served_by() -> dict[str, dict[str, str]]:

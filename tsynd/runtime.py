@@ -198,9 +198,11 @@ def _check_images(images: object, shape: Sequence[int]) -> Array:
         wanted = ", ".join(map(str, shape))
         raise InputError(f"images: shape {list(x.shape)}; wanted [N, {wanted}] with N > 0, as the file was exported")
     if x.dtype == np.uint8:
-        return x.astype(np.float32) / np.float32(255)
+        unit: Array = x.astype(np.float32) / np.float32(255)
+        return unit
     x = x.astype(np.float32)
     low, high = float(x.min()), float(x.max())
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise InputError(f"images: values from {low:g} to {high:g}; wanted finite ones in [0, 1] (or uint8)")
-    return np.clip(x, 0, 1)
+    clipped: Array = np.clip(x, 0, 1)
+    return clipped

@@ -78,7 +78,7 @@ constexpr int64_t dropout_head_scratch(int64_t samples, int64_t classes, int64_t
 }
 
 // The best kernels this processor can run; the variable TSYND_ISA=generic|avx2|avx512 picks lesser ones.
-const Kernels& kernels();
+__attribute__((visibility("default"))) const Kernels& kernels();
 
 namespace generic {
 extern const Kernels kKernels;

@@ -137,6 +137,15 @@ def _separable(pool: Callable[[Tensor], Tensor], size: int) -> Tensor:
         return pool(torch.eye(size)[None, :, :, None])[0, :, :, 0].t().contiguous()
 
 
+def _along(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A matrix [height, out] along the third axis and one [width, out] along the fourth."""
+    batch, channels, height, width = x.shape
+    # plain products of matrices: matmul of more axes would take the batch size for a constant
+    across = (x.reshape(-1, width) @ columns).reshape(batch, channels, height, -1).transpose(2, 3)
+    both = (across.reshape(-1, height) @ rows).reshape(batch, channels, columns.shape[1], -1)
+    return both.transpose(2, 3)
+
+
 def _average_pool_backward(
     gradient: Tensor,
     x: Tensor,
@@ -151,13 +160,11 @@ def _average_pool_backward(
 
     def axis(i: int) -> Tensor:
         def pool(eye: Tensor) -> Tensor:
-            return functional.avg_pool2d(
-                eye, (kernel[i], 1), (stride[i], 1), (padding[i], 0), ceil_mode, include_pad
-            )
+            return functional.avg_pool2d(eye, (kernel[i], 1), (stride[i], 1), (padding[i], 0), ceil_mode, include_pad)
 
         return _separable(pool, x.shape[2 + i])
 
-    back = axis(0).t() @ gradient @ axis(1)
+    back = _along(gradient, axis(0), axis(1))
     return back if divisor is None else back * (kernel[0] * kernel[1] / divisor)
 
 
@@ -170,12 +177,12 @@ def _adaptive_matrices(x: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
 
 def _adaptive_pool(x: Tensor, sizes: list[int]) -> Tensor:
     rows, columns = _adaptive_matrices(x, sizes)
-    return rows @ x @ columns.t()
+    return _along(x, rows.t(), columns.t())
 
 
 def _adaptive_pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
     rows, columns = _adaptive_matrices(x, gradient.shape[-2:])
-    return rows.t() @ gradient @ columns
+    return _along(gradient, rows, columns)
 
 
 def _factors(small: Any, large: Any) -> tuple[int, int]:

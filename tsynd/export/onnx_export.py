@@ -123,7 +123,7 @@ def _convert(program: Program) -> Any:
         with quiet():
             converted = torch.onnx.export(
                 exported,
-                tuple(program.examples(3).values()),
+                tuple(program.examples(2).values()),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(program.inputs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def prepare(
     latent_std: float | None,
     class_names: Sequence[str] | None,
     kinds: Sequence[str] = KINDS,
+    layout: Callable[..., AbstractContextManager[None]] = contiguous,
 ) -> Iterator[Program]:
     """Check the arguments and yield the program; inside, its networks are frozen.
 
@@ -101,6 +103,7 @@ def prepare(
         latent_std: None for the autoencoder's own.
         class_names: kept in the metadata.
         kinds: what can be asked for.
+        layout: puts the weights in order for the recording.
 
     Raises:
         InputError: an argument does not fit.
@@ -113,7 +116,7 @@ def prepare(
     _check_parameters(modules)
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(*modules))
-        stack.enter_context(contiguous(*modules))
+        stack.enter_context(layout(*modules))
         if posterior is not None:
             stack.enter_context(posterior.frozen())
         probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
@@ -132,7 +135,9 @@ def prepare(
         try:
             warm()  # what is worked out and cached at the first call must not be recorded
         except (RuntimeError, TypeError) as error:
-            raise InputError(f"classifier: failed on images {list(probe.shape)}: {str(error).splitlines()[0]}") from None
+            raise InputError(
+                f"classifier: failed on images {list(probe.shape)}: {str(error).splitlines()[0]}"
+            ) from None
         yield _program(kind, posterior, model, settings, shape, latent, latent_std, class_names, modules, warm)
 
 
@@ -190,9 +195,10 @@ def _program(
         return done.images, done.latents, done.trajectory[0], done.uncertainty, done.status
 
     def move(latents: Tensor, origins: Tensor) -> tuple[Tensor, ...]:
-        leaf = latents.detach().requires_grad_(True)
-        value = measure(leaf)[1]
-        gradient = torch.autograd.grad(value.sum(), leaf)[0]
+        with torch.enable_grad():
+            leaf = latents.detach().requires_grad_(True)
+            value = measure(leaf)[1]
+            gradient = torch.autograd.grad(value.sum(), leaf)[0]
         moved = latents.clone()
         ops.ascend_(moved, gradient.float(), origins, step, radius, settings.rule)
         return moved, value.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,10 @@ __all__ = ["contiguous", "layer_of", "quiet", "record", "to_program"]
 
 Table = dict[Any, Callable[..., Any]]
 
-_BATCH = 3  # neither 0 nor 1, which torch takes for constants
+
+def _batch(shapes: Sequence[Sequence[int]]) -> int:
+    """A batch size that torch takes neither for a constant (0, 1) nor for another of the sizes."""
+    return next(size for size in itertools.count(5) if not any(size in shape for shape in shapes))
 
 
 @contextlib.contextmanager
@@ -72,7 +76,7 @@ def record(function: Callable[..., Any], shapes: Sequence[Sequence[int]], table:
         return function(*arguments)
 
     generator = torch.Generator().manual_seed(0)
-    examples = [torch.rand(_BATCH, *shape, generator=generator) for shape in shapes]
+    examples = [torch.rand(_batch(shapes), *shape, generator=generator) for shape in shapes]
     trace = make_fx(plain, table, "symbolic", _allow_non_fake_inputs=True)
     # attention by its formula: the fused kernels have no counterpart in a file
     with sdpa_kernel(SDPBackend.MATH), quiet():
@@ -90,7 +94,7 @@ def to_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> ExportedPr
     Raises:
         InputError: the module's course depends on the batch size or on the values in it.
     """
-    examples = tuple(torch.rand(_BATCH, *shape) for shape in shapes)
+    examples = tuple(torch.rand(_batch(shapes), *shape) for shape in shapes)
     batch = Dim("batch", min=1)
     try:
         with quiet():
@@ -101,11 +105,11 @@ def to_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> ExportedPr
         raise InputError(f"model: works for one batch size alone, wanted any ({detail})") from error
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the innermost layer in which an operator runs."""
 
     def __init__(self, name: str, stack: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.name, self.stack = name, stack
         self.found: str | None = None
 
