@@ -19,6 +19,7 @@ from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, me
 from tsynd.checks import check_choice, check_images, resolve_device
 from tsynd.errors import InputError
 from tsynd.fast import GraphedAscent, channels_last, fetch, send
+from tsynd.folding import folded_decoder
 from tsynd.posterior import Posterior, as_posterior, frozen
 from tsynd.progress import progress_bar
 from tsynd.source import Batch, ImageSource
@@ -214,10 +215,12 @@ def synthesize(
         scale = latent_std or _latent_std(model, source, size, target)
         networks = (*posterior.networks, model) if isinstance(model, nn.Module) else posterior.networks
         stack.enter_context(channels_last(*networks))
-        decode = model.decode
+        stack.enter_context(posterior.folded())  # after the layout, which the folded weights take over
+        with torch.no_grad():
+            decode = folded_decoder(model, model.encode(source.first.to(target)).float())
         if compile:
             stack.enter_context(posterior.compiled())
-            decode = torch.compile(model.decode, dynamic=False)
+            decode = torch.compile(decode, dynamic=False)
 
         def climb(z0: Tensor, ids: Tensor, y: Tensor | None) -> Ascent:
             return ascend_latents(posterior, decode, z0, ids, settings, scale, y)
