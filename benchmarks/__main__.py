@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.document import update
-from benchmarks.harness import Row, describe_machine, print_table, write_json
+from benchmarks.harness import describe_machine, print_table, read_json, write_json
 
 # a suite a module with SHAPES, run(shapes, device, dtype, seconds) and summary(rows); shapes for a GPU begin with G
 SUITES = ("head", "logits", "dropout", "ascend", "synthesis", "train")
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--shapes", nargs="+", default=None, help="names of the suite's shapes; all of the device's")
     parser.add_argument("--seconds", type=float, default=4.0, help="budget per shape")
-    parser.add_argument("--json", type=Path, default=None, help="write the rows there")
+    parser.add_argument("--json", type=Path, default=None, help="write the rows there, beside those of other suites")
     parser.add_argument("--docs", type=Path, default=None, help="put tables and plot into this Markdown page")
     arguments = parser.parse_args()
     if arguments.docs is not None and not arguments.docs.exists():
@@ -42,16 +42,15 @@ def main() -> None:
         if unknown:
             parser.error(f"argument --shapes: {name} has no {unknown[0]!r}, wanted some of {', '.join(module.SHAPES)}")
     print(describe_machine(arguments.device), flush=True)
-    rows: list[Row] = []
     for name, module in modules.items():
         shapes = arguments.shapes or _shapes(module, arguments.device)
         made = module.run(shapes, arguments.device, getattr(torch, arguments.dtype), arguments.seconds)
         print(f"\n{name}\n")
         print_table(made)
         print("\n" + "\n".join(module.summary(made)), flush=True)
-        rows += made
         if arguments.json:  # after every suite: what a later one breaks off is not lost
-            write_json(rows, arguments.json)
+            kept = read_json(arguments.json) if arguments.json.exists() else []
+            write_json([row for row in kept if row.suite != name] + made, arguments.json)
         if arguments.docs:
             update(arguments.docs, name, made, module.summary(made))
 
