@@ -7,11 +7,12 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help build test test-kernels gpu-check registers demo wheel bench lint format clean
+.PHONY: help build test test-kernels sanitize gpu-check registers demo wheel bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests"
-	@echo "make bench   measure head_uncertainty against its floor and its peers"
+	@echo "make bench   measure everything against its floor and its peers, into docs/benchmarks.md"
+	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
 	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
 	@echo "make registers  what ptxas says of every CUDA kernel"
 	@echo "make wheel   build a wheel and try it in a fresh environment"
@@ -53,7 +54,21 @@ demo: build
 	@echo "open $(DEMO)/report.html"
 
 bench: build
-	$(BIN)/python -m benchmarks head
+	$(BIN)/python -m benchmarks all --json benchmarks/results/cpu.json --docs docs/benchmarks.md
+
+# the vector kernels of every instruction set, and the same tests with more threads than there are cores
+SANITIZED := build/sanitize
+sanitize: build
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" -DTSYND_SANITIZE=ON \
+	  -DTSYND_CUDA=OFF -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
+	$(BIN)/cmake --build $(SANITIZED)
+	for run in "1 avx512" "2 avx512" "7 avx512" "2 avx2" "2 generic"; do \
+	  set -- $$run; echo "threads $$1, TSYND_ISA=$$2"; \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSYND_TEST_THREADS=$$1 TSYND_ISA=$$2 \
+	  $(BIN)/python tests/sanitize.py $(SANITIZED) tests/test_ops.py || exit 1; \
+	done
 
 wheel: $(VENV)/.torch $(SOURCES)
 	rm -rf dist $(VENV)-wheel

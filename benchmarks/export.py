@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import tsynd
 from benchmarks.harness import Row, label, measure
 from tsynd.ascent import AscentSettings, ascend_latents
+from tsynd.export import export_onnx, export_torchscript
 from tsynd.export.tracing import contiguous
-from tsynd.posterior import frozen
+from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.posterior import MCDropout, frozen
 from tsynd.runtime import OnnxSynthesizer
+from tsynd.synthesis import synthesize
 
 __all__ = ["SHAPES", "run", "summary"]
 
@@ -23,9 +25,9 @@ SHAPES: dict[str, tuple[int]] = {"X1": (16,), "X2": (64,), "X3": (256,)}
 FLOOR = "torch eager, tsynd.synthesize (channels-last)"
 
 
-def _contiguous(autoencoder: tsynd.SmallAutoencoder, classifier: tsynd.SmallResNet, images: Tensor) -> Tensor:
+def _contiguous(autoencoder: SmallAutoencoder, classifier: SmallResNet, images: Tensor) -> Tensor:
     """The same work with the weights in torch's plain order."""
-    posterior = tsynd.MCDropout(classifier)
+    posterior = MCDropout(classifier)
     ids = torch.arange(len(images))
     with frozen(autoencoder), posterior.frozen(), contiguous(autoencoder, classifier):
         with torch.no_grad():
@@ -35,19 +37,17 @@ def _contiguous(autoencoder: tsynd.SmallAutoencoder, classifier: tsynd.SmallResN
 
 def _methods(count: int, folder: Path) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
-    autoencoder, classifier = tsynd.SmallAutoencoder(1), tsynd.SmallResNet(1, 2)
+    autoencoder, classifier = SmallAutoencoder(1), SmallResNet(1, 2)
     images = torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     arrays = images.numpy()
     onnx, script = folder / "synthesizer.onnx", folder / "synthesizer.pt"
     if not onnx.exists():  # each export holds its file against torch
-        tsynd.export_onnx(classifier, autoencoder, onnx, image_shape=[1, 28, 28], latent_std=0.4)
-        tsynd.export_torchscript(classifier, autoencoder, script, image_shape=[1, 28, 28], latent_std=0.4)
+        export_onnx(classifier, autoencoder, onnx, image_shape=[1, 28, 28], latent_std=0.4)
+        export_torchscript(classifier, autoencoder, script, image_shape=[1, 28, 28], latent_std=0.4)
     run_file, loaded = OnnxSynthesizer(onnx), torch.jit.load(str(script))  # type: ignore[no-untyped-call]
 
     def eager() -> Tensor:
-        return tsynd.synthesize(
-            autoencoder, classifier, images, latent_std=0.4, batch_size=count, progress=False
-        ).images
+        return synthesize(autoencoder, classifier, images, latent_std=0.4, batch_size=count, progress=False).images
 
     def scripted() -> Tensor:
         with torch.no_grad():

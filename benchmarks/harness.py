@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["Row", "describe_machine", "measure", "print_table", "write_json"]
+from tsynd.version import __version__
+
+__all__ = [
+    "Pair",
+    "Row",
+    "check",
+    "describe_machine",
+    "label",
+    "measure",
+    "peak_bytes",
+    "print_table",
+    "read_json",
+    "table",
+    "tolerance",
+    "write_json",
+]
+
+Pair = tuple[Tensor, Tensor]
+"""Value [B] and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,35 @@ def describe_machine(device: str) -> str:
             break
     if device.startswith("cuda"):
         model = torch.cuda.get_device_name()
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, tsynd {__version__}"
+    return f"{model}, {torch.get_num_threads()} threads, {_isa()}{versions}"
+
+
+def _isa() -> str:
+    with contextlib.suppress(ImportError):
+        from tsynd import _C
+
+        return f"{_C.build_info()['cpu_kernels']} kernels, "
+    return "no compiled kernels, "
+
+
+def label(name: str, sizes: tuple[int, ...]) -> str:
+    """A shape as it stands in a table."""
+    return f"{name} {'·'.join(map(str, sizes))}"
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Error that is let through, relative to the largest entry."""
+    return 1e-5 if dtype == torch.float32 else 0.1
+
+
+def check(name: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float) -> None:
+    """Stop the program unless the method gives what it should, within ``tolerance`` of the largest entry."""
+    for part, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        error = float((a.double().cpu() - b.double().cpu()).abs().max() / b.double().abs().max().clamp_min(1e-30))
+        if not error <= tolerance:
+            what = ("value", "gradient")[part] if len(got) == 2 else "result"
+            raise SystemExit(f"{name}: {what} is off by {error:.1e} (relative to the largest), not timed")
 
 
 def _milliseconds(run: Callable[[], object], device: str) -> float:
@@ -65,13 +115,20 @@ def _quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
-def _peak_bytes(run: Callable[[], object], device: str) -> int | None:
-    """Bytes the call added at its peak: the CUDA allocator's count, or growth of the resident set's maximum."""
+def peak_bytes(run: Callable[[], object], device: str) -> int | None:
+    """Bytes the call added at its peak: the CUDA allocator's count, or growth of the resident set's maximum.
+
+    Memory that the C library keeps for reuse would hide a call's own; it is given back before.
+    """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
     reset = Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")  # resets the resident set's high-water mark
@@ -98,6 +155,7 @@ def measure(
     device: str = "cpu",
     dtype: str = "float32",
     seconds: float = 4.0,
+    warmups: int = 2,
     least_rounds: int = 5,
     most_rounds: int = 400,
 ) -> list[Row]:
@@ -111,12 +169,13 @@ def measure(
         device: ``cpu`` or ``cuda``.
         dtype: label.
         seconds: budget for this shape.
+        warmups: rounds before the measured ones.
         least_rounds: measured rounds at least.
         most_rounds: measured rounds at most.
     """
     for run in methods.values():
-        run()
-        run()
+        for _ in range(warmups):
+            run()
     times: dict[str, list[float]] = {name: [] for name in methods}
     gc.collect()
     gc.disable()
@@ -139,7 +198,7 @@ def measure(
             statistics.median(times[name]),
             _quantile(times[name], 0.2),
             _quantile(times[name], 0.8),
-            _peak_bytes(run, device),
+            peak_bytes(run, device),
             statistics.median(times[name]) / base,
             machine,
         )
@@ -147,19 +206,32 @@ def measure(
     ]
 
 
-def print_table(rows: list[Row]) -> None:
-    """Print rows as a Markdown table."""
-    print("| shape | method | median ms | 20–80 % | peak MiB | ÷ floor |\n|---|---|---|---|---|---|")
+def table(rows: list[Row]) -> list[str]:
+    """Rows as the lines of a Markdown table."""
+    lines = ["| shape | method | median ms | 20–80 % | peak MiB | ÷ floor |", "|---|---|---|---|---|---|"]
     for row in rows:
         peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
-        print(
-            f"| {row.shape} | {row.method} | {row.median_ms:.3f} | {row.p20_ms:.3f}–{row.p80_ms:.3f}"
+        lines.append(
+            f"| {row.shape} | {row.method} | {row.median_ms:.4g} | {row.p20_ms:.4g}–{row.p80_ms:.4g}"
             f" | {peak} | {row.over_floor:.2f} |"
         )
+    return lines
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print rows as a Markdown table."""
+    print("\n".join(table(rows)), flush=True)
 
 
 def write_json(rows: list[Row], path: Path) -> None:
     """Write rows as JSON, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> list[Row]:
+    """Rows that :func:`write_json` wrote."""
+    names = {field.name for field in fields(Row)}
+    return [Row(**{key: value for key, value in row.items() if key in names}) for row in json.loads(path.read_text())]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Row, measure
+from benchmarks.harness import Row, check, label, measure, tolerance
 from tsynd import ops, reference
 
-__all__ = ["SHAPES", "run"]
+__all__ = ["SHAPES", "run", "summary"]
 
 # B, D, C, T
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -27,13 +28,8 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "G3": (8192, 1024, 1000, 16),
 }
 DROP = 0.5
-
-
-def _check(name: str, got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], tolerance: float) -> None:
-    for part, a, b in zip(("value", "gradient"), got, wanted, strict=True):
-        error = float((a.double() - b).abs().max() / b.abs().max())
-        if not error <= tolerance:
-            raise SystemExit(f"{name}: {part} is off by {error:.1e} (relative to the largest), not timed")
+COMPILE = os.environ.get("TSYND_BENCH_COMPILE") == "1"  # on a CPU too: half a minute more a shape
+FLOOR, OURS = "floor: two bare products", "tsynd head_uncertainty"
 
 
 def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -45,45 +41,30 @@ def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) 
     heads = (weight * mask / (1 - DROP)).to(dtype)  # [T, C, D]
     flat = heads.reshape(samples * classes, units)
     slope = torch.randn(images, samples * classes, generator=generator).to(device, dtype)
-    ids = torch.arange(images, device=device)
 
     shared: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        "tsynd head_uncertainty": lambda: ops.head_uncertainty(features, heads),
+        OURS: lambda: ops.head_uncertainty(features, heads),
         "shared masks, analytic": lambda: peers.shared_analytic(features, heads),
         "shared masks, autograd": lambda: peers.shared_autograd(features, heads),
         "T heads, batched": lambda: peers.batched_passes(features, heads),
         "T heads, loop": lambda: peers.pass_loop(features, heads),
     }
     exact = reference.head_uncertainty(features.double(), heads.double())
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
     for name, run in shared.items():
-        _check(name, run(), exact, tolerance)
-    some = slice(0, min(images, 64))
-    _check(
-        "tsynd dropout_head_uncertainty",
-        ops.dropout_head_uncertainty(features[some], weight, None, DROP, samples, 0, 0, ids[some]),
-        reference.dropout_head_uncertainty(
-            features[some].double(), weight.double(), None, DROP, samples, 0, 0, ids[some]
-        ),
-        tolerance,
-    )
+        check(name, run(), exact, tolerance(dtype))
     methods: dict[str, Callable[[], object]] = {
-        "floor: two bare products": lambda: (features @ flat.t(), slope @ flat),
+        FLOOR: lambda: (features @ flat.t(), slope @ flat),
         **shared,
-        "tsynd dropout_head_uncertainty": lambda: ops.dropout_head_uncertainty(
-            features, weight, None, DROP, samples, 0, 0, ids
-        ),
-        "T dropout passes, loop": lambda: peers.independent_loop(features, weight, DROP, samples),
     }
-    if device.startswith("cuda"):
+    if COMPILE or device.startswith("cuda"):
         compiled = torch.compile(peers.shared_analytic, mode="max-autotune-no-cudagraphs", dynamic=False)
         batched = torch.compile(peers.batched_analytic, mode="max-autotune-no-cudagraphs", dynamic=False)
-        target = torch.empty_like(features)
         methods["shared masks, compiled (max-autotune)"] = lambda: compiled(features, heads)
         methods["T heads, batched, compiled (max-autotune)"] = lambda: batched(features, heads)
+    if device.startswith("cuda"):
+        target = torch.empty_like(features)
         methods["device copy of the features"] = lambda: target.copy_(features)
-    if images * samples * units * 4 <= 4 << 30:
-        methods["T dropout passes, batched"] = lambda: peers.independent_batched(features, weight, DROP, samples)
+    methods |= peers.laplace_samples(features, heads)
     return methods
 
 
@@ -91,14 +72,28 @@ def run(shapes: list[str], device: str, dtype: torch.dtype, seconds: float) -> l
     """Measure the named shapes; see :data:`SHAPES`."""
     rows: list[Row] = []
     for name in shapes:
-        label = f"{name} {'·'.join(map(str, SHAPES[name]))}"
         rows += measure(
             "head",
-            label,
+            label(name, SHAPES[name]),
             _methods(SHAPES[name], device, dtype),
-            floor="floor: two bare products",
+            floor=FLOOR,
             device=device,
             dtype=str(dtype).removeprefix("torch."),
             seconds=seconds,
         )
     return rows
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """The figures that the targets are about."""
+    ours = [row for row in rows if row.method == OURS]
+    best = {row.shape: math.inf for row in ours}
+    for row in rows:
+        if row.method not in (OURS, FLOOR) and "value only" not in row.method and "copy" not in row.method:
+            best[row.shape] = min(best[row.shape], row.median_ms)
+    mean = math.exp(sum(math.log(row.over_floor) for row in ours) / len(ours))
+    gains = ", ".join(f"{row.shape.split()[0]} {best[row.shape] / row.median_ms:.2f}" for row in ours)
+    return [
+        f"head_uncertainty over the floor, geometric mean: {mean:.2f}",
+        f"the fastest torch variant over head_uncertainty: {gains}",
+    ]

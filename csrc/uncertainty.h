@@ -36,7 +36,10 @@ TSYND_HD typename M::V log_mean(const LogP& logp, int64_t samples) {
   for (int64_t t = 1; t < samples; ++t) top = M::max(top, logp(t));
   // four sums: one long sum of near-equal terms drifts, and waits for itself
   typename M::V sums[4] = {M::splat(0.f), M::splat(0.f), M::splat(0.f), M::splat(0.f)};
-  for (int64_t t = 0; t < samples; ++t) sums[t % 4] = sums[t % 4] + M::expm1(logp(t) - top);
+  int64_t t = 0;
+  for (; t + 4 <= samples; t += 4)
+    for (int i = 0; i < 4; ++i) sums[i] = sums[i] + M::expm1(logp(t + i) - top);
+  for (int i = 0; t < samples; ++t, ++i) sums[i] = sums[i] + M::expm1(logp(t) - top);
   const typename M::V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   return top + M::log1p(sum * M::splat(1.f / static_cast<float>(samples)));
 }

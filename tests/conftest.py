@@ -18,7 +18,8 @@ else:  # the same examples in every run; HYPOTHESIS_PROFILE=search looks for new
     settings.register_profile("search", derandomize=False)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# TSYND_TEST_THREADS: with another number of threads than the suite's two
+torch.set_num_threads(int(os.environ.get("TSYND_TEST_THREADS", min(2, torch.get_num_threads()))))
 
 
 class TinyAutoencoder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, registers
+from benchmarks import __main__, ascend, document, dropout, harness, logits, peers, registers
 from tsynd import ops, reference
+from tsynd.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,78 @@ def test_program(tmp_path: Path) -> None:
     assert {row["method"] for row in rows} >= {"floor: two bare products", "tsynd head_uncertainty"}
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows)
     assert "geometric mean" in done.stdout
+
+
+def test_program_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["logits", "--shapes", "S1"], "logits has no 'S1', wanted some of L1"),
+        (["logits", "--docs", str(tmp_path / "none.md")], "does not exist"),
+    ):
+        line = [sys.executable, "-m", "benchmarks", *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("suite", __main__.SUITES)
+def test_every_suite_has_the_same_face(suite: str) -> None:
+    module = importlib.import_module(f"benchmarks.{suite}")
+    assert set(module.__all__) >= {"SHAPES", "run", "summary"}
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    assert f"<!-- {suite} -->" in page
+    assert f"<!-- end {suite} -->" in page
+
+
+def test_rows_and_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(logits, "SHAPES", {"L9": (20, 3, 4)})
+    monkeypatch.setattr(ascend, "SHAPES", {"A9": (20, 30)})
+    monkeypatch.setattr(dropout, "SHAPES", {"S9": (40, 20, 3, 8)})
+    rows = [
+        row
+        for module, shape in ((logits, "L9"), (ascend, "A9"), (dropout, "S9"))
+        for row in module.run([shape], "cpu", torch.float32, 0.01)
+    ]
+    path = tmp_path / "rows.json"
+    harness.write_json(rows, path)
+    assert harness.read_json(path) == rows
+    for row in rows:
+        assert row.median_ms > 0
+        assert "threads" in row.machine
+        assert "torch 2." in row.machine
+    own = [row for row in rows if row.suite == "logits"]
+    assert logits.summary(own)[0].startswith("logits_uncertainty over a copy: L9 ")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- logits -->\nold\n<!-- end logits -->\nafter\n")
+    document.update(page, "logits", own, ["a line"])
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "- a line\n" in text
+    assert text.count("| L9 20·3·4 |") == len(own)
+    assert (tmp_path / "images" / "bench_logits.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="lacks the markers"):
+        document.update(page, "ascend", own, [])
+
+
+def test_a_wrong_method_is_not_timed() -> None:
+    good = torch.tensor([1.0, 2.0])
+    harness.check("good", (good, good), (good.double(), good.double()), 1e-5)
+    with pytest.raises(SystemExit, match="bad: gradient is off"):
+        harness.check("bad", (good, good + 1e-3), (good.double(), good.double()), 1e-5)
+    with pytest.raises(SystemExit, match="bad"):
+        harness.check("bad", (good, good * float("nan")), (good.double(), good.double()), 1e-5)
+    with pytest.raises(SystemExit, match="not timed"):
+        peers.check_law("bad", torch.full((100,), 0.5), torch.full((100,), 0.1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_sees_what_a_call_holds() -> None:
+    for _ in range(2):  # also when the C library has the memory already
+        peak = harness.peak_bytes(lambda: torch.zeros(8 << 20).add_(1), "cpu")
+        if peak is None:
+            pytest.skip("the kernel does not let the high-water mark be reset")
+        assert 28 << 20 < peak < 80 << 20
 
 
 def test_registers_reads_what_ptxas_says() -> None:

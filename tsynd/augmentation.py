@@ -191,6 +191,7 @@ class TargetedAugmentation:
             stack.enter_context(frozen(*self._modules()))
             if posterior is not None:
                 stack.enter_context(posterior.frozen())
+                stack.enter_context(posterior.folded())
             self._check(posterior, images, labels)
             with torch.no_grad():
                 source = self.autoencoder.encode(images).float()

@@ -18,6 +18,7 @@ from tsynd.ascent import AscentSettings, Status
 from tsynd.augmentation import TargetedAugmentation
 from tsynd.checkpoint import load_model, save_model
 from tsynd.checks import resolve_device
+from tsynd.clock import Phases
 from tsynd.data import DataSource, LabelledImages, load_data
 from tsynd.errors import InputError, require
 from tsynd.evaluation import evaluate
@@ -220,7 +221,7 @@ def _synthesise(
     device: str,
     progress: bool,
 ) -> dict[str, Any]:
-    start = time.perf_counter()
+    start, phases = time.perf_counter(), Phases()
     result = synthesize(
         autoencoder,
         classifier,
@@ -236,10 +237,12 @@ def _synthesise(
         seed=settings.seed,
         device=device,
         progress=progress,
+        phases=phases,
     )
     speed = len(result) / (time.perf_counter() - start)
-    result.save(path, class_names=source.class_names)
-    return {"images_per_second": round(speed, 2)}
+    with phases("save"):
+        result.save(path, class_names=source.class_names)
+    return {"images_per_second": round(speed, 2), "phases": phases.rounded()}
 
 
 def _decode(autoencoder: Any, latents: Tensor, device: str) -> Tensor:
@@ -259,8 +262,10 @@ def _finish(
     device: str,
 ) -> dict[str, Any]:
     """Measure under fresh posterior samples, test both classifiers, write metrics and report."""
-    result = load_result(job.folder / "synthetic.npz")
-    reconstructions = _decode(autoencoder, result.source_latents, device)
+    phases = Phases()
+    with phases("reconstructions"):
+        result = load_result(job.folder / "synthetic.npz")
+        reconstructions = _decode(autoencoder, result.source_latents, device)
 
     def fresh(images: Tensor) -> Tensor:
         return uncertainty(
@@ -273,12 +278,13 @@ def _finish(
             seed=settings.seed + _FRESH,
         )
 
-    before, after = fresh(reconstructions), fresh(result.images)
-    start = time.perf_counter()
-    scores = {
-        name: evaluate(model, source.test, task=source.task, seed=settings.seed)
-        for name, model in (("real", real), ("targeted", targeted))
-    }
+    with phases("fresh_uncertainty"):
+        before, after = fresh(reconstructions), fresh(result.images)
+    with phases("evaluation"):
+        scores = {
+            name: evaluate(model, source.test, task=source.task, seed=settings.seed)
+            for name, model in (("real", real), ("targeted", targeted))
+        }
     status = result.status.long().bincount(minlength=len(Status)).tolist()
     metrics: dict[str, Any] = {
         "version": __version__,
@@ -300,23 +306,29 @@ def _finish(
             "status": {kind.name.lower(): status[kind] for kind in Status},
         },
         "evaluation": scores,
-        "seconds": {**job.seconds, "evaluation": round(time.perf_counter() - start, 2)},
+        "seconds": {
+            **job.seconds,
+            **{f"synthesis_{name}": seconds for name, seconds in synthesis.get("phases", {}).items()},
+            **phases.rounded(),
+        },
         "machine": _machine(device),
     }
+    with phases("report"):
+        sources = source.train.pixels()
+        write_report(
+            job.folder / "report.html",
+            metrics,
+            result,
+            sources,
+            reconstructions,
+            source.class_names,
+            before,
+            after,
+        )
+        _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
+    metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-    sources = source.train.pixels()
-    write_report(
-        job.folder / "report.html",
-        metrics,
-        result,
-        sources,
-        reconstructions,
-        source.class_names,
-        before,
-        after,
-    )
-    _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
     return metrics
 
 

@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from tsynd import ops
 from tsynd.checks import check_choice
 from tsynd.dropout import AddressedDropoutMode, MaskSource
 from tsynd.errors import InputError
+from tsynd.folding import FoldedGraph
+from tsynd.microbatch import Passes, images_at_once, passes_logits, passes_uncertainty
 from tsynd.reference import OBJECTIVES, TASKS, keep_count
 from tsynd.splitting import LinearHead, NoDropoutError, Split, split_at_dropout
 
@@ -23,6 +26,9 @@ _NO_DROPOUT = (
     "classifier: no active dropout was found, so all posterior samples agree and the mutual information is zero "
     "everywhere; put nn.Dropout(p > 0) before the last layer, or pass tsynd.Ensemble([...])"
 )
+
+# values that a network holds per value of an image, against those that a tail holds per value it starts from
+_WHOLE_NETWORK = 16
 
 
 @contextmanager
@@ -99,6 +105,14 @@ class Posterior(ABC):
             yield self
 
     @contextmanager
+    def folded(self) -> Iterator[Posterior]:
+        """Inside, batch norms are part of the convolutions before them where the posterior can fold them.
+
+        For use inside :meth:`frozen`: the weights must not change.
+        """
+        yield self
+
+    @contextmanager
     def compiled(self) -> Iterator[Posterior]:
         """Inside, what runs once per image goes through ``torch.compile`` where the posterior can tell it apart."""
         yield self
@@ -167,7 +181,9 @@ class MCDropout(Posterior):
         self._sampled_head: tuple[Tensor, Tensor | None] | None = None
         self._checked = False
         self._split = self._trace()
+        self._folded: tuple[FoldedGraph, FoldedGraph] | None = None
         self._trunk: Callable[..., tuple[Tensor, ...]] | None = None
+        self._tail: Callable[..., Tensor] | None = None
 
     @property
     def plan(self) -> str:
@@ -180,16 +196,13 @@ class MCDropout(Posterior):
         """Logits [T, B, classes], see :meth:`Posterior.logits`."""
         with _evaluating(self.classifier):
             self._check_split(images)
-            self._source = self._address(images, sample_ids)
-            if self._split is None:
-                return self._whole_network(images, self._source)
-            if self._split.head and self.masks == "shared":
-                weight, bias = self._sampled_weights(self._split.head)
-                features = self.features(images)
-                flat = features @ weight.flatten(0, 1).t().to(features.dtype)
-                logits = flat.reshape(flat.shape[0], *weight.shape[:2]).transpose(0, 1)
-                return logits if bias is None else logits + bias[:, None]
-            return self._run_tail(images)
+            if self._split is None or not self._split.head or self.masks != "shared":
+                return passes_logits(*self._passes(images, sample_ids))
+            weight, bias = self._sampled_weights(self._split.head)
+            features = self.features(images)
+            flat = features @ weight.flatten(0, 1).t().to(features.dtype)
+            logits = flat.reshape(flat.shape[0], *weight.shape[:2]).transpose(0, 1)
+            return logits if bias is None else logits + bias[:, None]
 
     def uncertainty(
         self,
@@ -199,15 +212,13 @@ class MCDropout(Posterior):
         task: str = "multiclass",
     ) -> Tensor:
         """Uncertainty [B], see :meth:`Posterior.uncertainty`; fused where the tail is dropout -> linear."""
-        head = self._split.head if self._split else None
-        if head is None:
-            return super().uncertainty(images, sample_ids, objective, task)
         check_choice("objective", objective, OBJECTIVES)
         check_choice("task", task, TASKS)
         with _evaluating(self.classifier):
             self._check_split(images)
-            if self._split is None:
-                return super().uncertainty(images, sample_ids, objective, task)
+            head = self._split.head if self._split else None
+            if head is None:
+                return passes_uncertainty(*self._passes(images, sample_ids), objective, task)
             features = self.features(images)
             if self.masks == "shared":
                 weight, bias = self._sampled_weights(head)
@@ -252,14 +263,30 @@ class MCDropout(Posterior):
                 self._frozen, self._sampled_head = False, None
 
     @contextmanager
-    def compiled(self) -> Iterator[Posterior]:
-        """See :meth:`Posterior.compiled`; the part before the first dropout."""
+    def folded(self) -> Iterator[Posterior]:
+        """See :meth:`Posterior.folded`."""
         if self._split is not None:
-            self._trunk = torch.compile(self._split.trunk, dynamic=False)
+            if self._folded is None:
+                with _evaluating(self.classifier):
+                    self._folded = FoldedGraph(self._split.trunk), FoldedGraph(self._split.tail)
+            for part in self._folded:
+                part.refresh()
+            self._trunk, self._tail = (part.module for part in self._folded)
         try:
             yield self
         finally:
-            self._trunk = None
+            self._trunk = self._tail = None
+
+    @contextmanager
+    def compiled(self) -> Iterator[Posterior]:
+        """See :meth:`Posterior.compiled`; the part before the first dropout."""
+        plain = self._trunk
+        if self._split is not None:
+            self._trunk = torch.compile(plain or self._split.trunk, dynamic=False)
+        try:
+            yield self
+        finally:
+            self._trunk = plain
 
     def _trace(self) -> Split | None:
         with _evaluating(self.classifier):
@@ -299,10 +326,25 @@ class MCDropout(Posterior):
         out: tuple[Tensor, ...] = (self._split.trunk if self._trunk is None else self._trunk)(images)
         return out
 
-    def _run_tail(self, images: Tensor) -> Tensor:
+    def _passes(self, images: Tensor, sample_ids: Tensor | None) -> tuple[Passes, tuple[Tensor, ...], int | None]:
+        """How to run the T passes, what they start from, and how many images at once."""
+        source = self._address(images, sample_ids)
+        shared = source.sample_ids.shape[0] == 1
+
+        def run(part: slice, inputs: tuple[Tensor, ...]) -> Tensor:
+            own = source if shared else replace(source, sample_ids=source.sample_ids[part])
+            return self._whole_network(inputs[0], own) if self._split is None else self._run_tail(inputs, own)
+
+        if self._split is None:
+            return run, (images,), images_at_once((images,), self.samples, _WHOLE_NETWORK)
+        inputs = self._run_trunk(images)
+        return run, inputs, images_at_once(inputs, self.samples)
+
+    def _run_tail(self, inputs: tuple[Tensor, ...], source: MaskSource) -> Tensor:
         assert self._split is not None
-        logits: Tensor = self._split.tail(*self._run_trunk(images))
-        return logits.reshape(self.samples, images.shape[0], -1)
+        self._source = source
+        logits: Tensor = (self._split.tail if self._tail is None else self._tail)(*inputs)
+        return logits.reshape(self.samples, -1, logits.shape[-1])
 
     def _sampled_weights(self, head: LinearHead) -> tuple[Tensor, Tensor | None]:
         """Sampled heads [T, C, D] and biases [T, C]."""
@@ -341,9 +383,8 @@ class MCDropout(Posterior):
             if not isinstance(wanted, Tensor) or wanted.dim() != 2:
                 shape = list(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
                 raise InputError(f"classifier: gives {shape}, wanted logits [images, classes]")
-            self._source = MaskSource(self.samples, self.seed, first, active=False)
             try:
-                got = self._run_tail(few)
+                got = self._run_tail(self._run_trunk(few), MaskSource(self.samples, self.seed, first, active=False))
                 agrees = torch.allclose(got, wanted.expand_as(got), rtol=1e-2, atol=1e-3, equal_nan=True)
             except Exception:  # shapes computed before the dropout no longer fit behind it
                 agrees = False

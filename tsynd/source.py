@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsynd.checks import check_images, check_labels
+from tsynd.checks import as_tensor, check_images, check_labels
 from tsynd.errors import InputError
 
 __all__ = ["Batch", "ImageSource"]
@@ -41,9 +41,12 @@ class ImageSource:
         self._items: Any = None
         self._labels: Tensor | None = None
         if isinstance(images, (Tensor, np.ndarray)):
-            self._images = check_images(images)
+            pixels = as_tensor(images, "images")
+            # eight-bit pixels wait as they are: as float they would take four times the memory
+            waits = pixels.dtype == torch.uint8 and pixels.ndim == 4
+            self._images = pixels if waits else check_images(pixels)
+            self.first = check_images(self._images[:1])
             self.count: int = len(self._images)
-            self.first = self._images[:1]
         else:
             self._items = images
             self.count = self._length(images)
@@ -91,7 +94,7 @@ class ImageSource:
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             labels = None if self._labels is None else self._labels[part]
-            yield Batch(self._images[part], labels, self._ids[part])
+            yield Batch(check_images(self._images[part]), labels, self._ids[part])
 
     def _from_items(self, size: int, probe: bool = False) -> Iterator[Batch]:
         """Items of a Dataset or DataLoader, gathered into batches of ``size``."""

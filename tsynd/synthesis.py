@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from tsynd.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, measure_latent_std
 from tsynd.checks import check_choice, check_images, resolve_device
+from tsynd.clock import Phases
+from tsynd.collect import Collector
 from tsynd.errors import InputError
 from tsynd.fast import GraphedAscent, channels_last, fetch, send
+from tsynd.folding import folded_decoder
+from tsynd.goals import PlausibleGoal, Uncertainty
 from tsynd.posterior import Posterior, as_posterior, frozen
 from tsynd.progress import progress_bar
 from tsynd.source import Batch, ImageSource
@@ -147,6 +151,7 @@ def synthesize(
     precision: str = "float32",
     compile: bool = False,
     progress: bool = True,
+    phases: Phases | None = None,
 ) -> SynthesisResult:
     """Move each image's latent code uphill on the classifier's epistemic uncertainty and decode it.
 
@@ -183,11 +188,16 @@ def synthesize(
             a GPU replay the steps of a batch as a CUDA graph. Worth its minute for many batches; the images then
             equal those without it to float tolerance only.
         progress: show a bar where rich is installed.
+        phases: takes the seconds spent on ``prepare``, ``encode``, ``decode``, ``uncertainty`` (with its gradient
+            from the features on), ``backward`` (the other gradients, and the steps) and ``collect``; not with
+            ``compile``, whose phases run into one another.
 
     Raises:
         InputError: an argument cannot be used; raised before work starts, except for a bad item deep in a
             Dataset or DataLoader, which is named by its index.
     """
+    if phases is not None and compile:
+        raise InputError("phases: got phases to measure with compile=True, wanted one of the two")
     settings = AscentSettings(objective, task, steps, radius, step_size, rule, label_consistency)
     check_choice("precision", precision, tuple(_PRECISIONS))
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -201,7 +211,12 @@ def synthesize(
     if precision == "float16" and target.type == "cpu":
         raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
 
+    watched, phases = phases is not None, phases or Phases()
+    where = target if watched else torch.device("cpu")  # a phase that is measured waits for the GPU
+
     with contextlib.ExitStack() as stack:
+        preparing = stack.enter_context(contextlib.ExitStack())
+        preparing.enter_context(phases("prepare", where))
         stack.enter_context(posterior.frozen())
         if isinstance(model, nn.Module):
             stack.enter_context(frozen(model))
@@ -214,38 +229,47 @@ def synthesize(
         scale = latent_std or _latent_std(model, source, size, target)
         networks = (*posterior.networks, model) if isinstance(model, nn.Module) else posterior.networks
         stack.enter_context(channels_last(*networks))
-        decode = model.decode
+        stack.enter_context(posterior.folded())  # after the layout, which the folded weights take over
+        with torch.no_grad():
+            decode = folded_decoder(model, model.encode(source.first.to(target)).float())
         if compile:
             stack.enter_context(posterior.compiled())
-            decode = torch.compile(model.decode, dynamic=False)
+            decode = torch.compile(decode, dynamic=False)
+
+        if not compile:
+            decode = phases.timed("decode", decode, where)
+        measure = phases.timed("uncertainty", Uncertainty(posterior, objective, task), where)
 
         def climb(z0: Tensor, ids: Tensor, y: Tensor | None) -> Ascent:
-            return ascend_latents(posterior, decode, z0, ids, settings, scale, y)
+            return ascend_latents(posterior, decode, z0, ids, settings, scale, y, PlausibleGoal(measure, z0))
 
         run = GraphedAscent(climb) if compile and target.type == "cuda" else climb
-        parts: list[tuple[Batch, Tensor, Ascent]] = []
+        collector = Collector(source.count)
         copying: list[tuple[Batch, Callable[[], tuple[Tensor, Ascent]]]] = []
 
         def collect(most: int) -> None:  # leave `most` batches' results on their way
             while len(copying) > most:
                 done, wait = copying.pop(0)
-                parts.append((done, *wait()))
+                collector.add(done, *wait())
 
         def work(batch: Batch) -> None:
             count = len(batch.images)
             full = batch.padded(_halved(size, count) if compile else _whole_tiles(count, target))
-            with torch.no_grad():
+            with torch.no_grad(), phases("encode", where):
                 z0 = model.encode(send(full.images, target)).float().contiguous()
             y = None if full.labels is None else send(full.labels, target)
-            climbed = run(z0, send(full.sample_ids, target), y)
-            copying.append((batch, fetch(z0[:count], climbed.first(count))))
-            collect(1 if target.type == "cuda" else 0)
+            with phases("backward", where):
+                climbed = run(z0, send(full.sample_ids, target), y)
+            with phases("collect", where):
+                copying.append((batch, fetch(z0[:count], climbed.first(count))))
+                collect(1 if target.type == "cuda" else 0)
 
+        preparing.close()
         with progress_bar("synthesising", source.count, progress) as advance:
             for batch in source.batches(size):
-                _halving(work, batch, lambda done: advance(done, _mean_raise(parts)))
+                _halving(work, batch, lambda done: advance(done, _mean_raise(collector)))
         collect(0)
-    return _collect(parts)
+    return SynthesisResult(**collector.arrays())  # type: ignore[arg-type]
 
 
 def uncertainty(
@@ -357,25 +381,5 @@ def _halving(work: Callable[[Batch], None], batch: Batch, done: Callable[[int], 
         _halving(work, Batch(batch.images[part], labels, batch.sample_ids[part]), done)
 
 
-def _mean_raise(parts: list[tuple[Batch, Tensor, Ascent]]) -> str:
-    if not parts:
-        return ""
-    climbed = parts[-1][2]
-    return f"uncertainty {float(climbed.trajectory[0].mean()):.4f} → {float(climbed.uncertainty.mean()):.4f}"
-
-
-def _collect(parts: list[tuple[Batch, Tensor, Ascent]]) -> SynthesisResult:
-    join = torch.cat
-    climbs = [climbed for _, _, climbed in parts]
-    labels = [batch.labels for batch, _, _ in parts]
-    return SynthesisResult(
-        images=join([c.images.float() for c in climbs]),
-        labels=None if labels[0] is None else join([y for y in labels if y is not None]),
-        latents=join([c.latents for c in climbs]),
-        source_latents=join([z0 for _, z0, _ in parts]),
-        initial_uncertainty=join([c.trajectory[0] for c in climbs]),
-        uncertainty=join([c.uncertainty for c in climbs]),
-        trajectory=join([c.trajectory.t() for c in climbs]),
-        status=join([c.status for c in climbs]),
-        sample_ids=join([batch.sample_ids for batch, _, _ in parts]),
-    )
+def _mean_raise(collector: Collector) -> str:
+    return "" if collector.last is None else "uncertainty {:.4f} → {:.4f}".format(*collector.last)

@@ -35,26 +35,6 @@ class Scratch {
   std::unique_ptr<float, void (*)(void*)> data_;
 };
 
-// `count` elements of a float32 or bfloat16 tensor from `offset` on, as float32.
-inline void read_floats(const Tensor& from, int64_t offset, int64_t count, float* to) {
-  if (from.scalar_type() == ScalarType::Float) {
-    const float* source = static_cast<const float*>(from.const_data_ptr()) + offset;
-    std::copy(source, source + count, to);
-  } else {
-    const BFloat16* source = static_cast<const BFloat16*>(from.const_data_ptr()) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(source[i]);
-  }
-}
-
-inline void write_floats(const float* from, int64_t count, const Tensor& to, int64_t offset) {
-  if (to.scalar_type() == ScalarType::Float) {
-    std::copy(from, from + count, static_cast<float*>(to.mutable_data_ptr()) + offset);
-  } else {
-    BFloat16* target = static_cast<BFloat16*>(to.mutable_data_ptr()) + offset;
-    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<BFloat16>(from[i]);
-  }
-}
-
 // A row-major float32 matrix somewhere in memory; `transposed` swaps its axes without moving data.
 struct Matrix {
   float* data;

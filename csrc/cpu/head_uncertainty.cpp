@@ -5,6 +5,11 @@
 namespace tsynd {
 namespace {
 
+constexpr int64_t kRowsPerThread = 64;  // fewer make thin products
+
+// Whole vectors of images.
+int64_t padded_rows(int64_t images) { return (images + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+
 // Rows of images worked on at once. The logits block [T * C, rows] should stay in a core's L2 between the two
 // products, and the weights, streamed once per block, should be reused by enough rows when they are large.
 int64_t block_rows(int64_t images, int64_t columns, int64_t units, int64_t threads) {
@@ -14,7 +19,7 @@ int64_t block_rows(int64_t images, int64_t columns, int64_t units, int64_t threa
   // as many blocks for every thread
   const int64_t blocks = (images + rows * threads - 1) / (rows * threads) * threads;
   rows = (images + blocks - 1) / blocks;
-  return (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+  return padded_rows(rows);
 }
 
 // logits^T [T * C, rows] = W F^T, then one sweep for value and logit gradient with an image per lane, then
@@ -42,21 +47,39 @@ std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Ten
   const float* b = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   const Matrix weights{w, columns, units, units};
 
-  if (images > 0) {
-    const int64_t rows = block_rows(images, columns, units, torch::stable::get_num_threads());
+  const auto sweep = [&](float* logits, int64_t stride, int64_t begin, int64_t end, float* out,
+                         float* scratch) {
+    for (int64_t image = begin; image < end; image += k.lanes)
+      k.uncertainty(
+          {logits + image, stride, b, samples, classes, goal, kind, out + (image - begin), scratch});
+  };
+  const int64_t threads = torch::stable::get_num_threads(), padded = padded_rows(images);
+  if (images > 0 && padded < kRowsPerThread * threads) {
+    // Few images: each thread's share would make a thin product, so the products are shared out by torch.
+    const Scratch logits(columns * padded), out(padded);
+    if (padded != images) std::fill(logits.get(), logits.get() + columns * padded, 0.f);
+    const Matrix rows{logits.get(), columns, images, padded};
+    multiply(rows, weights, {f, images, units, units, true});
+    torch::stable::parallel_for(0, padded / kMaxLanes, 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(uncertainty_scratch(samples, classes));
+      sweep(logits.get(), padded, begin * kMaxLanes, end * kMaxLanes, out.get() + begin * kMaxLanes,
+            scratch.get());
+    });
+    std::copy(out.get(), out.get() + images, values);
+    multiply({df, images, units, units}, {logits.get(), columns, images, padded, true}, weights);
+  } else if (images > 0) {
+    const int64_t rows = block_rows(images, columns, units, threads);
     const int64_t blocks = (images + rows - 1) / rows;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch logits(columns * rows), scratch(uncertainty_scratch(samples, classes)), tile_values(rows);
+      const Scratch logits(columns * rows), scratch(uncertainty_scratch(samples, classes)), out(rows);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * rows, count = std::min(rows, images - first);
-        const int64_t stride = (count + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+        const int64_t stride = padded_rows(count);
         if (stride != count) std::fill(logits.get(), logits.get() + columns * stride, 0.f);
         multiply({logits.get(), columns, count, stride}, weights,
                  {f + first * units, count, units, units, true});
-        for (int64_t image = 0; image < count; image += k.lanes)
-          k.uncertainty({logits.get() + image, stride, b, samples, classes, goal, kind,
-                         tile_values.get() + image, scratch.get()});
-        std::copy(tile_values.get(), tile_values.get() + count, values + first);
+        sweep(logits.get(), stride, 0, count, out.get(), scratch.get());
+        std::copy(out.get(), out.get() + count, values + first);
         multiply({df + first * units, count, units, units}, {logits.get(), columns, count, stride, true},
                  weights);
       }

@@ -19,6 +19,21 @@ struct UncertaintyTile {
   float* scratch;  // uncertainty_scratch(samples, classes) floats, 64-byte aligned
 };
 
+// `images` neighbouring images of logits [T, B, C] as they lie in memory. `bf16` tells the element type of
+// both.
+struct LogitsTile {
+  const void* logits;   // of the first image in the first pass
+  void* gradient;       // likewise
+  int64_t pass_stride;  // elements from one pass to the next, B * C
+  int64_t images;       // 1 .. lanes
+  int64_t samples, classes;
+  Objective objective;
+  Task task;
+  bool bf16;
+  float* value;    // [lanes]
+  float* scratch;  // logits_scratch(samples, classes) floats, 64-byte aligned
+};
+
 // A tile of images through an independently masked linear head.
 struct DropoutHeadTile {
   const float* features;  // [lanes][padded units], zero beyond the units and beyond `images`
@@ -54,6 +69,7 @@ struct Kernels {
   const char* isa;
   int lanes;
   void (*uncertainty)(const UncertaintyTile&);
+  void (*logits)(const LogitsTile&);
   void (*dropout_head)(const DropoutHeadTile&);
   // out[u] = kept ? x[u] * scale : 0 for `blocks` blocks of 16 units of one (sample, pass)
   void (*masked_copy)(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep,
@@ -69,6 +85,10 @@ constexpr int kMaxLanes = 16;
 
 constexpr int64_t uncertainty_scratch(int64_t samples, int64_t classes) {
   return (samples + 2) * classes * kMaxLanes;
+}
+
+constexpr int64_t logits_scratch(int64_t samples, int64_t classes) {
+  return samples * classes * kMaxLanes + uncertainty_scratch(samples, classes);
 }
 
 // logits tile + one image's logits + its mask bits (two bytes a block, rounded up to whole vectors)

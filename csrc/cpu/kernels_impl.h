@@ -1,8 +1,8 @@
 // The kernels of one instruction set; included by kernels_*.cpp alone (see simd.h for the rules).
 #pragma once
 
+#include "elements.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace tsynd::TSYND_ISA {
 namespace {
@@ -156,23 +156,111 @@ void mask_bytes(uint8_t* out, int64_t units, uint32_t pass, uint32_t keep, MaskA
   }
 }
 
-struct Bf16 {
-  uint16_t bits;
-};
-TSYND_HD float to_float(float x) { return x; }
-TSYND_HD float to_float(Bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, 4);
+// One image's classes from `first` on, lane part by lane part: afterwards vector j holds, in its 128-bit part
+// g, four classes of image 4 g + j, so that transposing the parts gives a vector of images per class.
+template <class T>
+TSYND_HD void load_classes(const T* from, int64_t stride, int64_t images, int count, VFloat* four) {
+  for (int j = 0; j < 4; ++j) {
+    VFour parts[kLanes / 4];
+    for (int g = 0; g < kLanes / 4; ++g)
+      parts[g] = 4 * g + j < images ? load_four(from + (4 * g + j) * stride, count) : VFour{};
+    four[j] = join_parts(parts);
+  }
+}
+
+template <class T>
+TSYND_HD void store_classes(T* to, int64_t stride, int64_t images, int count, const VFloat* four) {
+  for (int j = 0; j < 4; ++j) {
+    VFour parts[kLanes / 4];
+    split_parts(four[j], parts);
+    for (int g = 0; g < kLanes / 4; ++g)
+      if (4 * g + j < images) store_four(to + (4 * g + j) * stride, parts[g], count);
+  }
+}
+
+// Reads a tile once, brings its images side by side, works on it in cache and writes the gradient once.
+template <class T>
+TSYND_HD void logits_rows(const LogitsTile& tile) {
+  const T* in = static_cast<const T*>(tile.logits);
+  T* out = static_cast<T*>(tile.gradient);
+  const int64_t samples = tile.samples, classes = tile.classes, images = tile.images;
+  float* rows = tile.scratch;  // [samples][classes][lanes]
+  for (int64_t t = 0; t < samples; ++t) {
+    const T* pass = in + t * tile.pass_stride;
+    // the next tile: every pass is a stream of its own, more than the processor follows by itself
+    for (int64_t i = 0; i < kLanes * classes; i += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(pass + images * classes + i, 0, 2);
+    float* to = rows + t * classes * kLanes;
+    for (int64_t c = 0; c < classes; c += 4) {
+      const int count = static_cast<int>(classes - c < 4 ? classes - c : 4);
+      VFloat four[4];
+      load_classes(pass + c, classes, images, count, four);
+      transpose_parts(four);
+      for (int i = 0; i < count; ++i) store(to + (c + i) * kLanes, four[i]);
+    }
+  }
+  uncertainty(UncertaintyTile{rows, kLanes, nullptr, samples, classes, tile.objective, tile.task, tile.value,
+                              rows + samples * classes * kLanes});
+  for (int64_t t = 0; t < samples; ++t) {
+    const float* from = rows + t * classes * kLanes;
+    for (int64_t c = 0; c < classes; c += 4) {
+      const int count = static_cast<int>(classes - c < 4 ? classes - c : 4);
+      VFloat four[4] = {};
+      for (int i = 0; i < count; ++i) four[i] = load(from + (c + i) * kLanes);
+      transpose_parts(four);
+      store_classes(out + t * tile.pass_stride + c, classes, images, count, four);
+    }
+  }
+}
+
+void logits(const LogitsTile& tile) {
+  if (tile.bf16)
+    logits_rows<Bf16>(tile);
+  else
+    logits_rows<float>(tile);
+}
+
+// f(index, count) over `total` elements, kLanes at a time and then the rest.
+template <class F>
+TSYND_HD void for_vectors(int64_t total, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= total; i += kLanes) f(i, kLanes);
+  if (i < total) f(i, static_cast<int>(total - i));
+}
+
+// The largest absolute value's bits: 0 where all are zero, at least 0x7F800000 where one is not finite.
+template <class T>
+TSYND_HD int32_t largest_bits(const T* x, int64_t count) {
+  VInt top = VInt{};
+  for_vectors(count, [&](int64_t i, int n) {
+    const VInt bits = (VInt)load_some(x + i, n) & 0x7FFFFFFF;
+    top = bits > top ? bits : top;
+  });
+  int32_t out = 0;
+  for (int lane = 0; lane < kLanes; ++lane) out = top[lane] > out ? top[lane] : out;
   return out;
 }
-TSYND_HD void assign(float& to, float x) { to = x; }
-TSYND_HD void assign(Bf16& to, float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  const bool nan = x != x;
-  bits += 0x7FFFu + ((bits >> 16) & 1u);  // round to nearest even
-  to.bits = nan ? static_cast<uint16_t>(0x7FC0) : static_cast<uint16_t>(bits >> 16);
+
+// With d = z - z0 and x = g scaled by a power of two, so that the squares of a confident classifier's tiny
+// gradient do not underflow: sums of x^2, x d and d^2, in double from one short run to the next.
+template <class T>
+TSYND_HD void ascend_sums(const T* z, const T* g, const T* z0, int64_t count, float scale,
+                          double (&sums)[3]) {
+  constexpr int64_t kRun = 32 * kLanes;
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    const int64_t length = count - begin < kRun ? count - begin : kRun;
+    VFloat xx = VFloat{}, xd = VFloat{}, dd = VFloat{};
+    for_vectors(length, [&](int64_t i, int n) {
+      const VFloat x = load_some(g + begin + i, n) * scale;
+      const VFloat d = load_some(z + begin + i, n) - load_some(z0 + begin + i, n);
+      xx += x * x;
+      xd += x * d;
+      dd += d * d;
+    });
+    sums[0] += sum_lanes(xx);
+    sums[1] += sum_lanes(xd);
+    sums[2] += sum_lanes(dd);
+  }
 }
 
 template <class T>
@@ -180,37 +268,37 @@ TSYND_HD void ascend_row(const AscentRow& row) {
   T* z = static_cast<T*>(row.latent);
   const T* g = static_cast<const T*>(row.gradient);
   const T* z0 = static_cast<const T*>(row.origin);
-  // double: squares of the tiny gradients of a confident classifier underflow in float
-  double norm = 0.;
-#pragma omp simd reduction(+ : norm)
-  for (int64_t i = 0; i < row.count; ++i) {
-    const double x = to_float(g[i]);
-    norm += x * x;
-  }
-  if (!(norm > 0. && norm <= 1.7976931348623157e308)) return;  // zero or not finite: this image stays
+  const int32_t top = largest_bits(g, row.count);
+  if (top == 0 || top >= 0x7F800000) return;  // zero or not finite: this image stays
   if (row.rule == AscentRule::kLinf) {
-#pragma omp simd
-    for (int64_t i = 0; i < row.count; ++i) {
-      const float x = to_float(g[i]), from = to_float(z0[i]);
-      const float moved = to_float(z[i]) + (x > 0.f ? row.step : x < 0.f ? -row.step : 0.f) - from;
-      const float limited = moved > row.radius ? row.radius : moved < -row.radius ? -row.radius : moved;
-      assign(z[i], from + limited);
-    }
+    const VFloat zero = VFloat{}, step = splat(row.step), radius = splat(row.radius);
+    for_vectors(row.count, [&](int64_t i, int n) {
+      const VFloat x = load_some(g + i, n), from = load_some(z0 + i, n);
+      const VFloat moved = load_some(z + i, n) + (x > zero ? step : x < zero ? -step : zero) - from;
+      store_some(z + i, from + (moved > radius ? radius : moved < -radius ? -radius : moved), n);
+    });
     return;
   }
-  const double scale = row.step / __builtin_sqrt(norm);
-  double distance = 0.;
-#pragma omp simd reduction(+ : distance)
-  for (int64_t i = 0; i < row.count; ++i) {
-    const double offset = to_float(z[i]) + scale * to_float(g[i]) - to_float(z0[i]);
-    distance += offset * offset;
-  }
-  distance = __builtin_sqrt(distance);
-  const double shrink = distance > row.radius ? row.radius / distance : 1.;
-#pragma omp simd
-  for (int64_t i = 0; i < row.count; ++i) {
-    const double from = to_float(z0[i]);
-    assign(z[i], static_cast<float>(from + shrink * (to_float(z[i]) + scale * to_float(g[i]) - from)));
+  const int exponent = (top >> 23) - 127;
+  const int32_t scale_bits = (127 - (exponent < -126 ? -126 : exponent > 126 ? 126 : exponent)) << 23;
+  float scale;
+  __builtin_memcpy(&scale, &scale_bits, 4);
+  double sums[3] = {0., 0., 0.};
+  ascend_sums(z, g, z0, row.count, scale, sums);
+  const double factor = row.step / __builtin_sqrt(sums[0]);
+  const double squared = sums[2] + 2. * factor * sums[1] + factor * factor * sums[0];
+  const double distance = squared > 0. ? __builtin_sqrt(squared) : 0.;
+  const VFloat move = splat(static_cast<float>(factor));
+  if (distance > row.radius) {
+    const VFloat shrink = splat(static_cast<float>(row.radius / distance));
+    for_vectors(row.count, [&](int64_t i, int n) {
+      const VFloat from = load_some(z0 + i, n), x = load_some(g + i, n) * scale;
+      store_some(z + i, from + shrink * ((load_some(z + i, n) - from) + move * x), n);
+    });
+  } else {
+    for_vectors(row.count, [&](int64_t i, int n) {
+      store_some(z + i, load_some(z + i, n) + move * (load_some(g + i, n) * scale), n);
+    });
   }
 }
 
@@ -223,7 +311,7 @@ void ascend(const AscentRow& row) {
 
 }  // namespace
 
-const Kernels kKernels = {TSYND_ISA_NAME, kLanes,     uncertainty, dropout_head,
+const Kernels kKernels = {TSYND_ISA_NAME, kLanes,     uncertainty, logits, dropout_head,
                           masked_copy,    masked_add, mask_bytes,  ascend};
 
 }  // namespace tsynd::TSYND_ISA

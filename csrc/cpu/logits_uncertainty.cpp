@@ -20,29 +20,20 @@ std::tuple<Tensor, Tensor> logits_uncertainty(const Tensor& logits_in, const std
 
   const Kernels& k = kernels();
   const int64_t lanes = k.lanes, tiles = (images + lanes - 1) / lanes;
+  const bool bf16 = logits.scalar_type() == ScalarType::BFloat16;
+  const int64_t bytes = static_cast<int64_t>(logits.element_size());
+  const char* from = static_cast<const char*>(logits.const_data_ptr());
+  char* to = static_cast<char*>(gradient.mutable_data_ptr());
   float* values = static_cast<float*>(value.mutable_data_ptr());
   torch::stable::parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
-    const Scratch tile(samples * classes * lanes), scratch(uncertainty_scratch(samples, classes)),
-        rows(classes * lanes);
+    const Scratch scratch(logits_scratch(samples, classes));
     float tile_values[kMaxLanes];
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * lanes, count = std::min(lanes, images - first);
-      if (count < lanes) std::fill(tile.get(), tile.get() + samples * classes * lanes, 0.f);
-      for (int64_t t = 0; t < samples; ++t) {
-        read_floats(logits, (t * images + first) * classes, count * classes, rows.get());
-        float* to = tile.get() + t * classes * lanes;
-        for (int64_t c = 0; c < classes; ++c)
-          for (int64_t image = 0; image < count; ++image)
-            to[c * lanes + image] = rows.get()[image * classes + c];
-      }
-      k.uncertainty({tile.get(), lanes, nullptr, samples, classes, goal, kind, tile_values, scratch.get()});
+      const int64_t offset = first * classes * bytes;
+      k.logits({from + offset, to + offset, images * classes, count, samples, classes, goal, kind, bf16,
+                tile_values, scratch.get()});
       std::copy(tile_values, tile_values + count, values + first);
-      for (int64_t t = 0; t < samples; ++t) {
-        const float* from = tile.get() + t * classes * lanes;
-        for (int64_t image = 0; image < count; ++image)
-          for (int64_t c = 0; c < classes; ++c) rows.get()[image * classes + c] = from[c * lanes + image];
-        write_floats(rows.get(), count * classes, gradient, (t * images + first) * classes);
-      }
     }
   });
   return {value, gradient};

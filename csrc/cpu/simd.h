@@ -29,7 +29,16 @@ struct VMath {
   TSYND_HD V splat(float x) { return TSYND_ISA::splat(x); }
   TSYND_HD VInt less(V a, V b) { return a < b; }
   TSYND_HD V select(VInt mask, V a, V b) { return mask ? a : b; }
-  TSYND_HD V max(V a, V b) { return a < b ? b : a; }
+  // a where a is NaN, as the instructions do it
+  TSYND_HD V max(V a, V b) {
+#if defined(__AVX512F__)
+    return (V)_mm512_max_ps((__m512)b, (__m512)a);
+#elif defined(__AVX2__)
+    return (V)_mm256_max_ps((__m256)b, (__m256)a);
+#else
+    return a < b ? b : a;
+#endif
+  }
 
   // exp(x) = scale + scale * e1 with e1 = expm1 of the reduced argument; for x <= 0. Cephes' polynomial.
   struct Exponential {

@@ -19,6 +19,8 @@ from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
 from tsynd.checks import check_choice
 from tsynd.errors import InputError
 from tsynd.export.tracing import contiguous
+from tsynd.folding import folded_decoder
+from tsynd.microbatch import undivided
 from tsynd.posterior import MCDropout, Posterior, as_posterior, frozen
 from tsynd.runtime import FORMAT_VERSION, KINDS
 from tsynd.version import __version__
@@ -118,17 +120,21 @@ def prepare(
         stack.enter_context(frozen(*modules))
         stack.enter_context(layout(*modules))
         if posterior is not None:
+            stack.enter_context(undivided())
             stack.enter_context(posterior.frozen())
+            stack.enter_context(posterior.folded())  # as tsynd.synthesize does, after the layout
         probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
         latent: list[int] = []
+        decode: Callable[[Tensor], Tensor] | None = None
         if model is not None:
             check_autoencoder(model, probe)
             with torch.no_grad():
-                latent = list(model.encode(probe).shape[1:])
+                latents = model.encode(probe).float()
+            latent, decode = list(latents.shape[1:]), folded_decoder(model, latents)
 
         def warm() -> None:
             with torch.no_grad():
-                images = probe if model is None else model.decode(model.encode(probe))
+                images = probe if model is None or decode is None else decode(model.encode(probe))
                 if posterior is not None:
                     posterior.logits(images)
 
@@ -138,13 +144,14 @@ def prepare(
             raise InputError(
                 f"classifier: failed on images {list(probe.shape)}: {str(error).splitlines()[0]}"
             ) from None
-        yield _program(kind, posterior, model, settings, shape, latent, latent_std, class_names, modules, warm)
+        yield _program(kind, posterior, model, decode, settings, shape, latent, latent_std, class_names, modules, warm)
 
 
 def _program(
     kind: str,
     posterior: Posterior | None,
     model: Autoencoder | None,
+    decode: Callable[[Tensor], Tensor] | None,
     settings: AscentSettings,
     shape: list[int],
     latent: list[int],
@@ -169,11 +176,12 @@ def _program(
     encode = (lambda x: x) if model is None else _without_gradient(lambda x: model.encode(x).float())
     if not climbs:
         inputs = {"latents": latent} if kind == "decoder" else {"images": shape}
-        run = _plain(kind, posterior, model, settings.task)
+        run = _plain(kind, posterior, encode, decode, settings.task)
         return Program(kind, run, inputs, _OUTPUTS[kind], metadata, modules, warm, encode)
     assert posterior is not None
     assert model is not None
-    deviation, decode = _deviation(model, latent_std), model.decode
+    assert decode is not None
+    deviation = _deviation(model, latent_std)
     step, radius = settings.lengths(deviation, math.prod(latent))
     metadata |= {
         "objective": settings.objective,
@@ -211,7 +219,13 @@ def _program(
     return Program(kind, climb, inputs, _OUTPUTS[kind], metadata, modules, warm, encode, measure, limits)
 
 
-def _plain(kind: str, posterior: Posterior | None, model: Autoencoder | None, task: str) -> Callable[..., Any]:
+def _plain(
+    kind: str,
+    posterior: Posterior | None,
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor] | None,
+    task: str,
+) -> Callable[..., Any]:
     """The kinds without an ascent."""
 
     def classify(images: Tensor) -> tuple[Tensor, ...]:
@@ -224,15 +238,12 @@ def _plain(kind: str, posterior: Posterior | None, model: Autoencoder | None, ta
         assert isinstance(posterior, MCDropout)
         return (posterior.features(images),)
 
-    def encode(images: Tensor) -> tuple[Tensor, ...]:
-        assert model is not None
-        return (model.encode(images).float(),)
+    def decoded(latents: Tensor) -> tuple[Tensor, ...]:
+        assert decode is not None
+        return (decode(latents).clamp(0, 1),)
 
-    def decode(latents: Tensor) -> tuple[Tensor, ...]:
-        assert model is not None
-        return (model.decode(latents).clamp(0, 1),)
-
-    return _without_gradient({"classifier": classify, "features": features, "encoder": encode, "decoder": decode}[kind])
+    run = {"classifier": classify, "features": features, "encoder": lambda x: (encode(x),), "decoder": decoded}[kind]
+    return _without_gradient(run)
 
 
 def _without_gradient(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
