@@ -1,4 +1,4 @@
-"""The command ``tsynd``: run, synthesize, evaluate, experiment, info."""
+"""The command ``tsynd``: run, train, synthesize, pack, evaluate, experiment, info."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:
     print("tsynd: the command line needs typer and rich: pip install 'tsynd[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from tsynd import cli_study
+from tsynd import cli_large, cli_study
 from tsynd.cli_options import (
     Consistency,
     Data,
@@ -102,9 +102,45 @@ def synthesize(
     radius: Radius = 0.5,
     label_consistency: Consistency = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once; one that fits by default.")] = None,
+    shard_size: cli_large.ShardSize = None,
+    image_format: cli_large.ImageFormat = "png",
+    workers: cli_large.Workers = None,
+    ray: cli_large.RayAddress = None,
+    threads: cli_large.Threads = None,
+    verify: cli_large.Verify = "checksum",
     quiet: Quiet = False,
 ) -> None:
     """Make targeted images with models saved by a run."""
+    if shard_size is not None:
+        cli_large.synthesize_sharded(
+            cli_large.ShardSettings(
+                data=data,
+                autoencoder=str(autoencoder),
+                classifier=str(classifier),
+                output=str(output),
+                split=split,
+                shard_size=shard_size,
+                image_format=image_format,
+                objective=objective,
+                samples=samples,
+                masks=masks,
+                steps=steps,
+                radius=radius,
+                label_consistency=label_consistency,
+                seed=seed,
+                batch_size=batch_size,
+                device=device,
+                threads=threads,
+            ),
+            train_size=train_size,
+            workers=workers,
+            ray=ray,
+            verify=verify,
+            quiet=quiet,
+        )
+        return
+    if workers is not None or ray is not None:
+        raise InputError("shard_size: got none with workers or ray, wanted the images per shard")
     from tsynd import synthesis
     from tsynd.checkpoint import load_model, read_card
     from tsynd.data import load_data
@@ -144,6 +180,8 @@ def synthesize(
     typer.echo(f"{len(result)} images, mean uncertainty {before:.4f} → {after:.4f} nats, in {output}")
 
 
+app.command()(cli_large.train)
+app.command()(cli_large.pack)
 app.command()(cli_study.evaluate)
 app.command()(cli_study.experiment)
 
