@@ -230,6 +230,10 @@ def info(
         "adversarial-robustness-toolbox",
         "captum",
         "scipy",
+        "ray",
+        "webdataset",
+        "pyarrow",
+        "fsspec",
     ):
         try:
             extras.add_row(package, importlib.metadata.version(package))

@@ -125,7 +125,7 @@ def _batch_norm(
         return func(x, running_mean, running_var, weight, bias, training, momentum, eps)
     axes = [axis for axis in range(x.dim()) if axis != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
     local = torch.cat([wide.sum(axes), wide.new_tensor([x.numel() / x.shape[1]])])
     sums = sum_over_processes(local)
     count = sums[-1].detach()

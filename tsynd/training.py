@@ -126,7 +126,7 @@ class _Loop:
         self.device = resolve_device(device) if device is not None else self.accelerator.device
         self.module = module.to(self.device)
         self.batches, self.seed, self.settings = batches, settings["seed"], settings
-        self.iterations = iterations = settings["iterations"]
+        self.iterations = settings["iterations"]
         self.batch_size = min(settings["batch_size"], len(batches))
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if self.batch_size < self.ranks:
@@ -140,10 +140,14 @@ class _Loop:
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
         )
-        warm = max(1, min(20, iterations // 10))  # a few small steps while batch norm finds its statistics
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+        self.schedule = self._schedule_from(0)
+
+    def _schedule_from(self, step: int) -> torch.optim.lr_scheduler.LambdaLR:
+        warm = max(1, min(20, self.iterations // 10))  # a few small steps while batch norm finds its statistics
+        return torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / iterations)),
+            lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.iterations)),
+            last_epoch=step - 1,
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -191,7 +195,8 @@ class _Loop:
                 report(state.step, "resumed" if state.step else "")
             for _ in range(state.step):
                 next(draws)
-                self.schedule.step()
+            if state.step:
+                self.schedule = self._schedule_from(state.step)
             engine = self.accelerator.prepare_model(self.module) if self.ranks > 1 else self.module
             for step in range(state.step, self.iterations):
                 images, labels = self.batches(next(draws)[self.rows])
