@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tsynd.errors import InputError
 from tsynd.global_batch import GlobalBatch
 from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.train_job import TrainSettings, train_model
 from tsynd.training import Checkpoint, fit_autoencoder, fit_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +28,9 @@ ENVIRONMENT = os.environ | {
 }
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
-# An autoencoder, then a classifier with dropout in all stages, batch norm, targeted images with a mask per image. In
-# double precision: biases before a batch norm have no gradient but rounding, which Adam would take for one.
+# An autoencoder, then a classifier with dropout in all stages, batch norm, targeted images with a mask per image. The
+# autoencoder is in double precision: its biases before a batch norm have no gradient but rounding, which Adam would take
+# for one.
 _WORKER = """
 import sys, torch
 from tsynd.augmentation import TargetedAugmentation
@@ -40,10 +42,6 @@ generator = torch.Generator().manual_seed(0)
 images, labels = torch.rand(33, 1, 8, 8, generator=generator), torch.arange(33) % 2
 torch.manual_seed(0)
 
-class Model(SmallResNet):
-    def forward(self, x):
-        return super().forward(x.double())
-
 class Coder(SmallAutoencoder):
     def encode(self, x):
         return super().encode(x.double())
@@ -51,7 +49,7 @@ class Coder(SmallAutoencoder):
     def decode(self, z):
         return super().decode(z.double()).float()
 
-model, coder = Model(widths=(4, 8), dropout="stages").double(), Coder(1, 2, (4, 8)).double()
+model, coder = SmallResNet(widths=(4, 8), dropout="stages"), Coder(1, 2, (4, 8)).double()
 options = {"iterations": 5, "batch_size": 11, "device": "cpu", "progress": False}
 first = fit_autoencoder(coder, images, **options)
 augmentation = TargetedAugmentation(coder, masks="independent", samples=4, steps=2, ratio=0.7)
@@ -78,13 +76,16 @@ def test_two_processes_train_what_one_does(tmp_path):
     both = _run(*TORCHRUN, script, str(tmp_path / "rank"))
     assert both.returncode == 0, both.stderr[-2000:]
     one, *ranks = (torch.load(tmp_path / name, weights_only=True) for name in ("alone", "rank0", "rank1"))
+    torch.testing.assert_close(ranks[0]["losses"], one["losses"], rtol=1e-4, atol=1e-6)
     for key, value in one.items():
-        torch.testing.assert_close(ranks[0][key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
+        close = {"rtol": 1e-5, "atol": 1e-6} if key.startswith("coder") else {"rtol": 1e-3, "atol": 5e-4}
+        torch.testing.assert_close(ranks[0][key], value, **close, msg=lambda text, key=key: key + text)
         assert torch.equal(ranks[0][key], ranks[1][key]), key
 
 
 _BAD = """
-import sys, torch
+import os, sys, time, torch
+from pathlib import Path
 from tsynd.networks import SmallResNet
 from tsynd.training import fit_classifier
 
@@ -97,9 +98,13 @@ try:
     fit_classifier(SmallResNet(widths=(4, 8)).apply(lambda m: setattr(m, "training", True)), (images, labels),
                    augmentation=extra, iterations=4, batch_size=8, device="cpu", progress=False)
 except InputError as error:
-    open(sys.argv[1] + str(torch.distributed.get_rank()), "w").write(str(error))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+    Path(sys.argv[1] + os.environ["RANK"]).write_text(str(error))
+end = time.monotonic() + 60
+while not all(Path(sys.argv[1] + rank).exists() for rank in "01"):
+    assert time.monotonic() < end, "the other process did not stop"
+    time.sleep(0.05)
+time.sleep(0.5)
+os._exit(0)  # gloo's threads may abort where one process leaves first
 """
 
 
@@ -149,9 +154,8 @@ def test_the_command_equals_its_two_processes_and_survives_kills(tmp_path):
     torch.testing.assert_close(other[:8], one[:8], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(other, one, rtol=0.1, atol=0.02)  # Adam amplifies what rounding does
 
-    refused = _run(*command[:-1], "--radius", "0.7", "--output", str(tmp_path / "whole"))
-    assert refused.returncode == 2
-    assert "radius 0.5 → 0.7" in refused.stderr
+    with pytest.raises(InputError, match="iterations 20 → 21, batch_size 12 → 64"):
+        train_model("phantom", tmp_path / "whole", TrainSettings(train_size=40, iterations=21, seed=3), device="cpu")
 
 
 def _data(count: int = 20):

@@ -105,15 +105,14 @@ def _check(job: dict[str, str], output: Path, whole: Path) -> None:
 
 def test_killed_drivers_lose_nothing(unbroken, tmp_path):
     job, whole = unbroken
-    assert _disturb(job, tmp_path / "out", random.Random(1), "ddd") == 3
+    assert _disturb(job, tmp_path / "out", random.Random(1), "dd") == 2
     _check(job, tmp_path / "out", whole)
 
 
 def test_a_killed_ray_actor_loses_only_its_unit(unbroken, tmp_path):
     job, whole = unbroken
     assert _disturb(job, tmp_path / "out", random.Random(2), "w") == 1
-    assert _count(tmp_path / "out") == COUNT // SIZE  # the same driver finished the job
-    _check(job, tmp_path / "out", whole)
+    assert content(tmp_path / "out") == content(whole)  # the same driver finished the job
 
 
 @pytest.mark.study

@@ -87,11 +87,9 @@ def test_a_float_image_survives_npy(job, tmp_path):
     pack(tmp_path / "npy", tmp_path / "folders", progress=False)
 
 
-@pytest.mark.parametrize("engine", ["torchrun", "ray"])
-def test_ray_actors_and_torchrun_ranks_write_the_same_bytes(job, done, tmp_path, engine):
-    call = command(job, tmp_path / "out", *(["--workers", "2"] if engine == "ray" else []))
-    if engine == "torchrun":
-        call[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+def test_torchrun_ranks_write_the_same_bytes(job, done, tmp_path):
+    call = command(job, tmp_path / "out")
+    call[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     result = run(call)
     assert result.returncode == 0, result.stderr[-2000:]
     assert content(tmp_path / "out") == content(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def train_model(
         return (path if state.is_main_process else None), losses[-1]
     finally:
         if torch.distributed.is_initialized():
+            gc.collect()  # what still holds the group, as the traceback of a failed step, goes before it
             torch.distributed.destroy_process_group()
 
 
