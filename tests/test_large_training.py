@@ -29,8 +29,8 @@ ENVIRONMENT = os.environ | {
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 # An autoencoder, then a classifier with dropout in all stages, batch norm, targeted images with a mask per image. The
-# autoencoder is in double precision: its biases before a batch norm have no gradient but rounding, which Adam would take
-# for one.
+# autoencoder is in double precision: its biases before a batch norm have no gradient but rounding, which Adam would
+# take for one.
 _WORKER = """
 import sys, torch
 from tsynd.augmentation import TargetedAugmentation

@@ -139,8 +139,8 @@ def synthesize(
             quiet=quiet,
         )
         return
-    if workers is not None or ray is not None:
-        raise InputError("shard_size: got none with workers or ray, wanted the images per shard")
+    if workers is not None or ray is not None or threads is not None:
+        raise InputError("shard_size: got none with workers, ray or threads, wanted the images per shard")
     from tsynd import synthesis
     from tsynd.checkpoint import load_model, read_card
     from tsynd.data import load_data

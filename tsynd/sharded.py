@@ -85,13 +85,16 @@ class ShardWorker:
     Args:
         settings: the job.
         expected: the job's fingerprint as its driver took it; None to trust one's own.
+        look_only: for a driver: check everything on the CPU and leave GPUs alone; :meth:`make` is not to be called.
 
     Raises:
         InputError: an argument, a file or the folder cannot be used; also where this machine sees other models or
             data than the driver.
     """
 
-    def __init__(self, settings: ShardSettings, expected: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, settings: ShardSettings, expected: dict[str, Any] | None = None, look_only: bool = False
+    ) -> None:
         check_choice("image_format", settings.image_format, FORMATS)
         require("pyarrow.parquet", "big")
         if settings.image_format == "png":
@@ -116,7 +119,7 @@ class ShardWorker:
             radius=settings.radius,
             label_consistency=settings.label_consistency,
         )
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cpu" if look_only else settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.stream = AscentStream(
             autoencoder,
             classifier,
@@ -126,7 +129,7 @@ class ShardWorker:
             seed=settings.seed,
             batch_size=settings.batch_size,
             device=device,
-            precision=settings.precision,
+            precision="float32" if look_only else settings.precision,
             compile=False,
         )
         latent_std = self.stream.known_latent_std
@@ -202,9 +205,12 @@ class _Speed:
     """Images per second over all workers, for the bar."""
 
     def __init__(self) -> None:
-        self._start, self._images = time.perf_counter(), 0
+        self._start, self._images = 0.0, -1
 
     def note(self, receipt: dict[str, Any]) -> str:
+        if self._images < 0:  # workers start at different times: counted from the first shard on
+            self._start, self._images = time.perf_counter(), 0
+            return ""
         self._images += receipt["images"]
         speed = self._images / (time.perf_counter() - self._start)
         return (
@@ -267,8 +273,7 @@ def synthesize_shards(
     elif ranks > 1 and settings.device in (None, "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         settings = replace(settings, device=f"cuda:{local}")
-    # the driver of a Ray job only looks at the models, and leaves the GPUs to the actors
-    worker = ShardWorker(replace(settings, device="cpu", precision=settings.precision) if with_ray else settings)
+    worker = ShardWorker(settings, look_only=with_ray)
     try:
         folder = worker.folder
         folder.open()

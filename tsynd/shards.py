@@ -17,6 +17,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,6 +183,9 @@ class ShardFolder:
             if older:
                 self.notes.append("manifest.json was missing or damaged: written again, the shards' receipts agree")
         check_writable(manifest)
+        for rest in self.folder.glob(".manifest-*"):  # of a killed writer, not of one at work now
+            if time.time() - rest.stat().st_mtime > 3600:
+                rest.unlink(missing_ok=True)
         for part in ("units", "index"):
             (self.folder / part).mkdir(exist_ok=True)
         if known is None or "fingerprint" not in known:
