@@ -125,6 +125,7 @@ class TargetedAugmentation:
         self.prior: LatentPrior | None = None
         self._posterior: MCDropout | None = None
         self._checked = False
+        self._rows: tuple[Tensor, int] | None = None
 
     def set_progress(self, fraction: float) -> None:
         """Tell how much of the augmented part of the training is done; ``fit_classifier`` does before each call.
@@ -138,6 +139,33 @@ class TargetedAugmentation:
         if not 0 <= fraction <= 1:
             raise InputError(f"fraction: got {fraction!r}, wanted a number in [0, 1]")
         self.progress = float(fraction)
+
+    def set_rows(self, rows: Tensor, total: int) -> Tensor:
+        """Tell that the next call's images are these rows of a batch over several processes.
+
+        Posterior samples and random directions are then addressed by the row; ``diversity`` still looks at this
+        process's images alone.
+
+        Args:
+            rows: int64 [B], ascending.
+            total: images of the whole batch.
+
+        Returns:
+            The rows that the next call will give images of.
+        """
+        self._rows = rows.cpu(), total
+        if self.calls % self.every:
+            return rows[:0]
+        return rows[rows < math.ceil(self.ratio * total)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next call depends on besides the arguments, for a resumed training."""
+        return {"calls": self.calls, "images_made": self.images_made, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        self.calls, self.images_made = int(state["calls"]), int(state["images_made"])
+        self.seconds = float(state["seconds"])
 
     def prepare(self, batches: Iterable[Tensor]) -> None:
         """Fit the distribution of latents that ``typicality`` needs; nothing is done where it does not.
@@ -178,10 +206,12 @@ class TargetedAugmentation:
             InputError: at the first call, models, images or labels that do not fit.
         """
         call, self.calls = self.calls, self.calls + 1
-        if call % self.every:
+        (rows, total), self._rows = self._rows or (torch.arange(len(images)), len(images)), None
+        rows = rows[rows < math.ceil(self.ratio * total)]
+        if call % self.every or not len(rows):
             return images[:0].detach(), labels[:0]
         start = clock(images.device)
-        count = math.ceil(self.ratio * len(images))
+        count = len(rows)
         images, labels = images[:count].detach(), labels[:count]
         posterior = self._posterior_of(classifier)
         if isinstance(posterior, MCDropout):
@@ -195,18 +225,21 @@ class TargetedAugmentation:
             self._check(posterior, images, labels)
             with torch.no_grad():
                 source = self.autoencoder.encode(images).float()
-            made = self._move(source, call) if posterior is None else self._images(posterior, source, labels, call)
+            rows = rows.to(source.device)
+            if posterior is None:
+                made = self._move(source, call, rows)
+            else:
+                made = self._images(posterior, source, labels, call, rows)
         self.images_made += count
         self.seconds += clock(images.device) - start
         return made, labels
 
-    def _images(self, posterior: Posterior, source: Tensor, labels: Tensor, call: int) -> Tensor:
-        ids = torch.arange(len(source), device=source.device)
+    def _images(self, posterior: Posterior, source: Tensor, labels: Tensor, call: int, ids: Tensor) -> Tensor:
         settings, task = self._settings(), self.settings.task
         if task == "multiclass":
             labels = labels.long().reshape(len(source))
         if self.direction == "random" and settings.label_consistency is not None:
-            made = self._move(source, call)
+            made = self._move(source, call, ids)
             kept = label_probability(posterior, made, labels, ids, task) >= settings.label_consistency
             return torch.where(kept[:, None, None, None], made, self._decode(source))
         measure: Measure
@@ -218,12 +251,12 @@ class TargetedAugmentation:
         decode = self.autoencoder.decode
         return ascend_latents(posterior, decode, source, ids, settings, self.latent_std, labels, goal).images
 
-    def _move(self, source: Tensor, call: int) -> Tensor:
+    def _move(self, source: Tensor, call: int, ids: Tensor) -> Tensor:
         """``random`` and ``reconstruction``."""
         if self.direction == "reconstruction":
             return self._decode(source)
         _, radius = self._settings().lengths(self.latent_std, source[0].numel())
-        return self._decode(source + radius * _directions(source, self.seed + call, self.settings.rule))
+        return self._decode(source + radius * _directions(source, ids.tolist(), self.seed + call, self.settings.rule))
 
     def _decode(self, latents: Tensor) -> Tensor:
         with torch.no_grad():
@@ -298,14 +331,14 @@ def _check_weights(direction: str, typicality: float, diversity: float, masks: s
         raise InputError(f"diversity: got {diversity!r} with masks {masks!r}, wanted 'shared' masks or 0")
 
 
-def _directions(like: Tensor, seed: int, rule: str) -> Tensor:
+def _directions(like: Tensor, positions: Sequence[int], seed: int, rule: str) -> Tensor:
     """One uniform direction per image of a batch [B, ...], addressed by (seed, position): its length is 1.
 
     Drawn on the CPU, so that a batch's make-up and the device do not matter.
     """
     generator = torch.Generator()
     rows = []
-    for position in range(len(like)):
+    for position in positions:
         # torch's CPU engine uses 32 bits of its seed; the odd constant keeps the streams of two seeds apart
         generator.manual_seed((seed * 0x9E3779B1 + position) & 0xFFFFFFFF)
         rows.append(torch.randn(like[0].numel(), generator=generator))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.errors import InputError
+from tsynd.global_batch import batch_variance
 
 __all__ = [
     "Autoencoder",
@@ -267,7 +268,7 @@ class ReconstructionLoss(nn.Module):
         model: Any = self.autoencoder
         latents: Tensor = model.encode(images)
         # The deviation carries a gradient: without it, ever larger latents would be a way out of the noise.
-        deviation = (latents.flatten(1).float().var(0).mean() + 1e-12).sqrt()
+        deviation = (batch_variance(latents.flatten(1).float()).mean() + 1e-12).sqrt()
         level = self.noise * torch.rand([len(latents)] + [1] * (latents.ndim - 1), device=latents.device)
         decoded: Tensor = model.decode(latents + level * deviation * torch.randn_like(latents))
         # So the scale of the latents is free; this light spring keeps it near one.

@@ -1,4 +1,4 @@
-"""The command ``tsynd``: run, synthesize, evaluate, experiment, export, info."""
+"""The command ``tsynd``: run, train, synthesize, pack, evaluate, experiment, export, info."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:
     print("tsynd: the command line needs typer and rich: pip install 'tsynd[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from tsynd import cli_export, cli_study
+from tsynd import cli_export, cli_large, cli_study
 from tsynd.cli_options import (
     Consistency,
     Data,
@@ -106,9 +106,52 @@ def synthesize(
     radius: Radius = 0.5,
     label_consistency: Consistency = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once; one that fits by default.")] = None,
+    shard_size: cli_large.ShardSize = None,
+    image_format: cli_large.ImageFormat = "png",
+    workers: cli_large.Workers = None,
+    ray: cli_large.RayAddress = None,
+    threads: cli_large.Threads = None,
+    verify: cli_large.Verify = "checksum",
     quiet: Quiet = False,
 ) -> None:
     """Make targeted images with models saved by a run, or with an exported synthesizer."""
+    if model is not None:
+        beside = {"autoencoder": autoencoder, "classifier": classifier, "shard-size": shard_size}
+        if wrong := [name for name, value in beside.items() if value is not None]:
+            raise InputError(f"model: got --{wrong[0]} beside it, wanted the one or the other")
+    elif autoencoder is None or classifier is None:
+        missing = "autoencoder" if autoencoder is None else "classifier"
+        raise InputError(f"{missing}: got none, wanted --autoencoder and --classifier, or --model")
+    if shard_size is not None:
+        cli_large.synthesize_sharded(
+            cli_large.ShardSettings(
+                data=data,
+                autoencoder=str(autoencoder),
+                classifier=str(classifier),
+                output=str(output),
+                split=split,
+                shard_size=shard_size,
+                image_format=image_format,
+                objective=objective,
+                samples=samples,
+                masks=masks,
+                steps=steps,
+                radius=radius,
+                label_consistency=label_consistency,
+                seed=seed,
+                batch_size=batch_size,
+                device=device,
+                threads=threads,
+            ),
+            train_size=train_size,
+            workers=workers,
+            ray=ray,
+            verify=verify,
+            quiet=quiet,
+        )
+        return
+    if workers is not None or ray is not None or threads is not None:
+        raise InputError("shard_size: got none with workers, ray or threads, wanted the images per shard")
     from tsynd import synthesis
     from tsynd.checkpoint import load_model, read_card
     from tsynd.data import load_data
@@ -120,13 +163,10 @@ def synthesize(
     if split not in ("train", "val", "test"):
         raise InputError(f"split: got {split!r}, wanted train, val or test")
     if model is not None:
-        if autoencoder or classifier:
-            raise InputError("model: got --autoencoder or --classifier beside it, wanted the one or the other")
         cli_export.run_model(model, data, output, split, train_size, seed, device, batch_size)
         return
-    if autoencoder is None or classifier is None:
-        missing = "autoencoder" if autoencoder is None else "classifier"
-        raise InputError(f"{missing}: got none, wanted --autoencoder and --classifier, or --model")
+    assert autoencoder is not None
+    assert classifier is not None
     encoder, network = load_model(autoencoder), load_model(classifier)
     source = load_data(data, train_size=train_size, seed=seed)
     names = read_card(classifier).class_names
@@ -156,6 +196,8 @@ def synthesize(
     typer.echo(f"{len(result)} images, mean uncertainty {before:.4f} → {after:.4f} nats, in {output}")
 
 
+app.command()(cli_large.train)
+app.command()(cli_large.pack)
 app.command()(cli_study.evaluate)
 app.command()(cli_study.experiment)
 app.command()(cli_export.export)
@@ -208,6 +250,10 @@ def info(
         "onnxscript",
         "onnxruntime",
         "scipy",
+        "ray",
+        "webdataset",
+        "pyarrow",
+        "fsspec",
     ):
         try:
             extras.add_row(package, importlib.metadata.version(package))

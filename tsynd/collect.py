@@ -19,12 +19,10 @@ class Collector:
 
     Attributes:
         filled: images so far.
-        last: mean uncertainty of the last batch's reconstructions and of its images; None before the first.
     """
 
     def __init__(self, count: int) -> None:
         self.count, self.filled = count, 0
-        self.last: tuple[float, float] | None = None
         self._arrays: dict[str, Tensor] = {}
 
     def add(self, batch: Batch, source: Tensor, climbed: Ascent) -> None:
@@ -52,7 +50,6 @@ class Collector:
                 self._arrays[name] = torch.empty((self.count, *row.shape[1:]), dtype=row.dtype)
             self._arrays[name][self.filled : self.filled + len(row)] = row
         self.filled += len(batch.images)
-        self.last = float(climbed.trajectory[0].mean()), float(climbed.uncertainty.mean())
 
     def arrays(self) -> dict[str, Tensor | None]:
         """The fields of a :class:`tsynd.SynthesisResult`."""

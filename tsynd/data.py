@@ -21,12 +21,12 @@ from tsynd.checks import check_labels, shape_of, unit_pixels
 from tsynd.errors import InputError, require
 from tsynd.phantom import phantom
 
-__all__ = ["DataSource", "LabelledImages", "load_data"]
+__all__ = ["IMAGE_SUFFIXES", "DataSource", "LabelledImages", "find_class_names", "load_data"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 _SPLITS = ("train", "val", "test")
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
     if len(present) < count and "class_names" not in arrays:
         gap = next(number for number in range(count) if number not in present)
         raise InputError(f"{where}: class {gap} has no training image; number the classes from 0 without gaps")
-    names = _class_names(arrays, name, count, where)
+    names = find_class_names(arrays, name, count, where)
     if len(names) < 2:
         raise InputError(f"{where}: one class only; wanted 2 or more")
     parts = [
@@ -224,7 +224,7 @@ def _order(labels: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(shuffled)
 
 
-def _class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple[str, ...]:
+def find_class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple[str, ...]:
     """Names of at least `count` classes: the file's own, MedMNIST's by the file's name, or numbers."""
     if "class_names" in arrays:
         given = arrays["class_names"]
@@ -285,7 +285,7 @@ def _read_folder(path: Path, image_size: int | None) -> Arrays:
             files = sorted(f for f in (root / name).glob("*") if _is_picture(f))
             if not files and prefix in ("", "train_"):
                 raise InputError(
-                    f"{root / name}: no picture in this class folder ({', '.join(sorted(_IMAGE_SUFFIXES))})"
+                    f"{root / name}: no picture in this class folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
                 )
             for file in files:
                 image = _read_picture(file, image_size)
@@ -308,7 +308,7 @@ def _subfolders(path: Path) -> list[str]:
 
 
 def _is_picture(file: Path) -> bool:
-    return file.is_file() and file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith(".")
+    return file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def _picture(shape: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tsynd.checks import as_tensor, check_images, check_labels, shape_of
 from tsynd.errors import InputError, require
 
-__all__ = ["atomic_path", "check_writable", "save_class_folders", "save_npz", "to_uint8"]
+__all__ = ["atomic_path", "check_writable", "folder_names", "save_class_folders", "save_npz", "to_uint8"]
 
 
 def to_uint8(images: object) -> np.ndarray[Any, Any]:
@@ -94,6 +94,15 @@ def save_npz(path: str | Path, /, **arrays: object) -> None:
         os.fsync(file.fileno())
 
 
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """Class names as folder names that sort in class order; see :func:`save_class_folders`."""
+    folders = [re.sub(r"[^\w.,() +-]|^\.", "_", name) or "_" for name in class_names]
+    if folders != sorted(set(folders)):
+        digits = len(str(len(folders)))
+        folders = [f"{number:0{digits}d}_{name}" for number, name in enumerate(folders)]
+    return folders
+
+
 def save_class_folders(path: str | Path, images: object, labels: object, class_names: Sequence[str]) -> None:
     """Write one PNG per image, `CLASS/000123.png` with its position, as a folder that `load_data` reads.
 
@@ -119,10 +128,7 @@ def save_class_folders(path: str | Path, images: object, labels: object, class_n
     path = Path(path).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"path: {path} exists and is not an empty folder; wanted a new one")
-    folders = [re.sub(r"[^\w.,() +-]|^\.", "_", name) or "_" for name in class_names]
-    if folders != sorted(set(folders)):
-        digits = len(str(len(folders)))
-        folders = [f"{number:0{digits}d}_{name}" for number, name in enumerate(folders)]
+    folders = folder_names(class_names)
     with atomic_path(path) as temporary:
         for index, (image, label) in enumerate(zip(pixels, y.tolist(), strict=True)):
             folder = temporary / folders[label]

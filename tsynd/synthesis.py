@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,27 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsynd.ascent import Ascent, AscentSettings, ascend_latents
-from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, measure_latent_std
-from tsynd.checks import check_choice, check_images, resolve_device
+from tsynd.ascent import Ascent, AscentSettings
+from tsynd.autoencoder import measure_latent_std
+from tsynd.checks import check_images
 from tsynd.clock import Phases
 from tsynd.collect import Collector
 from tsynd.errors import InputError
-from tsynd.fast import GraphedAscent, channels_last, fetch, send
-from tsynd.folding import folded_decoder
-from tsynd.goals import PlausibleGoal, Uncertainty
-from tsynd.posterior import Posterior, as_posterior, frozen
+from tsynd.posterior import Posterior, as_posterior
 from tsynd.progress import progress_bar
-from tsynd.source import Batch, ImageSource
+from tsynd.source import ImageSource
 from tsynd.storage import save_class_folders, save_npz, to_uint8
+from tsynd.streaming import AscentStream, place
 
 __all__ = ["SynthesisResult", "load_result", "synthesize", "uncertainty"]
-
-# Convolution and matrix libraries pick their kernels by the batch's remainder. Whole tiles give every image the same
-# arithmetic in any batch; the ascent would amplify a last-digit difference.
-_TILE = 16
-
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -117,17 +107,6 @@ def load_result(path: str | Path) -> SynthesisResult:
     return SynthesisResult(**{field.name: arrays[field.name] for field in fields(SynthesisResult)})
 
 
-def _whole_tiles(count: int, device: torch.device) -> int:
-    return -(-count // _TILE) * _TILE if device.type == "cpu" else count
-
-
-def _halved(size: int, count: int) -> int:
-    """The least of size, size / 2, size / 4, ... (rounded up) that holds ``count``: few shapes to compile for."""
-    while size > 1 and -(-size // 2) >= count:
-        size = -(-size // 2)
-    return size
-
-
 def synthesize(
     autoencoder: Any,
     classifier: nn.Module | Posterior,
@@ -199,76 +178,33 @@ def synthesize(
     if phases is not None and compile:
         raise InputError("phases: got phases to measure with compile=True, wanted one of the two")
     settings = AscentSettings(objective, task, steps, radius, step_size, rule, label_consistency)
-    check_choice("precision", precision, tuple(_PRECISIONS))
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
     if latent_std is not None and not (math.isfinite(latent_std) and latent_std > 0):
         raise InputError(f"latent_std: got {latent_std!r}, wanted a number above 0, or None")
-    posterior = as_posterior(classifier, samples, masks, seed)
-    model = as_autoencoder(autoencoder)
+    stream = AscentStream(
+        autoencoder,
+        classifier,
+        settings,
+        samples=samples,
+        masks=masks,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        compile=compile,
+        phases=phases,
+    )
     source = ImageSource(images, labels, sample_ids, task)
-    target = _place(posterior, model, device)
-    if precision == "float16" and target.type == "cpu":
-        raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
-
-    watched, phases = phases is not None, phases or Phases()
-    where = target if watched else torch.device("cpu")  # a phase that is measured waits for the GPU
-
-    with contextlib.ExitStack() as stack:
-        preparing = stack.enter_context(contextlib.ExitStack())
-        preparing.enter_context(phases("prepare", where))
-        stack.enter_context(posterior.frozen())
-        if isinstance(model, nn.Module):
-            stack.enter_context(frozen(model))
-        autocast = _PRECISIONS[precision]
-        if autocast is not None:
-            stack.enter_context(torch.autocast(target.type, autocast))
-        classes = _check_models(model, posterior, source.first.to(target))
-        source.check_labels(classes, needed=label_consistency is not None)
-        size = _whole_tiles(batch_size or _default_batch(source.first, target), target)
-        scale = latent_std or _latent_std(model, source, size, target)
-        networks = (*posterior.networks, model) if isinstance(model, nn.Module) else posterior.networks
-        stack.enter_context(channels_last(*networks))
-        stack.enter_context(posterior.folded())  # after the layout, which the folded weights take over
-        with torch.no_grad():
-            decode = folded_decoder(model, model.encode(source.first.to(target)).float())
-        if compile:
-            stack.enter_context(posterior.compiled())
-            decode = torch.compile(decode, dynamic=False)
-
-        if not compile:
-            decode = phases.timed("decode", decode, where)
-        measure = phases.timed("uncertainty", Uncertainty(posterior, objective, task), where)
-
-        def climb(z0: Tensor, ids: Tensor, y: Tensor | None) -> Ascent:
-            return ascend_latents(posterior, decode, z0, ids, settings, scale, y, PlausibleGoal(measure, z0))
-
-        run = GraphedAscent(climb) if compile and target.type == "cuda" else climb
-        collector = Collector(source.count)
-        copying: list[tuple[Batch, Callable[[], tuple[Tensor, Ascent]]]] = []
-
-        def collect(most: int) -> None:  # leave `most` batches' results on their way
-            while len(copying) > most:
-                done, wait = copying.pop(0)
-                collector.add(done, *wait())
-
-        def work(batch: Batch) -> None:
-            count = len(batch.images)
-            full = batch.padded(_halved(size, count) if compile else _whole_tiles(count, target))
-            with torch.no_grad(), phases("encode", where):
-                z0 = model.encode(send(full.images, target)).float().contiguous()
-            y = None if full.labels is None else send(full.labels, target)
-            with phases("backward", where):
-                climbed = run(z0, send(full.sample_ids, target), y)
-            with phases("collect", where):
-                copying.append((batch, fetch(z0[:count], climbed.first(count))))
-                collect(1 if target.type == "cuda" else 0)
-
-        preparing.close()
+    collector = Collector(source.count)
+    with stream:
+        with stream.phase("prepare"):
+            classes = stream.check(source.first)
+            source.check_labels(classes, needed=label_consistency is not None)
+            stream.prepare(latent_std or _latent_std(stream, source), source.first)
         with progress_bar("synthesising", source.count, progress) as advance:
-            for batch in source.batches(size):
-                _halving(work, batch, lambda done: advance(done, _mean_raise(collector)))
-        collect(0)
+            for batch, latents, climbed in stream.run(source.batches(stream.size)):
+                with stream.phase("collect"):
+                    collector.add(batch, latents, climbed)
+                advance(len(batch.images), _mean_raise(climbed))
     return SynthesisResult(**collector.arrays())  # type: ignore[arg-type]
 
 
@@ -302,7 +238,7 @@ def uncertainty(
     """
     posterior = as_posterior(classifier, samples, masks, seed)
     source = ImageSource(images, None, sample_ids, task)
-    device = _place(posterior, None, None)
+    device = place(posterior, None, None)
     values = []
     with posterior.frozen(), torch.no_grad():
         for batch in source.batches(batch_size):
@@ -311,75 +247,19 @@ def uncertainty(
     return torch.cat(values)
 
 
-def _place(posterior: Posterior, model: Autoencoder | None, device: torch.device | str | None) -> torch.device:
-    """Move the models and tell where the work happens."""
-    if device is None:
-        parameters = (p for network in posterior.networks for p in network.parameters())
-        target = next((p.device for p in parameters), torch.device("cpu"))
-    else:
-        target = resolve_device(device)
-        for network in posterior.networks:
-            network.to(target)
-    if isinstance(model, nn.Module):
-        model.to(target)
-    return target
-
-
-def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> int:
-    """Run both models on one image; return the number of classes."""
-    check_autoencoder(model, image)
-    try:
-        with torch.no_grad():
-            logits = posterior.logits(image)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"classifier: failed on an image of shape {list(image.shape[1:])}: {reason}") from error
-    if logits.dim() != 3:
-        raise InputError(f"classifier: gives logits of shape {list(logits.shape[1:])}, wanted [images, classes]")
-    return int(logits.shape[2])
-
-
-def _default_batch(image: Tensor, device: torch.device) -> int:
-    """Images at once: about 16 MiB of float pixels on a GPU, 1 MiB on a CPU."""
-    budget = 2**22 if device.type == "cuda" else 2**18
-    return int(max(1, min(1024, budget // image[0].numel())))
-
-
-def _latent_std(model: Autoencoder, source: ImageSource, size: int, device: torch.device) -> float:
-    known = getattr(model, "latent_std", None)
-    value = float(known) if known is not None else math.nan
+def _latent_std(stream: AscentStream, source: ImageSource) -> float:
+    model, known = stream.model, stream.known_latent_std
+    if known is not None:
+        return known
+    if source.count < 2:
+        raise InputError("latent_std: got None with a single image, wanted a number: one image has no deviation")
+    with torch.no_grad():
+        encoded = (model.encode(batch.images.to(stream.device)).cpu() for batch in source.batches(stream.size))
+        value = float(measure_latent_std(encoded))
     if not (math.isfinite(value) and value > 0):
-        if source.count < 2:
-            raise InputError("latent_std: got None with a single image, wanted a number: one image has no deviation")
-        with torch.no_grad():
-            value = float(
-                measure_latent_std(model.encode(batch.images.to(device)).cpu() for batch in source.batches(size))
-            )
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"autoencoder: its latents have standard deviation {value}, wanted a number above 0")
+        raise InputError(f"autoencoder: its latents have standard deviation {value}, wanted a number above 0")
     return value
 
 
-def _halving(work: Callable[[Batch], None], batch: Batch, done: Callable[[int], None]) -> None:
-    """Do the batch; out of memory, do its halves."""
-    try:
-        work(batch)
-        done(len(batch.images))
-        return
-    except RuntimeError as error:
-        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not short or len(batch.images) == 1:
-            raise
-    # outside the handler: the traceback would keep the failed batch's tensors alive
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(batch.images) // 2
-    for part in (slice(0, half), slice(half, None)):
-        labels = None if batch.labels is None else batch.labels[part]
-        _halving(work, Batch(batch.images[part], labels, batch.sample_ids[part]), done)
-
-
-def _mean_raise(collector: Collector) -> str:
-    return "" if collector.last is None else "uncertainty {:.4f} → {:.4f}".format(*collector.last)
+def _mean_raise(climbed: Ascent) -> str:
+    return f"uncertainty {float(climbed.trajectory[0].mean()):.4f} → {float(climbed.uncertainty.mean()):.4f}"

@@ -1,6 +1,7 @@
 """Training loops for the autoencoder and the classifier, on Hugging Face Accelerate.
 
-Alone, a loop runs as it stands; under ``accelerate launch`` every process takes its share of each batch.
+Alone, a loop runs as it stands; under ``torchrun`` or ``accelerate launch`` every process takes its share of each
+batch, and the result is that of one process with the whole batch, to float tolerance (``tsynd.global_batch``).
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -21,9 +23,11 @@ from tsynd.checks import resolve_device
 from tsynd.clock import clock
 from tsynd.errors import InputError, require
 from tsynd.evaluation import Batches, check_task, evaluate
+from tsynd.global_batch import GlobalBatch
 from tsynd.progress import progress_bar
+from tsynd.resume import TrainingState, load_state, save_state
 
-__all__ = ["Augmentation", "FitReport", "batch_order", "fit_autoencoder", "fit_classifier"]
+__all__ = ["Augmentation", "Checkpoint", "FitReport", "batch_order", "fit_autoencoder", "fit_classifier"]
 
 Augmentation: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(classifier, images [B, C, H, W], labels [B, ...]) → extra images [M, C, H, W], labels [M, ...]."""
@@ -36,7 +40,7 @@ class FitReport:
     """What a training run did.
 
     Attributes:
-        losses: the loss of every iteration (the first process's share of it).
+        losses: the loss of every iteration, over all processes.
         iterations: number of iterations.
         seconds: wall time of the loop.
         augmentation_share: part of that time spent in the augmentation, in [0, 1].
@@ -90,6 +94,26 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training keeps its state, so that the same call goes on exactly there after a kill.
+
+    Attributes:
+        path: safetensors file; read at the start where it exists, left there at the end.
+        every: iterations between two states.
+
+    Raises:
+        InputError: ``every`` is below 1.
+    """
+
+    path: Path
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            raise InputError(f"checkpoint: every {self.every!r} iterations, wanted an integer of 1 or more")
+
+
 class _Loop:
     """What both trainings share: device, processes, optimiser, schedule, precision, batch order."""
 
@@ -101,64 +125,102 @@ class _Loop:
         self.accelerator = require("accelerate", "train").Accelerator(device_placement=False)
         self.device = resolve_device(device) if device is not None else self.accelerator.device
         self.module = module.to(self.device)
-        self.batches, self.seed = batches, settings["seed"]
-        self.iterations = iterations = settings["iterations"]
+        self.batches, self.seed, self.settings = batches, settings["seed"], settings
+        self.iterations = settings["iterations"]
         self.batch_size = min(settings["batch_size"], len(batches))
+        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        if self.batch_size < self.ranks:
+            raise InputError(
+                f"batch_size: {self.batch_size} images for {self.ranks} processes, wanted one each or more"
+            )
+        self.rows = torch.arange(self.batch_size)[self.rank :: self.ranks]
         self.dtype = _PRECISIONS[settings["precision"]]
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise InputError(f"{type(module).__name__}: has no parameter that requires a gradient")
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
         )
-        warm = max(1, min(20, iterations // 10))  # a few small steps while batch norm finds its statistics
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+        self.schedule = self._schedule_from(0)
+
+    def _schedule_from(self, step: int) -> torch.optim.lr_scheduler.LambdaLR:
+        warm = max(1, min(20, self.iterations // 10))  # a few small steps while batch norm finds its statistics
+        return torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / iterations)),
+            lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.iterations)),
+            last_epoch=step - 1,
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def over_all(self, rows: Tensor, total: int) -> AbstractContextManager[Any]:
+        """Where this process's images are these rows of a batch over all processes."""
+        return GlobalBatch(rows.to(self.device), total) if self.ranks > 1 else nullcontext()
+
+    def total(self, value: Tensor | float) -> float:
+        """Sum over all processes."""
+        if self.ranks == 1:
+            return float(value)
+        shared = torch.as_tensor(value, dtype=torch.float64).to(self.device)
+        torch.distributed.all_reduce(shared)
+        return float(shared)
 
     def run(
         self,
         compute_loss: Callable[[nn.Module, int, Tensor, Tensor | None], Tensor],
         text: str,
         progress: bool,
+        checkpoint: Checkpoint | None,
+        extra: Any = None,
     ) -> tuple[tuple[float, ...], float]:
         """Train; ``compute_loss(module, step, images, labels)`` uses ``module`` for its forward pass.
 
+        Over several processes it gives this one's share of the whole batch's loss. ``extra`` is an object whose
+        ``state_dict`` and ``load_state_dict`` belong to the checkpoint, or None.
+
         Raises:
-            InputError: the loss is not finite.
+            InputError: the loss is not finite, in any process; all raise it then.
         """
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        engine = self.accelerator.prepare_model(self.module) if ranks > 1 else self.module
         draws = batch_order(len(self.batches), self.batch_size, self.seed)
-        losses: list[float] = []
         start = time.perf_counter()
         with (
-            _own_randomness(self.seed + 1_000_003 * rank, self.device),
-            progress_bar(text, self.iterations, progress and rank == 0) as report,
+            _own_randomness(self.seed, self.device),
+            progress_bar(text, self.iterations, progress and self.rank == 0) as report,
         ):
-            for step in range(self.iterations):
-                images, labels = self.batches(next(draws)[rank::ranks])
+            state = TrainingState()
+            if checkpoint is not None:
+                state = load_state(checkpoint.path, self.settings, self.module, self.optimizer, self.device)
+                if extra is not None and state.extra:
+                    extra.load_state_dict(state.extra)
+                report(state.step, "resumed" if state.step else "")
+            for _ in range(state.step):
+                next(draws)
+            if state.step:
+                self.schedule = self._schedule_from(state.step)
+            engine = self.accelerator.prepare_model(self.module) if self.ranks > 1 else self.module
+            for step in range(state.step, self.iterations):
+                images, labels = self.batches(next(draws)[self.rows])
                 labels = None if labels is None else labels.to(self.device)
                 loss = compute_loss(engine, step, images.to(self.device), labels)
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
+                state.losses.append(self.total(loss.detach()))
+                if not math.isfinite(state.losses[-1]):
                     raise InputError(
-                        f"loss: got {losses[-1]} at iteration {step}, wanted a finite number;"
+                        f"loss: got {state.losses[-1]} at iteration {step}, wanted a finite number;"
                         f" lower learning_rate or look for bad values in {self.batches.name}"
                     )
                 self.optimizer.zero_grad(set_to_none=True)
-                self.accelerator.backward(loss)
+                # processes' gradients are averaged, their shares of the loss add up
+                self.accelerator.backward(loss * self.ranks if self.ranks > 1 else loss)
                 self.optimizer.step()
                 self.schedule.step()
-                report(1, f"loss {losses[-1]:.4f}")
+                state.step = step + 1
+                due = checkpoint is not None and (state.step % checkpoint.every == 0 or state.step == self.iterations)
+                if checkpoint is not None and due and self.rank == 0:
+                    state.extra = {} if extra is None else extra.state_dict()
+                    save_state(checkpoint.path, self.settings, state, self.module, self.optimizer, self.device)
+                report(1, f"loss {state.losses[-1]:.4f}")
         self.optimizer.zero_grad(set_to_none=True)
-        if ranks > 1:  # batch norm saw another share of the last batch in every process
-            for buffer in self.module.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        return tuple(losses), time.perf_counter() - start
+        return tuple(state.losses), time.perf_counter() - start
 
 
 def fit_autoencoder(
@@ -174,6 +236,7 @@ def fit_autoencoder(
     device: torch.device | str | None = None,
     precision: str = "float32",
     progress: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> FitReport:
     """Train an autoencoder, in place, to reconstruct ``images`` from disturbed latents.
 
@@ -193,6 +256,8 @@ def fit_autoencoder(
         device: Accelerate's choice by default.
         precision: "float32" or "bfloat16" (autocast; weights stay float32).
         progress: show a bar.
+        checkpoint: keep the training's state; a killed training that is called again in the same way (number of
+            processes may differ) ends, on a CPU, with the same weights bit for bit as one that was not.
 
     Raises:
         InputError: an argument that cannot be used, or a loss that is not finite.
@@ -206,13 +271,13 @@ def fit_autoencoder(
     check_autoencoder(model, batches(torch.tensor([0]))[0].to(loop.device))
 
     def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
-        with loop.autocast():
+        with loop.over_all(loop.rows, loop.batch_size), loop.autocast():
             loss: Tensor = engine(images)
-        return loss
+        return loss if loop.ranks == 1 else loss * (len(images) / loop.batch_size)
 
     autoencoder.train()
     try:
-        losses, seconds = loop.run(compute_loss, "autoencoder", progress)
+        losses, seconds = loop.run(compute_loss, "autoencoder", progress, checkpoint)
     finally:
         autoencoder.eval()
     if isinstance(getattr(autoencoder, "latent_std", None), Tensor):
@@ -234,6 +299,22 @@ def _class_weights(labels: Tensor, task: str, classes: int) -> Tensor:
     return torch.where((positive > 0) & (positive < len(labels)), ratio, torch.ones(classes))
 
 
+def _with_extra(loop: _Loop, count: int, extra_rows: Tensor | None) -> tuple[Tensor, int, int]:
+    """This process's rows of the whole batch of real and then extra images, its size, and the extra ones' number."""
+    made = int(loop.total(count))
+    if loop.ranks == 1:
+        return torch.arange(loop.batch_size + made), loop.batch_size + made, made
+    if extra_rows is None:
+        counts = torch.zeros(loop.ranks, dtype=torch.int64, device=loop.device)
+        counts[loop.rank] = count
+        torch.distributed.all_reduce(counts)
+        own = [len(range(rank, loop.batch_size, loop.ranks)) for rank in range(loop.ranks)]
+        extra_rows = int(counts[: loop.rank].sum()) + torch.arange(count)
+        if counts.tolist() == own:  # one for each, taken to be in the same order
+            extra_rows = loop.rows
+    return torch.cat([loop.rows, loop.batch_size + extra_rows]), loop.batch_size + made, made
+
+
 def fit_classifier(
     classifier: nn.Module,
     data: Any,
@@ -252,6 +333,7 @@ def fit_classifier(
     precision: str = "float32",
     progress: bool = True,
     val: Any = None,
+    checkpoint: Checkpoint | None = None,
 ) -> FitReport:
     """Train a classifier, in place, with CE(x, y) + λ·CE(x*, y*) (binary CE per label for multilabel).
 
@@ -267,11 +349,13 @@ def fit_classifier(
         augmentation: called with the classifier and each step's real batch after the warm-up; it may change
             the classifier's mode, and what it returns is not differentiated. Where it has them, its
             ``prepare(batches of all training images)`` is called before training and ``set_progress(fraction)``
-            before each call, from 0 at the first to 1 at the last augmented step.
+            before each call, from 0 at the first to 1 at the last augmented step. Over several processes each
+            gives its own images; ``set_rows(rows of the whole batch, its size)`` is called before each call then,
+            and says which rows will be given.
         augmentation_weight: λ.
         warmup_fraction: part of the iterations before the augmentation is used, in [0, 1].
         val: labelled images, scored once after training.
-        iterations, batch_size, learning_rate, weight_decay, seed, device, precision, progress: as in
+        iterations, batch_size, learning_rate, weight_decay, seed, device, precision, progress, checkpoint: as in
             :func:`fit_autoencoder`.
 
     Raises:
@@ -294,7 +378,8 @@ def fit_classifier(
     weights = weights.to(loop.device)
     start_at = math.ceil(warmup_fraction * iterations)
     spent = 0.0
-    tell_progress = getattr(augmentation, "set_progress", None)
+    stateful = augmentation if hasattr(augmentation, "load_state_dict") else None
+    tell_progress, tell_rows = getattr(augmentation, "set_progress", None), getattr(augmentation, "set_rows", None)
     prepare = getattr(augmentation, "prepare", None)
     if prepare is not None:
         prepare(batches(part)[0].to(loop.device) for part in batches.chunks(256))
@@ -302,11 +387,13 @@ def fit_classifier(
     def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
         assert labels is not None  # batches.labels has seen them
-        share = torch.full([len(images)], 1 / len(images), device=loop.device)
+        share = torch.full([len(images)], 1 / loop.batch_size, device=loop.device)
+        rows, total = loop.rows, loop.batch_size
         if augmentation is not None and step >= start_at:
             start = clock(loop.device)
             if tell_progress is not None:
                 tell_progress((step - start_at) / max(iterations - 1 - start_at, 1))
+            extra_rows = tell_rows(rows, total) if loop.ranks > 1 and tell_rows is not None else None
             extra, extra_labels = augmentation(classifier, images, labels)
             spent += clock(loop.device) - start
             classifier.train()
@@ -317,9 +404,10 @@ def fit_classifier(
                 )
             images = torch.cat([images, extra.detach().to(images)])
             labels = torch.cat([labels, extra_labels.to(labels)])
-            extra_share = augmentation_weight / max(len(extra), 1)
+            rows, total, made = _with_extra(loop, len(extra), extra_rows)
+            extra_share = augmentation_weight / max(made, 1)
             share = torch.cat([share, torch.full([len(extra)], extra_share, device=loop.device)])
-        with loop.autocast():
+        with loop.over_all(rows, total), loop.autocast():
             logits = engine(images).float()
         if task == "multiclass":
             each = functional.cross_entropy(logits, labels.long(), weight=weights, reduction="none")
@@ -332,7 +420,7 @@ def fit_classifier(
 
     classifier.train()
     try:
-        losses, seconds = loop.run(compute_loss, "classifier", progress)
+        losses, seconds = loop.run(compute_loss, "classifier", progress, checkpoint, stateful)
     finally:
         classifier.eval()
     validation = evaluate(classifier, val, task=task, conditions=("clean",))["clean"] if val is not None else {}

@@ -1,0 +1,305 @@
+"""Synthesis of more images than memory holds: shard by shard, on one process, Ray actors or torchrun ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsynd.ascent import AscentSettings, Status
+from tsynd.checkpoint import load_model, read_card
+from tsynd.checks import check_choice, check_labels
+from tsynd.errors import InputError, require
+from tsynd.progress import progress_bar
+from tsynd.shards import FORMATS, Sample, ShardFolder, Unit
+from tsynd.source import Batch
+from tsynd.sources import RangeSource, open_source
+from tsynd.storage import to_uint8
+from tsynd.streaming import AscentStream
+from tsynd.version import __version__
+
+__all__ = ["ShardSettings", "ShardWorker", "synthesize_shards", "torchrun_place"]
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """A sharded job.
+
+    Attributes:
+        data: see ``tsynd.sources.open_source``.
+        autoencoder, classifier: files of :func:`tsynd.save_model`; with Ray, paths that every machine sees.
+        output: folder, one that every machine sees.
+        split: of the data.
+        shard_size: images per shard.
+        image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W]).
+        objective, samples, masks, steps, radius, label_consistency, seed, batch_size, precision: see
+            :func:`tsynd.synthesize`. Sample ids are positions in the data.
+        device: of each worker; None takes a GPU where there is one.
+        threads: CPU threads of each worker; None leaves torch's choice.
+    """
+
+    data: str
+    autoencoder: str
+    classifier: str
+    output: str
+    split: str = "train"
+    shard_size: int = 4096
+    image_format: str = "png"
+    objective: str = "mutual_information"
+    samples: int = 32
+    masks: str = "shared"
+    steps: int = 5
+    radius: float = 0.5
+    label_consistency: float | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    precision: str = "float32"
+    device: str | None = None
+    threads: int | None = None
+
+
+_NOT_THE_RESULT = ("data", "autoencoder", "classifier", "output", "batch_size", "device", "threads")
+
+
+def _fingerprint(settings: ShardSettings, source: RangeSource, latent_std: float) -> dict[str, Any]:
+    """Everything that decides the samples; not where they are made."""
+    return {
+        "tsynd": __version__,
+        "data": source.identity,
+        "images": source.count,
+        "autoencoder": read_card(settings.autoencoder).sha256,
+        "classifier": read_card(settings.classifier).sha256,
+        "latent_std": latent_std,
+        **{key: value for key, value in asdict(settings).items() if key not in _NOT_THE_RESULT},
+    }
+
+
+class ShardWorker:
+    """Models and source, opened once; makes one unit after the other.
+
+    Args:
+        settings: the job.
+        expected: the job's fingerprint as its driver took it; None to trust one's own.
+        look_only: for a driver: check everything on the CPU and leave GPUs alone; :meth:`make` is not to be called.
+
+    Raises:
+        InputError: an argument, a file or the folder cannot be used; also where this machine sees other models or
+            data than the driver.
+    """
+
+    def __init__(
+        self, settings: ShardSettings, expected: dict[str, Any] | None = None, look_only: bool = False
+    ) -> None:
+        check_choice("image_format", settings.image_format, FORMATS)
+        require("pyarrow.parquet", "big")
+        if settings.image_format == "png":
+            require("PIL.Image", "data")
+        if settings.threads is not None:
+            if settings.threads < 1:
+                raise InputError(f"threads: got {settings.threads}, wanted 1 or more")
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        autoencoder, classifier = load_model(settings.autoencoder), load_model(settings.classifier)
+        self.source = open_source(settings.data, settings.split)
+        names = read_card(settings.classifier).class_names or ()
+        if names and self.source.class_names and tuple(names) != self.source.class_names:
+            raise InputError(
+                f"classifier: was trained for {', '.join(names)}, but the data have "
+                f"{', '.join(self.source.class_names)}"
+            )
+        ascent = AscentSettings(
+            objective=settings.objective,
+            task=self.source.task,
+            steps=settings.steps,
+            radius=settings.radius,
+            label_consistency=settings.label_consistency,
+        )
+        device = "cpu" if look_only else settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.stream = AscentStream(
+            autoencoder,
+            classifier,
+            ascent,
+            samples=settings.samples,
+            masks=settings.masks,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            device=device,
+            precision="float32" if look_only else settings.precision,
+            compile=False,
+        )
+        latent_std = self.stream.known_latent_std
+        if latent_std is None:
+            raise InputError(
+                "autoencoder: has no latent_std, which every shard must share; fit_autoencoder measures it"
+            )
+        first = self.source.read(0, 1)
+        if settings.image_format == "png" and first.images.shape[1] not in (1, 3):
+            raise InputError(
+                f"image_format: png holds 1 or 3 channels, the images have {first.images.shape[1]}; use npy"
+            )
+        if settings.label_consistency is not None and first.labels is None:
+            raise InputError("label_consistency: got a limit, but the data have no labels")
+        self.stream.__enter__()
+        self._classes = self.stream.check(first.images)
+        self.stream.prepare(latent_std, first.images)
+        fingerprint = _fingerprint(settings, self.source, latent_std)
+        facts = {
+            "task": self.source.task,
+            "class_names": list(names or self.source.class_names),
+            "image_shape": list(first.images.shape[1:]),
+        }
+        self.folder = ShardFolder(Path(settings.output), fingerprint, facts)
+        if expected is not None and expected != fingerprint:
+            differ = [key for key in fingerprint if expected.get(key) != fingerprint[key]]
+            raise InputError(
+                f"worker: sees another {', '.join(differ)} than the driver; wanted the same files everywhere"
+            )
+
+    def close(self) -> None:
+        """Give the models their modes back."""
+        self.stream.__exit__(None, None, None)
+
+    def make(self, unit: Unit) -> dict[str, Any]:
+        """Make one unit; its receipt without the fingerprint, and ``seconds``."""
+        start = time.perf_counter()
+        receipt = self.folder.write(unit, self._samples(unit), self.settings.image_format)
+        del receipt["fingerprint"]
+        return receipt | {"seconds": time.perf_counter() - start}
+
+    def _batches(self, unit: Unit) -> Iterator[Batch]:
+        for start in range(unit.start, unit.stop, self.stream.size):
+            batch = self.source.read(start, min(start + self.stream.size, unit.stop))
+            if batch.labels is not None:
+                check_labels(batch.labels, len(batch.images), self.source.task, self._classes)
+            yield batch
+
+    def _samples(self, unit: Unit) -> Iterator[Sample]:
+        png = self.settings.image_format == "png"
+        for batch, _, climbed in self.stream.run(self._batches(unit)):
+            ids = batch.sample_ids.tolist()
+            images = to_uint8(climbed.images.float()) if png else climbed.images.float().numpy()
+            labels = [None] * len(ids) if batch.labels is None else batch.labels.long().tolist()
+            rows = zip(
+                ids,
+                images,
+                self.source.origins(ids[0], ids[-1] + 1),
+                labels,
+                climbed.trajectory[0].tolist(),
+                climbed.uncertainty.tolist(),
+                (Status(code).name.lower() for code in climbed.status.tolist()),
+                strict=True,
+            )
+            for row in rows:
+                yield Sample(*row)
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class _Speed:
+    """Images per second over all workers, for the bar."""
+
+    def __init__(self) -> None:
+        self._start, self._images = 0.0, -1
+
+    def note(self, receipt: dict[str, Any]) -> str:
+        if self._images < 0:  # workers start at different times: counted from the first shard on
+            self._start, self._images = time.perf_counter(), 0
+            return ""
+        self._images += receipt["images"]
+        speed = self._images / (time.perf_counter() - self._start)
+        return (
+            f"{speed:.1f} images/s, uncertainty {receipt['mean_uncertainty_before']:.4f} → "
+            f"{receipt['mean_uncertainty']:.4f}"
+        )
+
+
+def torchrun_place() -> tuple[int, int]:
+    """(rank, number of ranks) that torchrun gave this process; (0, 1) without it.
+
+    Raises:
+        InputError: the variables are no such numbers.
+    """
+    try:
+        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        rank, ranks = -1, 0
+    if not 0 <= rank < ranks:
+        raise InputError(f"RANK, WORLD_SIZE: got {os.environ.get('RANK')}, {os.environ.get('WORLD_SIZE')}")
+    return rank, ranks
+
+
+def synthesize_shards(
+    settings: ShardSettings,
+    *,
+    workers: int | None = None,
+    ray: str | None = None,
+    checksum: bool = True,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any] | None:
+    """Make every shard of the job that is not there whole.
+
+    Under torchrun, rank r of W makes the units r, r + W, ... and no process waits for another. With ``ray``, Ray's
+    actors make them. Otherwise this process does.
+
+    Args:
+        settings: the job.
+        workers: number of Ray actors; more than one without ``ray`` starts a local Ray.
+        ray: address of a Ray cluster, or ``local``.
+        checksum: verify finished shards by checksum and not by size alone.
+        progress: show a bar where rich is installed.
+        say: told what was found damaged.
+
+    Returns:
+        The complete manifest; None where other ranks have not finished theirs.
+
+    Raises:
+        InputError: an argument, the data, the models or the folder cannot be used.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"workers: got {workers}, wanted 1 or more")
+    rank, ranks = torchrun_place()
+    if ranks > 1 and (ray is not None or (workers or 1) > 1):
+        raise InputError("ray, workers: not under torchrun, whose ranks are the workers")
+    with_ray = ray is not None or (workers or 1) > 1
+    if with_ray:
+        require("ray", "big")
+    elif ranks > 1 and settings.device in (None, "cuda") and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        settings = replace(settings, device=f"cuda:{local}")
+    worker = ShardWorker(settings, look_only=with_ray)
+    try:
+        folder = worker.folder
+        folder.open()
+        mine = folder.units[rank::ranks]
+        todo = folder.missing(mine, checksum)
+        for note in folder.notes:
+            say(note)
+        speed = _Speed()
+        with progress_bar("synthesising", sum(map(len, mine)), progress and rank == 0) as advance:
+            advance(sum(map(len, mine)) - sum(map(len, todo)), "")
+
+            def report(receipt: dict[str, Any]) -> None:
+                advance(receipt["images"], speed.note(receipt))
+
+            if with_ray:
+                from tsynd.ray_engine import run_on_ray
+
+                worker.close()
+                run_on_ray(settings, folder.fingerprint, todo, workers, ray or "local", report)
+            else:
+                _run_here(worker, todo, report)
+        return folder.finish()
+    finally:
+        worker.close()
+
+
+def _run_here(worker: ShardWorker, units: Sequence[Unit], report: Report) -> None:
+    for unit in units:
+        report(worker.make(unit))

@@ -1,0 +1,262 @@
+"""Labelled images that need not fit in memory, read by ranges of their ids: npz, class folders, WebDataset, fsspec.
+
+A source knows its images by position: sample id i is always the same image. It is opened anew in every worker.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsynd import files
+from tsynd.checks import check_labels, unit_pixels
+from tsynd.data import IMAGE_SUFFIXES, LabelledImages, find_class_names, load_data
+from tsynd.errors import InputError, require
+from tsynd.files import FileTree, Record
+from tsynd.source import Batch
+
+__all__ = ["RangeSource", "decode_image", "open_source"]
+
+_SPLITS = ("train", "val", "test")
+
+
+class RangeSource(ABC):
+    """Images by id.
+
+    Attributes:
+        count: number of images; ids are 0 .. count - 1.
+        task: ``multiclass`` or ``multilabel``.
+        class_names: one per class or label; empty where the source has no labels.
+        identity: hash of what the source holds, see ``tsynd.files``.
+    """
+
+    count: int
+    task: str = "multiclass"
+    class_names: tuple[str, ...] = ()
+    identity: str
+
+    @abstractmethod
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images uint8 [n, C, H, W] and labels."""
+
+    @abstractmethod
+    def origins(self, start: int, stop: int) -> list[str]:
+        """What the source itself calls images ``start`` to ``stop``."""
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Images ``start`` to ``stop`` (exclusive), their labels and ids.
+
+        Raises:
+            InputError: an image that cannot be read, or is not as the first.
+        """
+        images, labels = self._read(start, stop)
+        return Batch(unit_pixels(images), labels, torch.arange(start, stop))
+
+
+def open_source(source: str, split: str = "train") -> RangeSource:
+    """Open a source without reading its images.
+
+    Args:
+        source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones unpacked once
+            into the cache folder, see ``tsynd.files``); a folder of class folders; a WebDataset tar, a folder of tars,
+            or a pattern with ``*`` or ``{000..099}``; any of these behind an fsspec address such as
+            ``s3://bucket/images.npz``; a MedMNIST name or ``phantom``.
+        split: which of the source's own splits to take; a source without splits is taken whole.
+
+    Raises:
+        InputError: no such source, or one that cannot be used.
+        MissingExtraError: fsspec or pillow is needed and not installed.
+    """
+    if split not in _SPLITS:
+        raise InputError(f"split: got {split!r}, wanted {', '.join(_SPLITS)}")
+    tree = FileTree(source)
+    if tree.tars:
+        return _Tars(tree)
+    if tree.is_file and tree.name.endswith(".npz"):
+        return _Npz(tree, split)
+    if tree.is_folder:
+        return _Folder(tree, split)
+    if tree.remote:
+        raise InputError(f"source: {source!r} was not found, wanted an .npz, a folder of class folders or .tar files")
+    data = load_data(source)
+    return _Memory(getattr(data, split), data.task, data.class_names, f"{source} {split}")
+
+
+class _Memory(RangeSource):
+    """A set that is loaded whole: a MedMNIST name or the phantom."""
+
+    def __init__(self, data: LabelledImages, task: str, names: tuple[str, ...], text: str) -> None:
+        self._data, self.count, self.task, self.class_names = data, len(data), task, names
+        content = (data.images.contiguous().numpy().data, data.labels.contiguous().numpy().data)
+        self.identity = files.hash_parts(text, *content)
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self._data.images[start:stop], self._data.labels[start:stop]
+
+    def origins(self, start: int, stop: int) -> list[str]:
+        return [str(index) for index in range(start, stop)]
+
+
+class _Npz(RangeSource):
+    """The arrays of an .npz, mapped."""
+
+    def __init__(self, tree: FileTree, split: str) -> None:
+        where = tree.text
+        try:
+            with tree.open() as file, zipfile.ZipFile(file) as archive:
+                held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+                prefix = f"{split}_" if f"{split}_images" in held else ""
+                if not prefix and any(f"{name}_images" in held for name in _SPLITS):
+                    raise InputError(f"{where}: has no {split} split, wanted one of {', '.join(sorted(held))}")
+                if missing := [k for k in (f"{prefix}images", f"{prefix}labels") if k not in held]:
+                    raise InputError(f"{where}: holds {', '.join(held) or 'nothing'}; missing {', '.join(missing)}")
+                used = [held[key] for key in (f"{prefix}images", f"{prefix}labels", "class_names") if key in held]
+                # a zip holds the checksum of every array
+                self.identity = files.hash_parts(*(f"{i.filename} {i.file_size} {i.CRC:08x}" for i in used))
+                self._images = files.map_member(tree, archive, held[f"{prefix}images"], self.identity)
+                labels = np.load(io.BytesIO(archive.read(held[f"{prefix}labels"])), allow_pickle=False)
+                names = held.get("class_names")
+                given = None if names is None else np.load(io.BytesIO(archive.read(names)), allow_pickle=False)
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{where}: damaged or no .npz of plain arrays ({error})") from error
+        x = self._images
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or not x.size:
+            raise InputError(f"{where}: images are {x.dtype} {list(x.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3]")
+        self.count = len(x)
+        self.task = "multilabel" if labels.ndim == 2 and labels.shape[1] > 1 else "multiclass"
+        self._labels = check_labels(labels, self.count, self.task, name=f"{where}: labels")
+        classes = self._labels.shape[1] if self.task == "multilabel" else int(self._labels.max()) + 1
+        arrays = {} if given is None else {"class_names": given}
+        self.class_names = find_class_names(arrays, Path(tree.name).stem, classes, where)
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        part = np.array(self._images[start:stop])  # a copy: the map is read-only
+        part = part[..., None] if part.ndim == 3 else part
+        pages: Any = getattr(self._images, "_mmap", None)
+        if hasattr(pages, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)  # what was read is not held in this process
+        return torch.from_numpy(part).permute(0, 3, 1, 2), self._labels[start:stop]
+
+    def origins(self, start: int, stop: int) -> list[str]:
+        return [str(index) for index in range(start, stop)]
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
+    """An image file's bytes as uint8 [C, H, W]."""
+    if name.endswith(".npy"):
+        try:
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{name}: damaged .npy ({error})") from None
+        if array.ndim == 2:
+            array = array[None]
+        if array.ndim != 3 or array.dtype.kind not in "uf":
+            raise InputError(f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W] or [C, H, W], uint8 or float")
+        return np.asarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
+    pillow = require("PIL.Image", "data")
+    try:
+        with pillow.open(io.BytesIO(content)) as image:
+            if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{name}: mode {image.mode}, not one 8-bit picture; convert it to 8 bits first")
+            pixels = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        raise InputError(f"{name}: unreadable picture ({error})") from None
+    channels: np.ndarray[Any, Any] = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return channels
+
+
+def _stack(images: Sequence[np.ndarray[Any, Any]], names: Sequence[str]) -> Tensor:
+    for image, name in zip(images, names, strict=True):
+        if image.shape != images[0].shape or image.dtype != images[0].dtype:
+            raise InputError(
+                f"{name}: {list(image.shape)}, while {names[0]} is {list(images[0].shape)}; wanted one size"
+            )
+    pixels = torch.from_numpy(np.stack(images))
+    if pixels.is_floating_point() and not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise InputError(f"{names[0]} .. {names[-1]}: values outside [0, 1]; wanted uint8, or float in [0, 1]")
+    return pixels
+
+
+class _Folder(RangeSource):
+    """Class folders of pictures; only their names are kept."""
+
+    def __init__(self, tree: FileTree, split: str) -> None:
+        everything = [name for name in tree.list() if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        inside = [name for name in everything if name.startswith(f"{split}/")]
+        if not inside and any(name.split("/")[0] in _SPLITS and name.count("/") == 2 for name in everything):
+            raise InputError(f"{tree.text}: has no pictures in {split}/")
+        prefix = f"{split}/" if inside else ""
+        names = [name[len(prefix) :] for name in (inside or everything)]
+        names = sorted(name for name in names if name.count("/") == 1 and not re.search(r"(^|/)\.", name))
+        self.class_names = tuple(sorted({name.split("/")[0] for name in names}))
+        if not names:
+            raise InputError(f"{tree.text}: no class folders with pictures, no .tar files; wanted one or the other")
+        number = {name: index for index, name in enumerate(self.class_names)}
+        self._names = [prefix + name for name in names]
+        self._labels = torch.tensor([number[name.split("/")[0]] for name in names])
+        self._tree, self.count = tree, len(names)
+        self.identity = tree.identity(self._names)
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        names = self._names[start:stop]
+        return _stack([decode_image(self._tree.read(name), name) for name in names], names), self._labels[start:stop]
+
+    def origins(self, start: int, stop: int) -> list[str]:
+        return self._names[start:stop]
+
+
+class _Tars(RangeSource):
+    """WebDataset shards: files that share a name up to its first dot are a sample."""
+
+    def __init__(self, tree: FileTree) -> None:
+        self._tree = tree
+        self._records: list[Record] = [record for name in tree.tars for record in files.index_tar(tree, name)]
+        if not self._records:
+            raise InputError(f"{tree.text}: no sample with an image (.png, .jpg, .npy) in the tars")
+        self.count = len(self._records)
+        self.identity = tree.identity(tree.tars)
+        label, names = self._label(self._records[0])
+        self._has_labels = label is not None
+        self.task = "multilabel" if isinstance(label, list) else "multiclass"
+        self.class_names = names
+
+    def _label(self, record: Record) -> tuple[int | list[int] | None, tuple[str, ...]]:
+        if record.cls is not None:
+            return int(self._tree.read_at(record.tar, *record.cls)), ()
+        if record.json is not None:
+            try:
+                content = json.loads(self._tree.read_at(record.tar, *record.json))
+            except ValueError:
+                raise InputError(f"{record.tar}: {record.key}.json is no JSON") from None
+            return content.get("label"), tuple(content.get("class_names", ()))
+        return None, ()
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        records = self._records[start:stop]
+        names = [f"{record.tar}/{record.key}{record.suffix}" for record in records]
+        contents = (self._tree.read_at(record.tar, *record.image) for record in records)
+        images = _stack([decode_image(content, name) for content, name in zip(contents, names, strict=True)], names)
+        if not self._has_labels:
+            return images, None
+        labels = [self._label(record)[0] for record in records]
+        if missing := [name for name, label in zip(names, labels, strict=True) if label is None]:
+            raise InputError(f"{missing[0]}: has no label, while the first sample has one")
+        return images, check_labels(labels, len(labels), self.task, name=f"{names[0]} ..: labels")
+
+    def origins(self, start: int, stop: int) -> list[str]:
+        return [f"{Path(record.tar).name}/{record.key}" for record in self._records[start:stop]]
