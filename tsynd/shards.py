@@ -19,7 +19,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -184,8 +184,9 @@ class ShardFolder:
                 self.notes.append("manifest.json was missing or damaged: written again, the shards' receipts agree")
         check_writable(manifest)
         for rest in self.folder.glob(".manifest-*"):  # of a killed writer, not of one at work now
-            if time.time() - rest.stat().st_mtime > 3600:
-                rest.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - rest.stat().st_mtime > 3600:
+                    rest.unlink()
         for part in ("units", "index"):
             (self.folder / part).mkdir(exist_ok=True)
         if known is None or "fingerprint" not in known:
