@@ -180,20 +180,21 @@ def synthesize(
     settings = AscentSettings(objective, task, steps, radius, step_size, rule, label_consistency)
     if latent_std is not None and not (math.isfinite(latent_std) and latent_std > 0):
         raise InputError(f"latent_std: got {latent_std!r}, wanted a number above 0, or None")
-    stream = AscentStream(
-        autoencoder,
-        classifier,
-        settings,
-        samples=samples,
-        masks=masks,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        compile=compile,
-        phases=phases,
-    )
-    source = ImageSource(images, labels, sample_ids, task)
+    with (phases or Phases())("prepare"):
+        stream = AscentStream(
+            autoencoder,
+            classifier,
+            settings,
+            samples=samples,
+            masks=masks,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            compile=compile,
+            phases=phases,
+        )
+        source = ImageSource(images, labels, sample_ids, task)
     collector = Collector(source.count)
     with stream:
         with stream.phase("prepare"):
