@@ -84,13 +84,13 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name "*.[ch]*")
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp examples -name "*.[ch]*")
 
 format: build
 	$(BIN)/pip install -q ruff "clang-format>=18"
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc tests/cpp -name "*.[ch]*")
+	$(BIN)/clang-format -i $$(find csrc tests/cpp examples -name "*.[ch]*")
 
 clean:
 	rm -rf build dist $(VENV) $(VENV)-wheel

@@ -48,8 +48,8 @@ void run(const char* model_path, const char* in, const char* out) {
   const torch::Tensor targeted = results[0].toTensor().contiguous();
   const double before = results[2].toTensor().mean().item<double>();
   const double after = results[3].toTensor().mean().item<double>();
-  std::printf("%lld images, mean uncertainty %.4f -> %.4f nats\n",
-              static_cast<long long>(targeted.size(0)), before, after);
+  std::printf("%lld images, mean uncertainty %.4f -> %.4f nats\n", static_cast<long long>(targeted.size(0)),
+              before, after);
   std::ofstream(out, std::ios::binary)
       .write(static_cast<const char*>(targeted.data_ptr()), std::streamsize(targeted.nbytes()));
 }
