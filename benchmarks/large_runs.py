@@ -19,6 +19,7 @@ import torch
 
 from tsynd.checkpoint import save_model
 from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.ray_engine import run_on_ray
 from tsynd.sharded import ShardSettings, ShardWorker
 from tsynd.shards import Sample, ShardFolder, Unit, plan_units
 
@@ -40,8 +41,6 @@ def make_job(folder: Path, count: int, small: bool, size: int = 28) -> dict[str,
 def measure_workers(folder: Path, rounds: int, units: int, shard_size: int) -> None:
     """Images/s of one and of two Ray actors with a thread each, interleaved, behind each actor's first unit."""
     import ray
-
-    from tsynd.ray_engine import run_on_ray
 
     job = make_job(folder, units * shard_size, small=False)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")

@@ -22,7 +22,8 @@ from tsynd.checkpoint import load_model
 from tsynd.data import load_data
 from tsynd.errors import InputError
 from tsynd.pack import pack
-from tsynd.sharded import ShardSettings, synthesize_shards
+from tsynd.shard_job import synthesize_shards
+from tsynd.sharded import ShardSettings
 from tsynd.shards import ShardFolder, plan_units
 from tsynd.synthesis import synthesize
 

@@ -10,7 +10,8 @@ import typer
 
 from tsynd.cli_options import Consistency, Data, Device, Quiet, Radius, Samples, Seed, Steps, TrainSize
 from tsynd.errors import InputError
-from tsynd.sharded import ShardSettings, synthesize_shards
+from tsynd.shard_job import synthesize_shards
+from tsynd.sharded import ShardSettings
 
 __all__ = ["ShardSettings", "pack", "synthesize_sharded", "train"]
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tsynd.errors import InputError, require
+from tsynd.sharded import ShardWorker
 from tsynd.shards import Unit
 
 __all__ = ["run_on_ray"]
@@ -20,8 +21,6 @@ class _Actor:
     """A worker in its own process."""
 
     def __init__(self, settings: Any, expected: dict[str, Any]) -> None:
-        from tsynd.sharded import ShardWorker
-
         self._refusal = ""
         try:
             self._worker = ShardWorker(settings, expected)
