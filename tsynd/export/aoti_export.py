@@ -33,7 +33,9 @@ def export_aoti(
     """Write a compiled ``.pt2`` package that gives what eager torch gives, and check that it does.
 
     ``torch._inductor.aoti_load_package(path)`` loads it in Python, ``torch::inductor::AOTIModelPackageLoader`` in
-    C++. The package is for processors like this one's and needs a C++ compiler to be made, none to be run.
+    C++. The package is for processors like this one's and needs a C++ compiler to be made, none to be run. Give it
+    contiguous tensors (``x.contiguous()``): compiled code takes the strides for granted and reads channels-last
+    ones, as torch's convolutions often return them, wrongly and without a word.
 
     Args:
         classifier: for ``features``, see :func:`tsynd.export_onnx`; else None.
