@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Row, check, label, measure, tolerance
+from benchmarks.harness import Row, check, measure_shapes, tolerance
 from tsynd import ops, reference
 
 __all__ = ["SHAPES", "run", "summary"]
@@ -50,18 +50,7 @@ def _methods(shape: tuple[int, int], device: str, dtype: torch.dtype) -> dict[st
 
 def run(shapes: list[str], device: str, dtype: torch.dtype, seconds: float) -> list[Row]:
     """Measure the named shapes; see :data:`SHAPES`."""
-    rows: list[Row] = []
-    for name in shapes:
-        rows += measure(
-            "ascend",
-            label(name, SHAPES[name]),
-            _methods(SHAPES[name], device, dtype),
-            floor=FLOOR,
-            device=device,
-            dtype=str(dtype).removeprefix("torch."),
-            seconds=seconds,
-        )
-    return rows
+    return measure_shapes("ascend", SHAPES, shapes, _methods, floor=FLOOR, device=device, dtype=dtype, seconds=seconds)
 
 
 def summary(rows: list[Row]) -> list[str]:

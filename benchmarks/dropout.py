@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import Row, check, label, measure, tolerance
+from benchmarks.harness import Row, check, measure_shapes, tolerance
 from benchmarks.head import DROP, FLOOR, SHAPES
 from tsynd import ops, reference
 
@@ -51,18 +51,7 @@ def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) 
 
 def run(shapes: list[str], device: str, dtype: torch.dtype, seconds: float) -> list[Row]:
     """Measure the named shapes; see :data:`benchmarks.head.SHAPES`."""
-    rows: list[Row] = []
-    for name in shapes:
-        rows += measure(
-            "dropout",
-            label(name, SHAPES[name]),
-            _methods(SHAPES[name], device, dtype),
-            floor=FLOOR,
-            device=device,
-            dtype=str(dtype).removeprefix("torch."),
-            seconds=seconds,
-        )
-    return rows
+    return measure_shapes("dropout", SHAPES, shapes, _methods, floor=FLOOR, device=device, dtype=dtype, seconds=seconds)
 
 
 def summary(rows: list[Row]) -> list[str]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = [
     "describe_machine",
     "label",
     "measure",
+    "measure_shapes",
     "peak_bytes",
     "print_table",
     "read_json",
@@ -216,6 +218,46 @@ def table(rows: list[Row]) -> list[str]:
             f" | {peak} | {row.over_floor:.2f} |"
         )
     return lines
+
+
+Sizes = TypeVar("Sizes", bound=tuple[int, ...])
+
+
+def measure_shapes(
+    suite: str,
+    sizes: Mapping[str, Sizes],
+    shapes: list[str],
+    methods: Callable[[Sizes, str, torch.dtype], Mapping[str, Callable[[], object]]],
+    *,
+    floor: str,
+    device: str,
+    dtype: torch.dtype,
+    seconds: float,
+) -> list[Row]:
+    """Measure the methods of one suite at each of the named shapes.
+
+    Args:
+        suite: name of the benchmark.
+        sizes: of every shape, by its name.
+        shapes: names of those wanted.
+        methods: (sizes, device, dtype) -> what to time, see :func:`measure`.
+        floor: see :func:`measure`.
+        device: see there.
+        dtype: of the tensors.
+        seconds: budget for each shape.
+    """
+    rows: list[Row] = []
+    for name in shapes:
+        rows += measure(
+            suite,
+            label(name, sizes[name]),
+            methods(sizes[name], device, dtype),
+            floor=floor,
+            device=device,
+            dtype=str(dtype).removeprefix("torch."),
+            seconds=seconds,
+        )
+    return rows
 
 
 def print_table(rows: list[Row]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import Pair, Row, check, label, measure, tolerance
+from benchmarks.harness import Pair, Row, check, measure_shapes, tolerance
 from tsynd import ops, reference
 
 __all__ = ["SHAPES", "run", "summary"]
@@ -44,18 +44,7 @@ def _methods(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> di
 
 def run(shapes: list[str], device: str, dtype: torch.dtype, seconds: float) -> list[Row]:
     """Measure the named shapes; see :data:`SHAPES`."""
-    rows: list[Row] = []
-    for name in shapes:
-        rows += measure(
-            "logits",
-            label(name, SHAPES[name]),
-            _methods(SHAPES[name], device, dtype),
-            floor=FLOOR,
-            device=device,
-            dtype=str(dtype).removeprefix("torch."),
-            seconds=seconds,
-        )
-    return rows
+    return measure_shapes("logits", SHAPES, shapes, _methods, floor=FLOOR, device=device, dtype=dtype, seconds=seconds)
 
 
 def summary(rows: list[Row]) -> list[str]:
