@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.harness import Row, label, measure
 from tsynd.ascent import AscentSettings, ascend_latents
 from tsynd.export import export_onnx, export_torchscript
-from tsynd.export.tracing import contiguous
+from tsynd.fast import contiguous
 from tsynd.networks import SmallAutoencoder, SmallResNet
 from tsynd.posterior import MCDropout, frozen
 from tsynd.runtime import OnnxSynthesizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 
 import torch
@@ -11,26 +11,40 @@ from torch import Tensor, nn
 
 from tsynd.ascent import Ascent
 
-__all__ = ["GraphedAscent", "channels_last", "fetch", "send"]
+__all__ = ["GraphedAscent", "channels_last", "contiguous", "fetch", "send"]
 
 Climb = Callable[[Tensor, Tensor, Tensor | None], Ascent]
 """(source latents [B, ...], sample ids [B], labels or None) -> the ascent of that batch."""
 
 
 @contextmanager
-def channels_last(*modules: nn.Module) -> Iterator[None]:
-    """Inside, the modules' 4-D weights lie in channels-last order; the convolutions' results follow them.
-
-    Values, parameters and their identity stay; afterwards the weights' own memory is back.
-    """
-    kept = [(p, p.data) for module in modules for p in module.parameters() if p.dim() == 4]
+def _rearranged(parameters: list[nn.Parameter], rearrange: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    kept = [(p, p.data) for p in parameters]
     try:
         for parameter, data in kept:
-            parameter.data = data.contiguous(memory_format=torch.channels_last)
+            parameter.data = rearrange(data)
         yield
     finally:
         for parameter, data in kept:
             parameter.data = data
+
+
+def channels_last(*modules: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the modules' 4-D weights lie in channels-last order; the convolutions' results follow them.
+
+    Values, parameters and their identity stay; afterwards the weights' own memory is back.
+    """
+    weights = [p for module in modules for p in module.parameters() if p.dim() == 4]
+    return _rearranged(weights, lambda data: data.contiguous(memory_format=torch.channels_last))
+
+
+def contiguous(*modules: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the modules' weights lie in torch's plain order; afterwards their own memory is back.
+
+    Copies: what is contiguous in both orders, as a 1 x 1 kernel is, would keep the other order's strides.
+    """
+    weights = [p for module in modules for p in module.parameters()]
+    return _rearranged(weights, lambda data: data.clone(memory_format=torch.contiguous_format))
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from tsynd.ascent import AscentSettings, ascend_latents
 from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
 from tsynd.checks import check_choice
 from tsynd.errors import InputError
-from tsynd.export.tracing import contiguous
+from tsynd.fast import contiguous
 from tsynd.folding import folded_decoder
 from tsynd.microbatch import undivided
 from tsynd.posterior import MCDropout, Posterior, as_posterior, frozen

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsynd.errors import InputError
 
-__all__ = ["contiguous", "layer_of", "quiet", "record", "to_program"]
+__all__ = ["layer_of", "quiet", "record", "to_program"]
 
 Table = dict[Any, Callable[..., Any]]
 
@@ -26,20 +26,6 @@ Table = dict[Any, Callable[..., Any]]
 def _batch(shapes: Sequence[Sequence[int]]) -> int:
     """A batch size that torch takes neither for a constant (0, 1) nor for another of the sizes."""
     return next(size for size in itertools.count(5) if not any(size in shape for shape in shapes))
-
-
-@contextlib.contextmanager
-def contiguous(*modules: nn.Module) -> Iterator[None]:
-    """Inside, the modules' weights lie in torch's plain order, so that no layout is recorded; then as before."""
-    kept = [(p, p.data) for module in modules for p in module.parameters()]
-    try:
-        for parameter, data in kept:
-            # a copy: what is contiguous in both orders, as a 1 x 1 kernel is, would keep the other order's strides
-            parameter.data = data.clone(memory_format=torch.contiguous_format)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
 
 
 @contextlib.contextmanager
