@@ -22,7 +22,7 @@ help:
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q numpy "scikit-build-core>=0.10" "pybind11>=2.13" ninja cmake
+	$(BIN)/pip install -q numpy "scikit-build-core>=0.11" "pybind11>=2.13" ninja cmake
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
