@@ -7,7 +7,7 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help build test test-kernels sanitize gpu-check registers demo wheel bench lint format clean
+.PHONY: help build test test-kernels sanitize gpu-check registers demo docs wheel bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
 	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
 	@echo "make registers  what ptxas says of every CUDA kernel"
+	@echo "make docs    the documentation as a site, into build/site"
 	@echo "make wheel   build a wheel and try it in a fresh environment"
 	@echo "make lint    ruff, mypy, clang-format"
 
@@ -69,6 +70,12 @@ sanitize: build
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSYND_TEST_THREADS=$$1 TSYND_ISA=$$2 \
 	  $(BIN)/python tests/sanitize.py $(SANITIZED) tests/test_ops.py || exit 1; \
 	done
+
+docs: build
+	$(BIN)/pip install -q "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	$(BIN)/python -m benchmarks.pages
+	$(BIN)/python -m mkdocs build --strict -q
+	@echo "open build/site/index.html"
 
 wheel: $(VENV)/.torch $(SOURCES)
 	rm -rf dist $(VENV)-wheel
