@@ -22,14 +22,15 @@ from typing import Any
 __all__ = ["Block", "blocks_of", "run_page"]
 
 _FENCE = re.compile(
-    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?"
+    r"(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 # what makes a command short enough for a test, unless the page says it
 _SHORT = {
     "run": "--iterations 2 --autoencoder-iterations 2 --train-size 12",
     "train": "--iterations 2 --train-size 12",
-    "experiment": "--iterations 2 --autoencoder-iterations 2 --workers 1 --seeds 1 --conditions clean --attacks fgsm:2/255",
+    "experiment": "--iterations 2 --autoencoder-iterations 2 --workers 1 --seeds 1 --conditions clean --attacks fgsm",
     "synthesize": "--steps 1 --train-size 12",
     "export": "--steps 1",
 }
@@ -121,12 +122,14 @@ def _tsynd(words: list[str], where: str, short: bool) -> None:
                 words[words.index(option) + 1] = value
     before = sys.argv
     sys.argv = ["tsynd", *words]
+    code: Any = 0
     try:
         main()
     except SystemExit as stop:
-        assert not stop.code, f"{where}: tsynd {shlex.join(words)} ended with {stop.code}"
+        code = stop.code
     finally:
         sys.argv = before
+    assert not code, f"{where}: tsynd {shlex.join(words)} ended with {code}"
 
 
 def main() -> None:
