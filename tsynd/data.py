@@ -20,12 +20,14 @@ from tsynd import medmnist
 from tsynd.checks import channels_first, check_labels, shape_of, unit_pixels
 from tsynd.errors import InputError, require
 from tsynd.phantom import phantom
+from tsynd.phantom3d import phantom3d
 
 __all__ = ["IMAGE_SUFFIXES", "DataSource", "LabelledImages", "find_class_names", "load_data"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 _SPLITS = ("train", "val", "test")
+_PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -130,7 +132,7 @@ def load_data(
               numbered in the sorted order of their names;
             - a MedMNIST set, as `pneumoniamnist`, `bloodmnist_64` or `nodulemnist3d`: downloaded once, into the folder
               that the variable TSYND_DATA names or the user's cache;
-            - `phantom` or `phantom:SIZE`.
+            - `phantom` or `phantom:SIZE`, pictures of cells; `phantom3d` or `phantom3d:SIZE`, volumes of nodules.
 
             Without a val split 15 % of train becomes it; without any split the shares are 70/15/15.
         train_size: how many labelled training images to draw, with the class shares kept and at least one of
@@ -150,10 +152,10 @@ def load_data(
     is_name = isinstance(source, str)
     if image_size is not None and (image_size < 1 or not path.is_dir()):
         raise InputError(f"image_size: {image_size}; wanted 1 or more, and only with a folder of pictures")
-    if is_name and kind == "phantom":
+    if is_name and kind in _PHANTOMS:
         if size and not size.isdecimal():
-            raise InputError(f"source: {text!r}; wanted 'phantom' or 'phantom:SIZE', such as 'phantom:64'")
-        return _assemble(phantom(int(size or 28)), text, text, train_size, seed)
+            raise InputError(f"source: {text!r}; wanted '{kind}' or '{kind}:SIZE', such as '{kind}:64'")
+        return _assemble(_PHANTOMS[kind](int(size or 28)), text, text, train_size, seed)
     if is_name and known in medmnist.MD5:
         path = medmnist.download(known)
         return _assemble(_read_npz(path), known, str(path), train_size, seed)
@@ -161,11 +163,12 @@ def load_data(
         return _assemble(_read_folder(path, image_size), path.resolve().name, text, train_size, seed)
     if path.is_file():
         return _assemble(_read_npz(path), path.stem, text, train_size, seed)
-    close = difflib.get_close_matches(known, ["phantom", *medmnist.MD5], n=3)
+    close = difflib.get_close_matches(known, [*_PHANTOMS, *medmnist.MD5], n=3)
     raise InputError(
         f"source: {text!r} is no file, folder or known name"
         + (f"; did you mean {' or '.join(close)}?" if close else "")
-        + f"; wanted an .npz, a folder of class folders, phantom[:SIZE] or one of {', '.join(medmnist.CLASS_NAMES)}"
+        + "; wanted an .npz, a folder of class folders, phantom[:SIZE], phantom3d[:SIZE] or one of "
+        + ", ".join(medmnist.CLASS_NAMES)
     )
 
 
