@@ -152,7 +152,8 @@ def _draw(size: int, seed: int, split: int, index: NDArray[np.int64]) -> tuple[N
 
 def soft_step(distance: Floats, width: Floats | float) -> Floats:
     """A soft 0-to-1 step over a signed distance (positive inside)."""
-    return 0.5 + 0.5 * np.tanh(distance / width)
+    step: Floats = 0.5 + 0.5 * np.tanh(distance / width)
+    return step
 
 
 def _wobble(dice: Dice, x: Floats, y: Floats, radius: Floats) -> Floats:
@@ -206,4 +207,5 @@ def blur(images: Floats, sigma: Floats | float) -> Floats:
     for axis in range(1, images.ndim - 1):
         square = whole.reshape(-1, *[1] * axis) + square
     transfer = np.exp(-2 * (np.pi * sigma) ** 2 * square)
-    return np.fft.irfftn(np.fft.rfftn(images, axes=axes) * transfer, s=(size,) * len(axes), axes=axes)
+    blurred: Floats = np.fft.irfftn(np.fft.rfftn(images, axes=axes) * transfer, s=(size,) * len(axes), axes=axes)
+    return blurred

@@ -9,6 +9,7 @@ Measured at size 28 (MEASURED), balanced test accuracy: MEASURED.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def _scaled(field: Floats) -> Floats:
     return scaled
 
 
-def _turned(place: list[Floats], angles: list[Floats]) -> list[Floats]:
+def _turned(place: Sequence[Floats], angles: Sequence[Floats]) -> list[Floats]:
     """Coordinates turned about the first axis and then about the last."""
     z, y, x = place
     y, x = (
@@ -109,7 +110,7 @@ def _turned(place: list[Floats], angles: list[Floats]) -> list[Floats]:
     return [np.cos(angles[1]) * z - np.sin(angles[1]) * y, np.sin(angles[1]) * z + np.cos(angles[1]) * y, x]
 
 
-def _vessels(dice: Dice, place: list[Floats]) -> Floats:
+def _vessels(dice: Dice, place: Sequence[Floats]) -> Floats:
     """Density of straight vessels at random distances from the nodule; not every volume has all."""
     density: Floats = np.zeros((1, 1, 1, 1), np.float32)
     for _ in range(_VESSELS):
@@ -123,7 +124,7 @@ def _vessels(dice: Dice, place: list[Floats]) -> Floats:
     return density
 
 
-def _pleura(dice: Dice, place: list[Floats]) -> Floats:
+def _pleura(dice: Dice, place: Sequence[Floats]) -> Floats:
     """Density of the chest wall, a plane at the border of three volumes in ten."""
     turn, offset = dice.uniform(0, 2 * np.pi), dice.uniform(0.55, 0.9)
     depth = np.cos(turn) * place[1] + np.sin(turn) * place[2] - offset
