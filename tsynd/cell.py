@@ -54,7 +54,9 @@ def train_autoencoder(place: Workplace, size: int, seed: int) -> None:
     settings, source = place.settings, _load(place.data, size, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SmallAutoencoder(source.channels, settings.latent_channels, settings.autoencoder_widths)
+        model = SmallAutoencoder(
+            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
+        )
     fit_autoencoder(
         model,
         source.unlabelled if settings.autoencoder_data == "all" else source.train,
@@ -125,7 +127,11 @@ def _train(
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)  # the same first weights in all arms
         model = SmallResNet(
-            source.channels, source.num_classes, dropout=settings.dropout, dropout_rate=settings.dropout_rate
+            source.channels,
+            source.num_classes,
+            dropout=settings.dropout,
+            dropout_rate=settings.dropout_rate,
+            spatial_dims=source.spatial_dims,
         )
     training = {
         "augmentation_weight": settings.augmentation_weight,

@@ -10,7 +10,8 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="MedMNIST-style .npz, folder of class folders, MedMNIST name (pneumoniamnist, ...) or 'phantom'.",
+        help="MedMNIST-style .npz, folder of class folders, MedMNIST name (pneumoniamnist, ...), 'phantom' or"
+        " 'phantom3d'.",
     ),
 ]
 TrainSize = Annotated[int | None, typer.Option(help="Labelled training images; all by default.")]

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from tsynd import medmnist
-from tsynd.checks import check_labels, shape_of, unit_pixels
+from tsynd.checks import channels_first, check_labels, shape_of, unit_pixels
 from tsynd.errors import InputError, require
 from tsynd.phantom import phantom
+from tsynd.phantom3d import phantom3d
 
 __all__ = ["IMAGE_SUFFIXES", "DataSource", "LabelledImages", "find_class_names", "load_data"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 _SPLITS = ("train", "val", "test")
+_PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -34,7 +36,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Images with their labels; a map-style `Dataset` kept in memory.
 
     Attributes:
-        images: [N, C, H, W], uint8 or float in [0, 1].
+        images: [N, C, H, W] or, for volumes, [N, C, D, H, W], uint8 or float in [0, 1].
         labels: int64 [N] (multiclass) or float32 [N, L] of 0 and 1 (multilabel).
 
     Raises:
@@ -46,8 +48,8 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def __post_init__(self) -> None:
         x = self.images
-        if x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
-            raise InputError(f"images: {shape_of(x)} {x.dtype}; wanted [N, C, H, W], uint8 or float")
+        if x.ndim not in (4, 5) or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            raise InputError(f"images: {shape_of(x)} {x.dtype}; wanted [N, C, H, W] or [N, C, D, H, W], uint8 or float")
         if len(x) != len(self.labels):
             raise InputError(f"labels: {len(self.labels)} for {len(x)} images; wanted one each")
 
@@ -55,11 +57,11 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One image, float32 [C, H, W] in [0, 1], and its label."""
+        """One image, float32 [C, H, W] or [C, D, H, W] in [0, 1], and its label."""
         return unit_pixels(self.images[index]), self.labels[index]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images at int64 `indices` [n] as float32 [n, C, H, W] in [0, 1], and their labels."""
+        """The images at int64 `indices` [n] as float32 [n, C, ...] in [0, 1], and their labels."""
         return unit_pixels(self.images[indices]), self.labels[indices]
 
     def subset(self, indices: Tensor) -> LabelledImages:
@@ -67,7 +69,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return LabelledImages(self.images[indices], self.labels[indices])
 
     def pixels(self) -> Tensor:
-        """All images as float32 [N, C, H, W] in [0, 1]."""
+        """All images as float32 [N, C, ...] in [0, 1]."""
         return unit_pixels(self.images)
 
 
@@ -96,10 +98,14 @@ class DataSource:
     train_indices: Tensor
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """(channels, height, width), or (channels, depth, height, width) of volumes."""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 for pictures, 3 for volumes."""
+        return len(self.image_shape) - 1
 
     @property
     def channels(self) -> int:
@@ -120,13 +126,13 @@ def load_data(
     Args:
         source: one of
             - a MedMNIST-style .npz: `{train,val,test}_{images,labels}`, or `images` and `labels` alone; uint8
-              images [N, H, W] or [N, H, W, 3]; labels [N] or [N, 1], or [N, L] of 0 and 1 (multilabel);
-              optionally `class_names`, strings;
+              images [N, H, W] or [N, H, W, 3], or volumes [N, D, H, W]; labels [N] or [N, 1], or [N, L] of 0 and 1
+              (multilabel); optionally `class_names`, strings;
             - a folder of pictures: train/ val/ test/ with class folders, or class folders alone; classes are
               numbered in the sorted order of their names;
-            - a 2-D MedMNIST set, as `pneumoniamnist` or `bloodmnist_64`: downloaded once, into the folder
+            - a MedMNIST set, as `pneumoniamnist`, `bloodmnist_64` or `nodulemnist3d`: downloaded once, into the folder
               that the variable TSYND_DATA names or the user's cache;
-            - `phantom` or `phantom:SIZE`.
+            - `phantom` or `phantom:SIZE`, pictures of cells; `phantom3d` or `phantom3d:SIZE`, volumes of nodules.
 
             Without a val split 15 % of train becomes it; without any split the shares are 70/15/15.
         train_size: how many labelled training images to draw, with the class shares kept and at least one of
@@ -146,10 +152,10 @@ def load_data(
     is_name = isinstance(source, str)
     if image_size is not None and (image_size < 1 or not path.is_dir()):
         raise InputError(f"image_size: {image_size}; wanted 1 or more, and only with a folder of pictures")
-    if is_name and kind == "phantom":
+    if is_name and kind in _PHANTOMS:
         if size and not size.isdecimal():
-            raise InputError(f"source: {text!r}; wanted 'phantom' or 'phantom:SIZE', such as 'phantom:64'")
-        return _assemble(phantom(int(size or 28)), text, text, train_size, seed)
+            raise InputError(f"source: {text!r}; wanted '{kind}' or '{kind}:SIZE', such as '{kind}:64'")
+        return _assemble(_PHANTOMS[kind](int(size or 28)), text, text, train_size, seed)
     if is_name and known in medmnist.MD5:
         path = medmnist.download(known)
         return _assemble(_read_npz(path), known, str(path), train_size, seed)
@@ -157,11 +163,12 @@ def load_data(
         return _assemble(_read_folder(path, image_size), path.resolve().name, text, train_size, seed)
     if path.is_file():
         return _assemble(_read_npz(path), path.stem, text, train_size, seed)
-    close = difflib.get_close_matches(known, ["phantom", *medmnist.MD5], n=3)
+    close = difflib.get_close_matches(known, [*_PHANTOMS, *medmnist.MD5], n=3)
     raise InputError(
         f"source: {text!r} is no file, folder or known name"
         + (f"; did you mean {' or '.join(close)}?" if close else "")
-        + f"; wanted an .npz, a folder of class folders, phantom[:SIZE] or one of {', '.join(medmnist.CLASS_NAMES)}"
+        + "; wanted an .npz, a folder of class folders, phantom[:SIZE], phantom3d[:SIZE] or one of "
+        + ", ".join(medmnist.CLASS_NAMES)
     )
 
 
@@ -174,7 +181,7 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
     keys = [(f"{g}_images".lstrip("_"), f"{g}_labels".lstrip("_")) for g in groups]
     if missing := [key for pair in keys for key in pair if key not in arrays]:
         raise InputError(f"{where}: holds {', '.join(arrays) or 'nothing'}; missing {', '.join(missing)}")
-    images = [_channels_first(arrays[key], f"{where}: {key}") for key, _ in keys]
+    images = [torch.from_numpy(channels_first(arrays[key], f"{where}: {key}")).contiguous() for key, _ in keys]
     if len({x.shape[1:] for x in images}) > 1:
         raise InputError(f"{where}: images of {[shape_of(x) for x in images]}; wanted one size in all splits")
     first = arrays[keys[0][1]]
@@ -233,15 +240,6 @@ def find_class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple
         return tuple(given.tolist())
     known = medmnist.CLASS_NAMES.get(name.split("_")[0], ())
     return known if len(known) == count else tuple(str(i) for i in range(count))
-
-
-def _channels_first(array: np.ndarray[Any, Any], where: str) -> Tensor:
-    """Uint8 [N, H, W] or [N, H, W, 1 or 3] as a tensor [N, C, H, W]."""
-    if array.ndim == 3:
-        array = array[..., None]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or array.size == 0:
-        raise InputError(f"{where}: {array.dtype} {list(array.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3], N > 0")
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
 def _read_npz(path: Path) -> Arrays:

@@ -121,7 +121,7 @@ def run(
     def train_autoencoder(path: Path) -> dict[str, Any]:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            model = SmallAutoencoder(source.channels)
+            model = SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
         images = source.unlabelled if settings.autoencoder_data == "all" else source.train
         fit_autoencoder(
             model,
@@ -140,7 +140,9 @@ def run(
     def train_classifier(path: Path, augmentation: TargetedAugmentation | None) -> dict[str, Any]:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            model = SmallResNet(source.channels, source.num_classes, dropout=settings.dropout)
+            model = SmallResNet(
+                source.channels, source.num_classes, dropout=settings.dropout, spatial_dims=source.spatial_dims
+            )
         report = fit_classifier(
             model,
             source.train,
@@ -341,18 +343,19 @@ def _draw(
     after: Tensor,
     source: DataSource,
 ) -> None:
-    """Four examples of typical gain, one class after another."""
+    """Examples of typical gain, one class after another: four pictures, or two volumes."""
+    count = 4 if source.spatial_dims == 2 else 2
     if source.task == "multiclass":
         typical = []
-        for number in range(4):
+        for number in range(count):
             members = (train.labels == number % source.num_classes).nonzero()[:, 0]
             members = members if len(members) else torch.arange(len(train))
             order = members[(after - before)[members].argsort()]
             typical.append(int(order[min(len(order) - 1, len(order) * (5 + number // source.num_classes) // 10)]))
         labels = [source.class_names[int(train.labels[i])] for i in typical]
     else:
-        typical = np.linspace(0, len(train) - 1, 4).astype(int).tolist()
-        labels = [""] * 4
+        typical = np.linspace(0, len(train) - 1, count).astype(int).tolist()
+        labels = [""] * count
     pick = torch.tensor(typical)
     draw_examples(
         path,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tsynd import files
-from tsynd.checks import check_labels, unit_pixels
+from tsynd.checks import channels_first, check_labels, unit_pixels
 from tsynd.data import IMAGE_SUFFIXES, LabelledImages, find_class_names, load_data
 from tsynd.errors import InputError, require
 from tsynd.files import FileTree, Record
@@ -48,7 +48,7 @@ class RangeSource(ABC):
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Images uint8 [n, C, H, W] and labels."""
+        """Images uint8 [n, C, H, W] or [n, C, D, H, W] and labels."""
 
     @abstractmethod
     def origins(self, start: int, stop: int) -> list[str]:
@@ -71,7 +71,7 @@ def open_source(source: str, split: str = "train") -> RangeSource:
         source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones unpacked once
             into the cache folder, see ``tsynd.files``); a folder of class folders; a WebDataset tar, a folder of tars,
             or a pattern with ``*`` or ``{000..099}``; any of these behind an fsspec address such as
-            ``s3://bucket/images.npz``; a MedMNIST name or ``phantom``.
+            ``s3://bucket/images.npz``; a MedMNIST name, ``phantom`` or ``phantom3d``.
         split: which of the source's own splits to take; a source without splits is taken whole.
 
     Raises:
@@ -133,8 +133,7 @@ class _Npz(RangeSource):
                 raise
             raise InputError(f"{where}: damaged or no .npz of plain arrays ({error})") from error
         x = self._images
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or not x.size:
-            raise InputError(f"{where}: images are {x.dtype} {list(x.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3]")
+        channels_first(x, f"{where}: images")
         self.count = len(x)
         self.task = "multilabel" if labels.ndim == 2 and labels.shape[1] > 1 else "multiclass"
         self._labels = check_labels(labels, self.count, self.task, name=f"{where}: labels")
@@ -144,18 +143,17 @@ class _Npz(RangeSource):
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         part = np.array(self._images[start:stop])  # a copy: the map is read-only
-        part = part[..., None] if part.ndim == 3 else part
         pages: Any = getattr(self._images, "_mmap", None)
         if hasattr(pages, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             pages.madvise(mmap.MADV_DONTNEED)  # what was read is not held in this process
-        return torch.from_numpy(part).permute(0, 3, 1, 2), self._labels[start:stop]
+        return torch.from_numpy(channels_first(part, "images")), self._labels[start:stop]
 
     def origins(self, start: int, stop: int) -> list[str]:
         return [str(index) for index in range(start, stop)]
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
-    """An image file's bytes as uint8 [C, H, W]."""
+    """An image file's bytes as uint8 [C, H, W]; an .npy may also hold a volume [C, D, H, W], and float32."""
     if name.endswith(".npy"):
         try:
             array = np.load(io.BytesIO(content), allow_pickle=False)
@@ -163,8 +161,10 @@ def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
             raise InputError(f"{name}: damaged .npy ({error})") from None
         if array.ndim == 2:
             array = array[None]
-        if array.ndim != 3 or array.dtype.kind not in "uf":
-            raise InputError(f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W] or [C, H, W], uint8 or float")
+        if array.ndim not in (3, 4) or array.dtype.kind not in "uf":
+            raise InputError(
+                f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W], [C, H, W] or [C, D, H, W], uint8 or float"
+            )
         return np.asarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
     pillow = require("PIL.Image", "data")
     try:
