@@ -22,6 +22,7 @@ _HOME = {
     "MCDropout": "posterior",
     "OnnxSynthesizer": "runtime",
     "Posterior": "posterior",
+    "ReadOptions": "readers.options",
     "RoundsReport": "rounds",
     "SmallAutoencoder": "networks",
     "SmallResNet": "networks",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from tsynd.export import export_aoti, export_onnx, export_torchscript
     from tsynd.networks import SmallAutoencoder, SmallResNet
     from tsynd.posterior import Ensemble, MCDropout, Posterior
+    from tsynd.readers.options import ReadOptions
     from tsynd.rounds import RoundsReport, fit_rounds
     from tsynd.runtime import OnnxSynthesizer
     from tsynd.synthesis import SynthesisResult, synthesize, uncertainty

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from tsynd.experiment_tables import (
 )
 from tsynd.figures import inline_png, nats
 from tsynd.planes import centre
+from tsynd.readers.options import plain_settings
 from tsynd.report import STYLE
 from tsynd.saliency import grad_cam, overlay
 from tsynd.shifts import SHIFTS
@@ -223,7 +223,9 @@ def _looks(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
     size, arms = max(sizes_of(rows)), arms_of(rows)
     targeted = _targeted(arms)
     compared = ["real", *([targeted] if targeted else [])]
-    tested = getattr(load_data(place.data, train_size=size, seed=0), place.settings.split)
+    tested = getattr(
+        load_data(place.data, train_size=size, seed=0, **place.settings.reading.given()), place.settings.split
+    )
     chosen = by_class(tested.labels, spread_indices(tested.labels, _CAM_IMAGES))
     images, labels = tested.batch(chosen)
     asked = labels if labels.dim() == 1 else labels.argmax(1)
@@ -300,7 +302,7 @@ def _attack_text(rows: Sequence[Row], place: Workplace) -> str:
 
 
 def _details(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
-    cells = [("settings", key, value) for key, value in asdict(place.settings).items()]
+    cells = [("settings", key, value) for key, value in plain_settings(place.settings).items()]
     cells += [("facts", key, value) for key, value in facts.items()]
     total = sum(sum(row["seconds"].values()) for row in rows)
     cells.append(("facts", "time of all cells", f"{total / 60:.1f} min of one process"))
