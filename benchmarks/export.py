@@ -13,8 +13,9 @@ from benchmarks.harness import Row, label, measure
 from tsynd.ascent import AscentSettings, ascend_latents
 from tsynd.export import export_onnx, export_torchscript
 from tsynd.fast import contiguous
+from tsynd.mc_dropout import MCDropout
 from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.posterior import MCDropout, frozen
+from tsynd.posterior import frozen
 from tsynd.runtime import OnnxSynthesizer
 from tsynd.synthesis import synthesize
 

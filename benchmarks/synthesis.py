@@ -23,8 +23,9 @@ from tsynd import reference
 from tsynd.ascent import AscentSettings, ascend_latents
 from tsynd.fast import channels_last
 from tsynd.folding import FoldedGraph, folded_decoder
+from tsynd.mc_dropout import MCDropout
 from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.posterior import MCDropout, Posterior, frozen
+from tsynd.posterior import Posterior, frozen
 
 __all__ = ["SHAPES", "run", "summary"]
 

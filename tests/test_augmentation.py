@@ -14,7 +14,8 @@ from torch.nn import functional
 from tsynd.augmentation import DIRECTIONS, TargetedAugmentation
 from tsynd.errors import InputError
 from tsynd.goals import LabelLoss, Uncertainty
-from tsynd.posterior import Ensemble, MCDropout
+from tsynd.mc_dropout import MCDropout
+from tsynd.posterior import Ensemble
 
 STD = 0.4
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import tsynd
 from tsynd.fast import channels_last
 from tsynd.folding import FoldedGraph, folded_decoder
-from tsynd.posterior import MCDropout
+from tsynd.mc_dropout import MCDropout
 
 
 def settled(network: nn.Module) -> nn.Module:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tsynd import reference
 from tsynd.errors import InputError
-from tsynd.posterior import Ensemble, MCDropout
+from tsynd.mc_dropout import MCDropout
+from tsynd.posterior import Ensemble
 
 IDS = torch.tensor([5, 9, 100, 3])
 

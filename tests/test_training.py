@@ -15,7 +15,7 @@ from torch import nn
 
 from tsynd.augmentation import TargetedAugmentation
 from tsynd.errors import InputError
-from tsynd.posterior import MCDropout
+from tsynd.mc_dropout import MCDropout
 
 pytest.importorskip("monai")
 pytest.importorskip("accelerate")

@@ -19,17 +19,21 @@ _HOME = {
     "Ensemble": "posterior",
     "InputError": "errors",
     "LabelledImages": "data",
-    "MCDropout": "posterior",
+    "LaplaceHead": "laplace",
+    "MCDropout": "mc_dropout",
     "OnnxSynthesizer": "runtime",
     "Posterior": "posterior",
     "ReadOptions": "readers.options",
     "RoundsReport": "rounds",
+    "SWAGHead": "swag",
+    "SampledHead": "head_posterior",
     "SmallAutoencoder": "networks",
     "SmallResNet": "networks",
     "Status": "ascent",
     "SynthesisResult": "synthesis",
     "TargetedAugmentation": "augmentation",
     "as_autoencoder": "autoencoder",
+    "as_classifier": "classifier",
     "evaluate": "evaluation",
     "export_aoti": "export",
     "export_onnx": "export",
@@ -51,15 +55,20 @@ if TYPE_CHECKING:
     from tsynd.augmentation import TargetedAugmentation
     from tsynd.autoencoder import Autoencoder, as_autoencoder
     from tsynd.checkpoint import load_model, save_model
+    from tsynd.classifier import as_classifier
     from tsynd.data import DataSource, LabelledImages, load_data
     from tsynd.errors import InputError
     from tsynd.evaluation import evaluate
     from tsynd.export import export_aoti, export_onnx, export_torchscript
+    from tsynd.head_posterior import SampledHead
+    from tsynd.laplace import LaplaceHead
+    from tsynd.mc_dropout import MCDropout
     from tsynd.networks import SmallAutoencoder, SmallResNet
-    from tsynd.posterior import Ensemble, MCDropout, Posterior
+    from tsynd.posterior import Ensemble, Posterior
     from tsynd.readers.options import ReadOptions
     from tsynd.rounds import RoundsReport, fit_rounds
     from tsynd.runtime import OnnxSynthesizer
+    from tsynd.swag import SWAGHead
     from tsynd.synthesis import SynthesisResult, synthesize, uncertainty
     from tsynd.training import fit_autoencoder, fit_classifier
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import AscentSettings, ascend_latents, label_probability
-from tsynd.autoencoder import as_autoencoder, check_autoencoder
+from tsynd.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range
 from tsynd.checks import check_choice, check_images, check_labels
 from tsynd.clock import clock
 from tsynd.diversity import MOST_CONFIGURATIONS, group_size
 from tsynd.errors import InputError
 from tsynd.goals import LabelLoss, Measure, PlausibleGoal, Uncertainty
-from tsynd.posterior import MCDropout, Posterior, frozen
+from tsynd.mc_dropout import MCDropout
+from tsynd.posterior import Posterior, frozen
 from tsynd.typicality import LatentPrior, fit_latent_prior
 
 __all__ = ["DIRECTIONS", "TargetedAugmentation"]
@@ -294,6 +295,7 @@ class TargetedAugmentation:
         if self._checked:
             return
         check_autoencoder(self.autoencoder, check_images(images))
+        check_pixel_range(self.autoencoder, images)
         classes = None
         if posterior is not None:
             with torch.no_grad():

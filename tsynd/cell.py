@@ -19,8 +19,8 @@ from tsynd.checkpoint import load_model, save_model
 from tsynd.data import DataSource, LabelledImages, load_data
 from tsynd.evaluation import choose_conditions, evaluate, evaluate_uncertainty, spread_indices
 from tsynd.image_quality import distribution_distances, memorisation, penultimate_features, reconstruction_error
+from tsynd.mc_dropout import MCDropout
 from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.posterior import MCDropout
 from tsynd.readers.options import ReadOptions
 from tsynd.shifts import Condition
 from tsynd.storage import atomic_path, save_npz

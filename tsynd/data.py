@@ -33,6 +33,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 _PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
 
+
 @dataclass(frozen=True, eq=False)
 class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Images with their labels; a map-style `Dataset` kept in memory.
@@ -206,8 +207,7 @@ def load_data(
         f"source: {text!r} is no file, folder or known name"
         + (f"; did you mean {' or '.join(close)}?" if close else "")
         + "; wanted an .npz, a folder of class folders, a table (.csv, .tsv, .parquet), phantom[:SIZE],"
-        " phantom3d[:SIZE] or one of "
-        + ", ".join(medmnist.CLASS_NAMES)
+        " phantom3d[:SIZE] or one of " + ", ".join(medmnist.CLASS_NAMES)
     )
 
 

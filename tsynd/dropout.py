@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tsynd import ops
 from tsynd.reference import keep_count
 
-__all__ = ["AddressedDropout", "AddressedDropoutMode", "MaskSource", "dropout_kind", "expand_passes"]
+__all__ = ["AddressedDropout", "MaskSource", "addressed", "dropout_kind", "expand_passes", "path_dropout"]
 
 _ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what a dropped unit becomes (Klambauer et al., 2017)
 
@@ -54,6 +53,21 @@ def dropout_kind(target: object) -> str | None:
         return None
 
 
+def path_dropout(module: nn.Module) -> tuple[str, float] | None:
+    """Kind and rate of a module for stochastic depth (Huang et al., 2016), None for any other.
+
+    Known by their names: ``DropPath`` (timm, MONAI, and transformers' ``SwinDropPath``, ``ConvNextDropPath``, ...)
+    and torchvision's ``StochasticDepth``.
+    """
+    names = [kind.__name__ for kind in type(module).__mro__]
+    if not any(name.endswith("DropPath") or name == "StochasticDepth" for name in names):
+        return None
+    rate = getattr(module, "drop_prob", getattr(module, "p", None))
+    if not isinstance(rate, (int, float)) or not 0 < rate < 1:
+        return None
+    return "path" if getattr(module, "scale_by_keep", True) else "path_unscaled", float(rate)
+
+
 @dataclass
 class MaskSource:
     """What addresses the masks of the current call; set by the posterior before its tail runs.
@@ -76,21 +90,27 @@ def expand_passes(x: Tensor, source: MaskSource) -> Tensor:
     return x.unsqueeze(0).expand(source.samples, *x.shape).reshape(-1, *x.shape[1:])
 
 
-def _addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, source: MaskSource) -> Tensor:
+def addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, source: MaskSource) -> Tensor:
+    """[B, ...] or, ``expanded``, [T * B, ...] -> [T * B, ...] behind the dropout that its address names."""
     if not source.active or p == 0.0:
         return x if expanded else expand_passes(x, source)
     image, channels = x.shape[1:], kind.startswith("channel")
-    units = image[0] if channels else math.prod(image)
+    path = kind.startswith("path")
+    units = 1 if path else image[0] if channels else math.prod(image)
     address = (p, source.samples, source.seed, layer, source.sample_ids)
     if not kind.endswith("alpha"):
         rows = x.reshape(x.shape[0], units, -1)
-        return ops.dropout_expand(rows, *address, expanded).reshape(-1, *image)
+        out: Tensor = ops.dropout_expand(rows, *address, expanded).reshape(-1, *image)
+        if kind == "path_unscaled":
+            out = out * (keep_count(p) / 256.0)
+        return out
     spread = x.reshape(source.samples if expanded else 1, -1, *image)
     bits = ops.dropout_mask(units, *address)
     mask = bits.reshape(source.samples, -1, *((image[0], *[1] * (len(image) - 1)) if channels else image))
     keep = keep_count(p) / 256.0
     a = (keep + _ALPHA**2 * keep * (1.0 - keep)) ** -0.5
-    out: Tensor = torch.where(mask, spread, _ALPHA) * a - a * _ALPHA * (1.0 - keep)
+    kept = torch.where(mask, spread, _ALPHA)
+    out = kept * a - a * _ALPHA * (1.0 - keep)
     return out.reshape(-1, *image)
 
 
@@ -112,28 +132,4 @@ class AddressedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] or [T * B, ...] -> [T * B, ...]."""
-        return _addressed(x, self.kind, self.p, self.layer, self.expanded, self._source())
-
-
-class AddressedDropoutMode(TorchFunctionMode):
-    """Addresses every dropout call of a network that cannot be traced; layers are numbered in call order."""
-
-    def __init__(self, source: MaskSource) -> None:
-        super().__init__()
-        self.source = source
-        self.layers = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replace dropouts, pass everything else on."""
-        kwargs = kwargs or {}
-        kind = dropout_kind(func)
-        if kind is None:
-            return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        p = float(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
-        if p == 0.0:
-            return x
-        layer, self.layers = self.layers, self.layers + 1
-        return _addressed(x, kind, p, layer, True, self.source)
+        return addressed(x, self.kind, self.p, self.layer, self.expanded, self._source())

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tsynd.attacks import Attack, check_robustness, parse_attacks, perturb
 from tsynd.batches import Batches, check_task
 from tsynd.checks import resolve_device
+from tsynd.classifier import as_classifier
 from tsynd.errors import InputError
-from tsynd.posterior import MCDropout
+from tsynd.mc_dropout import MCDropout
 from tsynd.scores import errors, scores, uncertainty_scores
 from tsynd.shifts import Condition, gaussian_noise, rotation, shifts
 
@@ -111,6 +112,7 @@ def evaluate(
     if wanted:
         check_robustness()
     batches = Batches(data)
+    classifier = as_classifier(classifier)
     target = _place(classifier, device)
     modes = {module: module.training for module in classifier.modules()}
     classifier.to(target).eval()
@@ -210,6 +212,7 @@ def evaluate_uncertainty(
     """
     check_task(task)
     batches = Batches(data)
+    classifier = as_classifier(classifier)
     target = _place(classifier, device)
     classifier.to(target)
     posterior = MCDropout(classifier, samples, masks, seed)

@@ -14,7 +14,8 @@ from tsynd.ascent import AscentSettings
 from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
 from tsynd.errors import InputError
 from tsynd.evaluation import Batches
-from tsynd.posterior import MCDropout, frozen
+from tsynd.mc_dropout import MCDropout
+from tsynd.posterior import frozen
 from tsynd.synthesis import SynthesisResult, synthesize
 from tsynd.training import FitReport, fit_classifier
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tsynd.dropout import AddressedDropout, MaskSource, dropout_kind, expand_passes
+from tsynd.dropout import AddressedDropout, MaskSource, dropout_kind, expand_passes, path_dropout
 
 __all__ = ["LinearHead", "NoDropoutError", "Split", "active_dropouts", "split_at_dropout"]
 
@@ -31,13 +31,14 @@ class Split:
     """A traced network in two parts that share its parameters.
 
     Attributes:
-        trunk: images [B, ...] -> tuple of tensors [B, ...], without any randomness.
+        trunk: images [B, ...] -> tuple of tensors [B, ...], without any randomness; an fx.GraphModule where the
+            network was traced.
         tail: those tensors -> logits [T * B, C], pass-major, masks from the current :class:`MaskSource`.
         head: set where the tail is dropout -> linear on the trunk's only output (flattened).
     """
 
-    trunk: fx.GraphModule
-    tail: fx.GraphModule
+    trunk: nn.Module
+    tail: nn.Module
     head: LinearHead | None
 
 
@@ -49,39 +50,58 @@ def active_dropouts(network: nn.Module) -> list[str]:
 class _Tracer(fx.Tracer):
     """Looks inside torch's own containers where they hold an active dropout."""
 
+    def __init__(self, stochastic_depth: bool) -> None:
+        super().__init__()
+        self._stochastic_depth = stochastic_depth
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self._stochastic_depth and path_dropout(m) is not None:
+            return True
         if dropout_kind(m) is None and active_dropouts(m):
             return False
         return super().is_leaf_module(m, module_qualified_name)
 
 
-def _stochastic(node: fx.Node, network: nn.Module) -> tuple[str, float] | None:
-    """Kind and drop probability of an active dropout node."""
+def _stochastic(node: fx.Node, network: nn.Module, stochastic_depth: bool) -> tuple[str, float] | None:
+    """Kind and drop probability of an active dropout node.
+
+    Raises:
+        NotImplementedError: attention whose dropout happens inside a call.
+    """
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
+        if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            raise NotImplementedError("dropout inside attention")
+        if stochastic_depth and (path := path_dropout(module)) is not None:
+            return path
         kind = dropout_kind(module)
         return (kind, float(module.p)) if kind and float(module.p) > 0.0 else None  # type: ignore[arg-type]
     if node.op == "call_function":
+        if node.target is nn.functional.scaled_dot_product_attention:
+            rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+            if rate != 0.0:
+                raise NotImplementedError("dropout inside attention")
         kind = dropout_kind(node.target)
         p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
         return (kind, float(p)) if kind and isinstance(p, (int, float)) and p > 0.0 else None
     return None
 
 
-def split_at_dropout(network: nn.Module, source: Callable[[], MaskSource]) -> Split:
+def split_at_dropout(network: nn.Module, source: Callable[[], MaskSource], stochastic_depth: bool = False) -> Split:
     """Trace the network in eval mode and split it.
 
     Args:
         network: in eval mode; its parameters are shared, not copied.
         source: gives the masks' address at run time.
+        stochastic_depth: whether modules for stochastic depth count as dropouts.
 
     Raises:
         NoDropoutError: nothing in the traced graph is an active dropout.
         Exception: whatever torch.fx raises for a network that cannot be traced.
     """
-    graph = fx.GraphModule(network, _Tracer().trace(network)).graph
+    graph = fx.GraphModule(network, _Tracer(stochastic_depth).trace(network)).graph
     graph.eliminate_dead_code()
-    dropouts = {node: found for node in graph.nodes if (found := _stochastic(node, network))}
+    dropouts = {node: found for node in graph.nodes if (found := _stochastic(node, network, stochastic_depth))}
     if not dropouts:
         raise NoDropoutError("no active dropout")
     tail: set[fx.Node] = set()

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings, ascend_latents
-from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
+from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, check_pixel_range
 from tsynd.checks import check_choice, resolve_device
 from tsynd.clock import Phases
 from tsynd.errors import InputError
 from tsynd.fast import GraphedAscent, channels_last, fetch, send
 from tsynd.folding import folded_decoder
 from tsynd.goals import PlausibleGoal, Uncertainty
-from tsynd.posterior import Posterior, as_posterior, frozen
+from tsynd.mc_dropout import as_posterior
+from tsynd.posterior import Posterior, frozen
 from tsynd.source import Batch
 from tsynd.stages import kept_per_image, staged
 
@@ -252,6 +253,7 @@ def place(posterior: Posterior, model: Autoencoder | None, device: torch.device 
 def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> int:
     """Run both models on one image; return the number of classes."""
     check_autoencoder(model, image)
+    check_pixel_range(model, image)
     try:
         with torch.no_grad():
             logits = posterior.logits(image)

@@ -18,7 +18,8 @@ from tsynd.checks import channels_first, check_images
 from tsynd.clock import Phases
 from tsynd.collect import Collector
 from tsynd.errors import InputError
-from tsynd.posterior import Posterior, as_posterior
+from tsynd.mc_dropout import as_posterior
+from tsynd.posterior import Posterior
 from tsynd.progress import progress_bar
 from tsynd.source import ImageSource
 from tsynd.storage import save_class_folders, save_npz, to_uint8

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from tsynd.autoencoder import ReconstructionLoss, check_autoencoder, measure_latent_std
 from tsynd.checks import resolve_device
+from tsynd.classifier import as_classifier
 from tsynd.clock import clock
 from tsynd.errors import InputError, require
 from tsynd.evaluation import Batches, check_task, evaluate
@@ -374,7 +375,7 @@ def fit_classifier(
     _check_settings(settings | {"augmentation_weight": augmentation_weight, "warmup_fraction": warmup_fraction})
     if warmup_fraction > 1:
         raise InputError(f"warmup_fraction: got {warmup_fraction}, wanted a number in [0, 1]")
-    batches = Batches(data)
+    batches, classifier = Batches(data), as_classifier(classifier)
     loop = _Loop(classifier, batches, device, settings)
     with torch.no_grad():
         shape = list(classifier.eval()(batches(torch.tensor([0]))[0].to(loop.device)).shape)

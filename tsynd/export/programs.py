@@ -20,8 +20,9 @@ from tsynd.checks import check_choice
 from tsynd.errors import InputError
 from tsynd.fast import contiguous
 from tsynd.folding import folded_decoder
+from tsynd.mc_dropout import MCDropout, as_posterior
 from tsynd.microbatch import undivided
-from tsynd.posterior import MCDropout, Posterior, as_posterior, frozen
+from tsynd.posterior import Posterior, frozen
 from tsynd.runtime import FORMAT_VERSION, KINDS
 from tsynd.version import __version__
 
