@@ -77,13 +77,19 @@ docs: build
 	$(BIN)/python -m mkdocs build --strict -q
 	@echo "open build/site/index.html"
 
+# built once, tried with each torch of WHEEL_TORCH in an empty environment; then every extra must resolve
+WHEEL_TORCH ?= $(TORCH)
 wheel: $(VENV)/.torch $(SOURCES)
 	rm -rf dist $(VENV)-wheel
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
-	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/pip install -q "$(TORCH)" numpy
-	$(VENV)-wheel/bin/pip install -q --no-deps dist/tsynd-*.whl
-	cd "$$(mktemp -d)" && "$(abspath $(VENV)-wheel)/bin/python" "$(abspath tests/smoke.py)"
+	for torch in $(WHEEL_TORCH); do \
+	  $(PYTHON) -m venv --clear $(VENV)-wheel && $(VENV)-wheel/bin/pip install -q "$$torch" numpy && \
+	  $(VENV)-wheel/bin/pip install -q --no-deps dist/tsynd-*.whl && $(VENV)-wheel/bin/pip check && \
+	  (cd "$$(mktemp -d)" && "$(abspath $(VENV)-wheel)/bin/python" "$(abspath tests/smoke.py)") || exit 1; \
+	done
+	for extra in all onnx-gpu docs; do \
+	  $(VENV)-wheel/bin/pip install -q --dry-run "$$(ls dist/tsynd-*.whl)[$$extra]" || exit 1; \
+	done
 	rm -rf $(VENV)-wheel
 
 lint: build

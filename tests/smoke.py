@@ -17,6 +17,6 @@ pair = (torch.nn.Identity(), torch.nn.Identity())
 result = tsynd.synthesize(pair, classifier, torch.rand(20, 1, 8, 8), progress=False)
 assert (result.uncertainty >= result.initial_uncertainty).all()
 print(
-    f"tsynd {tsynd.__version__} from {tsynd.__file__}: {len(result)} images, "
+    f"tsynd {tsynd.__version__} with torch {torch.__version__} from {tsynd.__file__}: {len(result)} images, "
     f"{float(result.initial_uncertainty.mean()):.4f} -> {float(result.uncertainty.mean()):.4f} nats"
 )
