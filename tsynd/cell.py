@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.arms import Arm, parse_arm
+from tsynd.batches import parts
 from tsynd.checkpoint import load_model, save_model
 from tsynd.data import DataSource, LabelledImages, load_data
 from tsynd.evaluation import choose_conditions, evaluate, evaluate_uncertainty, spread_indices
@@ -228,14 +229,14 @@ def _quality(
     augmentation = make_augmentation(whole, autoencoder, place.settings, source.task, _SPACING * cell.seed + _FRESH)
     chosen = spread_indices(source.train.labels, _MOST_IMAGES)
     train, labels = (part.to(device) for part in source.train.batch(chosen))
-    augmentation.prepare(torch.split(train, 256))
+    augmentation.prepare(parts(train))
     augmentation.set_progress(1.0)
     size = place.settings.batch_size
     made = torch.cat(
         [augmentation(model, x, y)[0] for x, y in zip(torch.split(train, size), torch.split(labels, size), strict=True)]
     )
     with torch.no_grad():
-        start = torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) for x in torch.split(train, 256)])
+        start = torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) for x in parts(train)])
     posterior = MCDropout(model, place.settings.uncertainty_samples, place.settings.masks, _FRESH)
     with posterior.frozen(), torch.no_grad():
         ids = torch.arange(len(train), device=device)
@@ -273,6 +274,6 @@ def _quality(
 
 
 def _predicts(model: nn.Module, images: Tensor, labels: Tensor, task: str) -> float:
-    logits = torch.cat([model(part) for part in torch.split(images, 256)])
+    logits = torch.cat([model(part) for part in parts(images)])
     right = logits.argmax(1) == labels if task == "multiclass" else ((logits > 0) == (labels > 0.5)).all(1)
     return float(right.double().mean())

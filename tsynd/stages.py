@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["Staged", "kept_per_image", "staged"]
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -22,7 +25,7 @@ class _Kept:
     """Memory that autograd holds for the backward pass.
 
     Attributes:
-        storages: address -> bytes.
+        storages: id -> bytes.
     """
 
     storages: dict[int, int] = field(default_factory=dict)
@@ -33,8 +36,8 @@ class _Kept:
 
     def _note(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        self.storages.setdefault(storage.data_ptr(), storage.nbytes())
-        return x  # held by the graph, so that no other tensor comes to lie at its address
+        self.storages.setdefault(storage._cdata, storage.nbytes())
+        return x  # held by the graph, so that no other storage takes its place
 
     def total(self) -> int:
         """Bytes in all."""
@@ -49,14 +52,23 @@ def kept_per_image(run: Callable[[Tensor], Any], one: Tensor) -> int:
         one: [1, ...], what a single image starts from.
     """
 
-    def kept(count: int) -> int:
+    def kept(count: int, one: Tensor) -> int:
         ledger, leaf = _Kept(), torch.cat([one] * count).requires_grad_(True)
         with torch.enable_grad(), ledger.watch():
             out = run(leaf)
         del out
         return ledger.total()
 
-    return max(kept(2) - kept(1), one.nbytes)
+    return _imagined(lambda x: max(kept(2, x) - kept(1, x), one.nbytes), one)
+
+
+def _imagined(measure: Callable[[Tensor], Found], one: Tensor) -> Found:
+    """What is measured on a tensor without values or memory; on the real one where code looks at values."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return measure(mode.from_tensor(one.detach()))
+    except Exception:  # whatever a model's own code raises without values
+        return measure(one.detach())
 
 
 @dataclass(frozen=True)
@@ -95,9 +107,14 @@ def staged(run: Callable[[Tensor], Any], one: Tensor, keep_last: bool = False) -
     traced = isinstance(run, fx.GraphModule) and sum(node.op == "placeholder" for node in run.graph.nodes) == 1
     if not isinstance(run, fx.GraphModule) or not traced:
         return Staged([run], kept_per_image(run, one), keep_last)
-    weighing = _Weighing(run)
-    with torch.enable_grad():
-        weighing.run(one.detach().requires_grad_(True))
+
+    def weigh(x: Tensor) -> _Weighing:
+        weighing = _Weighing(run)
+        with torch.enable_grad():
+            weighing.run(x.requires_grad_(True))
+        return weighing
+
+    weighing = _imagined(weigh, one)
     pieces, heaviest = _cut(run, weighing)
     return Staged(pieces, heaviest, keep_last)
 
@@ -109,7 +126,8 @@ class _Weighing(fx.Interpreter):
         super().__init__(module)
         self.given: dict[fx.Node, int] = {}
         self.kept: dict[fx.Node, int] = {}
-        self._ledger = _Kept({x.untyped_storage().data_ptr(): 0 for x in module.state_dict().values()})
+        weights = [*module.parameters(), *module.buffers()]
+        self._ledger = _Kept({x.untyped_storage()._cdata: 0 for x in weights})
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings
 from tsynd.autoencoder import measure_latent_std
+from tsynd.batches import at_once
 from tsynd.checks import channels_first, check_images
 from tsynd.clock import Phases
 from tsynd.collect import Collector
@@ -241,7 +242,7 @@ def uncertainty(
         masks: ``shared`` or ``independent``.
         seed: of the posterior samples.
         sample_ids: see :func:`synthesize`.
-        batch_size: images at once.
+        batch_size: images at once; fewer where they are large.
 
     Returns:
         [N] float32 in nats, on the CPU.
@@ -251,7 +252,7 @@ def uncertainty(
     device = place(posterior, None, None)
     values = []
     with posterior.frozen(), torch.no_grad():
-        for batch in source.batches(batch_size):
+        for batch in source.batches(at_once(source.first.numel(), batch_size)):
             ids = batch.sample_ids.to(device)
             values.append(posterior.uncertainty(batch.images.to(device), ids, objective, task).cpu())
     return torch.cat(values)
