@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tsynd.batches import at_once
 from tsynd.errors import InputError, require
 from tsynd.posterior import frozen
 
@@ -128,7 +129,7 @@ def perturb(
         task: "multiclass" or "multilabel".
         seed: of PGD's start and Square's squares; the global random states are left as they were.
         steps: of PGD or Square; 20 and 100 by default.
-        batch_size: images at a time.
+        batch_size: images at a time; fewer where they are large.
 
     Returns:
         [N, C, H, W] in [0, 1], within the budget of the images (to float32 rounding).
@@ -138,6 +139,7 @@ def perturb(
         InputError: one logit only.
     """
     check_robustness()
+    batch_size = at_once(images[:1].numel() or 1, batch_size)
     evasion = require("art.attacks.evasion", "robustness")
     projected = require(
         "art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch", "robustness"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.arms import Arm, parse_arm
+from tsynd.batches import parts
 from tsynd.checkpoint import load_model, save_model
 from tsynd.data import DataSource, LabelledImages, load_data
 from tsynd.evaluation import choose_conditions, evaluate, evaluate_uncertainty, spread_indices
@@ -55,7 +56,9 @@ def train_autoencoder(place: Workplace, size: int, seed: int) -> None:
     settings, source = place.settings, _load(place.data, size, seed, place.settings.reading)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SmallAutoencoder(source.channels, settings.latent_channels, settings.autoencoder_widths)
+        model = SmallAutoencoder(
+            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
+        )
     fit_autoencoder(
         model,
         source.unlabelled if settings.autoencoder_data == "all" else source.train,
@@ -127,7 +130,11 @@ def _train(
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)  # the same first weights in all arms
         model = SmallResNet(
-            source.channels, source.num_classes, dropout=settings.dropout, dropout_rate=settings.dropout_rate
+            source.channels,
+            source.num_classes,
+            dropout=settings.dropout,
+            dropout_rate=settings.dropout_rate,
+            spatial_dims=source.spatial_dims,
         )
     training = {
         "augmentation_weight": settings.augmentation_weight,
@@ -222,14 +229,14 @@ def _quality(
     augmentation = make_augmentation(whole, autoencoder, place.settings, source.task, _SPACING * cell.seed + _FRESH)
     chosen = spread_indices(source.train.labels, _MOST_IMAGES)
     train, labels = (part.to(device) for part in source.train.batch(chosen))
-    augmentation.prepare(torch.split(train, 256))
+    augmentation.prepare(parts(train))
     augmentation.set_progress(1.0)
     size = place.settings.batch_size
     made = torch.cat(
         [augmentation(model, x, y)[0] for x, y in zip(torch.split(train, size), torch.split(labels, size), strict=True)]
     )
     with torch.no_grad():
-        start = torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) for x in torch.split(train, 256)])
+        start = torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) for x in parts(train)])
     posterior = MCDropout(model, place.settings.uncertainty_samples, place.settings.masks, _FRESH)
     with posterior.frozen(), torch.no_grad():
         ids = torch.arange(len(train), device=device)
@@ -267,6 +274,6 @@ def _quality(
 
 
 def _predicts(model: nn.Module, images: Tensor, labels: Tensor, task: str) -> float:
-    logits = torch.cat([model(part) for part in torch.split(images, 256)])
+    logits = torch.cat([model(part) for part in parts(images)])
     right = logits.argmax(1) == labels if task == "multiclass" else ((logits > 0) == (labels > 0.5)).all(1)
     return float(right.double().mean())

@@ -182,6 +182,8 @@ def synthesize(
         raise InputError(
             f"classifier: was trained for {', '.join(names)}, but the data have {', '.join(source.class_names)}"
         )
+    if source.spatial_dims == 3 and output.suffix != ".npz":
+        raise InputError(f"output: got {output} for volumes, wanted an .npz file: folders of PNG hold pictures")
     part = getattr(source, split)
     result = synthesis.synthesize(
         encoder,

@@ -16,7 +16,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="MedMNIST-style .npz; folder of class folders of PNG, JPEG, TIFF, DICOM or NIfTI files; table of them"
-        " (.csv, .tsv, .parquet); MedMNIST name (pneumoniamnist, ...) or 'phantom'.",
+        " (.csv, .tsv, .parquet); MedMNIST name (pneumoniamnist, ...) 'phantom' or 'phantom3d'.",
     ),
 ]
 TrainSize = Annotated[int | None, typer.Option(help="Labelled training images; all by default.")]

@@ -18,6 +18,7 @@ from tsynd.checks import channels_first, check_labels, shape_of, unit_pixels
 from tsynd.errors import InputError
 from tsynd.files import FileTree
 from tsynd.phantom import phantom
+from tsynd.phantom3d import phantom3d
 from tsynd.readers.entries import SPLITS, Listing, gather, read_entries
 from tsynd.readers.folders import list_folder
 from tsynd.readers.huggingface import is_dataset, read_dataset
@@ -29,6 +30,8 @@ from tsynd.splits import check_apart, split, stratified_order
 __all__ = ["DataSource", "LabelledImages", "find_class_names", "load_data"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+_PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +153,7 @@ def load_data(
             - a Hugging Face `datasets.Dataset` or `DatasetDict` with an image and a label column;
             - a MedMNIST set, as `pneumoniamnist`, `bloodmnist_64` or `nodulemnist3d`: downloaded once, into the folder
               that the variable TSYND_DATA names or the user's cache;
-            - `phantom` or `phantom:SIZE`.
+            - `phantom` or `phantom:SIZE`, pictures of cells; `phantom3d` or `phantom3d:SIZE`, volumes of nodules.
 
             Without a val split 15 % of train becomes it; without any split the shares are 70/15/15. Where the source
             tells patients apart, none has images in two splits. Images are held in 8 bits.
@@ -184,10 +187,10 @@ def load_data(
     if not listed and (given := options.given()):
         name = next(iter(given))
         raise InputError(f"{name}: {given[name]!r}; wanted only with a folder of image files, a table or a Dataset")
-    if is_name and kind == "phantom":
+    if is_name and kind in _PHANTOMS:
         if size and not size.isdecimal():
-            raise InputError(f"source: {text!r}; wanted 'phantom' or 'phantom:SIZE', such as 'phantom:64'")
-        return _assemble(phantom(int(size or 28)), text, text, train_size, seed)
+            raise InputError(f"source: {text!r}; wanted '{kind}' or '{kind}:SIZE', such as '{kind}:64'")
+        return _assemble(_PHANTOMS[kind](int(size or 28)), text, text, train_size, seed)
     if is_name and known in medmnist.MD5:
         path = medmnist.download(known)
         return _assemble(_read_npz(path), known, str(path), train_size, seed)
@@ -199,12 +202,12 @@ def load_data(
         return _assemble(arrays, name, text, train_size, seed)
     if path.is_file():
         return _assemble(_read_npz(path), path.stem, text, train_size, seed)
-    close = difflib.get_close_matches(known, ["phantom", *medmnist.MD5], n=3)
+    close = difflib.get_close_matches(known, [*_PHANTOMS, *medmnist.MD5], n=3)
     raise InputError(
         f"source: {text!r} is no file, folder or known name"
         + (f"; did you mean {' or '.join(close)}?" if close else "")
-        + "; wanted an .npz, a folder of class folders, a table (.csv, .tsv, .parquet), phantom[:SIZE] or one of "
-        + ", ".join(medmnist.CLASS_NAMES)
+        + "; wanted an .npz, a folder of class folders, a table (.csv, .tsv, .parquet), phantom[:SIZE],"
+        + f" phantom3d[:SIZE] or one of {', '.join(medmnist.CLASS_NAMES)}"
     )
 
 

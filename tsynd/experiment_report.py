@@ -25,6 +25,7 @@ from tsynd.experiment_tables import (
     to_markdown,
 )
 from tsynd.figures import inline_png, nats
+from tsynd.planes import centre
 from tsynd.readers.options import plain_settings
 from tsynd.report import STYLE
 from tsynd.saliency import grad_cam, overlay
@@ -185,7 +186,8 @@ def _picture(pixels: np.ndarray[Any, Any], title: str, note: str) -> str:
 
 
 def _rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Uint8 [C, H, W] as [H, W, 3]."""
+    """Uint8 [C, H, W], or the middle slice of [C, D, H, W], as [H, W, 3]."""
+    image = centre(torch.from_numpy(image)).numpy()
     coloured = image if len(image) == 3 else image[:1].repeat(3, 0)
     return np.ascontiguousarray(coloured.transpose(1, 2, 0))
 
@@ -238,7 +240,7 @@ def _looks(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
             logits = model(images)
         chances = logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()
         for card, x, h, p, k in zip(cards, images, heat, chances, asked, strict=True):
-            card.append(_picture(overlay(x, h), label_of(arm), f"p = {p[k]:.2f}"))
+            card.append(_picture(overlay(centre(x), centre(h[None])[0]), label_of(arm), f"p = {p[k]:.2f}"))
     style = f"grid-template-columns: repeat({1 + len(compared)}, minmax(0, 1fr))"
     blocks = [
         f'<div class="example"><b>{html.escape(facts["class_names"][int(k)])}</b>'

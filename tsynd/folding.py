@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,20 @@ def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
     return norm.running_mean is not None and norm.running_var is not None and not any(hooks)
 
 
+class _Tracer(fx.Tracer):
+    """Leaves whole what it cannot look into."""
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        stack = OrderedDict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:  # whatever the module's own code raises under tracing
+            self.module_stack = stack
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
 class _Decode(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -103,7 +118,10 @@ def folded_decoder(model: Any, latents: Tensor) -> Callable[[Tensor], Tensor]:
     if not isinstance(model, nn.Module):
         return decode
     try:
-        folded = FoldedGraph(fx.symbolic_trace(_Decode(model).eval())).module
+        root = _Decode(model).eval()
+        traced = fx.GraphModule(root, _Tracer().trace(root))
+        traced.graph.eliminate_dead_code()  # what was begun of modules that then stayed whole
+        folded = FoldedGraph(traced).module
         with torch.no_grad():
             wanted, got = decode(latents), folded(latents)
         same = torch.allclose(got, wanted, rtol=1e-2, atol=1e-3, equal_nan=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from tsynd.ascent import AscentSettings, Status
 from tsynd.augmentation import TargetedAugmentation
+from tsynd.batches import at_once
 from tsynd.checkpoint import load_model, save_model
 from tsynd.checks import resolve_device
 from tsynd.clock import Phases
@@ -124,7 +126,7 @@ def run(
     def train_autoencoder(path: Path) -> dict[str, Any]:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            model = SmallAutoencoder(source.channels)
+            model = SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
         images = source.unlabelled if settings.autoencoder_data == "all" else source.train
         fit_autoencoder(
             model,
@@ -143,7 +145,9 @@ def run(
     def train_classifier(path: Path, augmentation: TargetedAugmentation | None) -> dict[str, Any]:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            model = SmallResNet(source.channels, source.num_classes, dropout=settings.dropout)
+            model = SmallResNet(
+                source.channels, source.num_classes, dropout=settings.dropout, spatial_dims=source.spatial_dims
+            )
         report = fit_classifier(
             model,
             source.train,
@@ -248,9 +252,9 @@ def _synthesise(
     return {"images_per_second": round(speed, 2), "phases": phases.rounded()}
 
 
-def _decode(autoencoder: Any, latents: Tensor, device: str) -> Tensor:
+def _decode(autoencoder: Any, latents: Tensor, device: str, values: int) -> Tensor:
     with torch.no_grad():
-        parts = [autoencoder.decode(z.to(device)).clamp(0, 1).cpu() for z in latents.split(256)]  # type: ignore[no-untyped-call]
+        parts = [autoencoder.decode(z.to(device)).clamp(0, 1).cpu() for z in latents.split(at_once(values))]  # type: ignore[no-untyped-call]
     return torch.cat(parts)
 
 
@@ -268,7 +272,7 @@ def _finish(
     phases = Phases()
     with phases("reconstructions"):
         result = load_result(job.folder / "synthetic.npz")
-        reconstructions = _decode(autoencoder, result.source_latents, device)
+        reconstructions = _decode(autoencoder, result.source_latents, device, math.prod(source.image_shape))
 
     def fresh(images: Tensor) -> Tensor:
         return uncertainty(
@@ -344,18 +348,19 @@ def _draw(
     after: Tensor,
     source: DataSource,
 ) -> None:
-    """Four examples of typical gain, one class after another."""
+    """Examples of typical gain, one class after another: four pictures, or two volumes."""
+    count = 4 if source.spatial_dims == 2 else 2
     if source.task == "multiclass":
         typical = []
-        for number in range(4):
+        for number in range(count):
             members = (train.labels == number % source.num_classes).nonzero()[:, 0]
             members = members if len(members) else torch.arange(len(train))
             order = members[(after - before)[members].argsort()]
             typical.append(int(order[min(len(order) - 1, len(order) * (5 + number // source.num_classes) // 10)]))
         labels = [source.class_names[int(train.labels[i])] for i in typical]
     else:
-        typical = np.linspace(0, len(train) - 1, 4).astype(int).tolist()
-        labels = [""] * 4
+        typical = np.linspace(0, len(train) - 1, count).astype(int).tolist()
+        labels = [""] * count
     pick = torch.tensor(typical)
     draw_examples(
         path,

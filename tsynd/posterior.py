@@ -19,6 +19,7 @@ from tsynd.folding import FoldedGraph
 from tsynd.microbatch import Passes, images_at_once, passes_logits, passes_uncertainty
 from tsynd.reference import OBJECTIVES, TASKS, keep_count
 from tsynd.splitting import LinearHead, NoDropoutError, Split, split_at_dropout
+from tsynd.stages import staged
 
 __all__ = ["Ensemble", "MCDropout", "Posterior", "as_posterior", "frozen"]
 
@@ -117,6 +118,15 @@ class Posterior(ABC):
         """Inside, what runs once per image goes through ``torch.compile`` where the posterior can tell it apart."""
         yield self
 
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """Inside, what runs once per image is cut into stages, see ``tsynd.stages``; gives the heaviest one's bytes.
+
+        Args:
+            image: [1, C, ...] in [0, 1], to measure with.
+        """
+        yield 0
+
 
 class Ensemble(Posterior):
     """Independently trained classifiers as posterior samples (Lakshminarayanan et al., 2017).
@@ -146,6 +156,16 @@ class Ensemble(Posterior):
         self._runners = tuple(torch.compile(network, dynamic=False) for network in self.networks)
         try:
             yield self
+        finally:
+            self._runners = self.networks
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """See :meth:`Posterior.staged`; every network is one stage."""
+        stages = [staged(network, image) for network in self.networks]
+        self._runners = tuple(stages)
+        try:
+            yield max(stage.heaviest for stage in stages)
         finally:
             self._runners = self.networks
 
@@ -285,6 +305,18 @@ class MCDropout(Posterior):
             self._trunk = torch.compile(plain or self._split.trunk, dynamic=False)
         try:
             yield self
+        finally:
+            self._trunk = plain
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """See :meth:`Posterior.staged`; the part before the first dropout."""
+        plain, heaviest = self._trunk, 0
+        if self._split is not None:
+            stages = staged(plain or self._split.trunk, image, keep_last=True)
+            self._trunk, heaviest = stages, stages.heaviest
+        try:
+            yield heaviest
         finally:
             self._trunk = plain
 

@@ -36,7 +36,7 @@ class ShardSettings:
         split: of the data.
         reading: how its files are read.
         shard_size: images per shard.
-        image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W]).
+        image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W] or, of volumes, [C, D, H, W]).
         objective, samples, masks, steps, radius, label_consistency, seed, batch_size, precision: see
             :func:`tsynd.synthesize`. Sample ids are positions in the data.
         device: of each worker; None takes a GPU where there is one.
@@ -139,6 +139,8 @@ class ShardWorker:
                 "autoencoder: has no latent_std, which every shard must share; fit_autoencoder measures it"
             )
         first = self.source.read(0, 1)
+        if settings.image_format == "png" and first.images.ndim == 5:
+            raise InputError("image_format: png holds pictures, the data are volumes; use npy")
         if settings.image_format == "png" and first.images.shape[1] not in (1, 3):
             raise InputError(
                 f"image_format: png holds 1 or 3 channels, the images have {first.images.shape[1]}; use npy"

@@ -54,7 +54,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sample:
-    """One targeted image: ``image`` uint8 [H, W] or [H, W, C], or float32 [C, H, W] for npy; and its row."""
+    """One targeted image: ``image`` uint8 [H, W] or [H, W, C], or float32 [C, ...] for npy; and its row."""
 
     sample_id: int
     image: np.ndarray[Any, Any]

@@ -70,7 +70,8 @@ def open_source(source: str, split: str = "train", options: ReadOptions | None =
         source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones unpacked once
             into the cache folder, see ``tsynd.files``); a folder or a table of image files as there; a WebDataset tar,
             a folder of tars, or a pattern with ``*`` or ``{000..099}``; any of these but tables behind an fsspec
-            address such as ``s3://bucket/images.npz``; a MedMNIST name or ``phantom``.
+            address such as ``s3://bucket/images.npz``; a MedMNIST name, ``phantom`` or
+            ``phantom3d``.
         split: which of the source's own splits to take; a source without splits is taken whole.
         options: how the files of a folder or table are read; every file must be one image.
 
@@ -159,7 +160,7 @@ class _Npz(RangeSource):
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
-    """An image file's bytes as uint8 [C, H, W]."""
+    """An image file's bytes as uint8 [C, H, W]; an .npy may also hold a volume [C, D, H, W], and float32."""
     if name.endswith(".npy"):
         try:
             array = np.load(io.BytesIO(content), allow_pickle=False)
@@ -167,8 +168,10 @@ def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
             raise InputError(f"{name}: damaged .npy ({error})") from None
         if array.ndim == 2:
             array = array[None]
-        if array.ndim != 3 or array.dtype.kind not in "uf":
-            raise InputError(f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W] or [C, H, W], uint8 or float")
+        if array.ndim not in (3, 4) or array.dtype.kind not in "uf":
+            raise InputError(
+                f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W], [C, H, W] or [C, D, H, W], uint8 or float"
+            )
         return np.asarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
     return read_image(content, "picture", name, ReadOptions())[0][0]
 

@@ -118,11 +118,13 @@ def save_class_folders(path: str | Path, images: object, labels: object, class_n
         class_names: the name of every class.
 
     Raises:
-        InputError: bad images or labels, multilabel ones included, or `path` holds something.
+        InputError: bad images or labels, multilabel ones and volumes included, or `path` holds something.
         MissingExtraError: pillow is not installed.
     """
     pillow = require("PIL.Image", "data")
     pixels = to_uint8(images)
+    if as_tensor(images, "images").ndim == 5:
+        raise InputError(f"images: {len(pixels)} volumes; class folders hold pictures, save volumes as .npz")
     y = as_tensor(labels, "labels")
     if y.ndim == 2 and y.shape[1] > 1:
         raise InputError(f"labels: {shape_of(y)} is multilabel; class folders hold one class per image, use save_npz")

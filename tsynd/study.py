@@ -188,8 +188,16 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     parse_attacks(settings.attacks)
     with torch.random.fork_rng(devices=[]):
-        SmallResNet(source.channels, source.num_classes, dropout=settings.dropout, dropout_rate=settings.dropout_rate)
-        autoencoder = SmallAutoencoder(source.channels, settings.latent_channels, settings.autoencoder_widths)
+        SmallResNet(
+            source.channels,
+            source.num_classes,
+            dropout=settings.dropout,
+            dropout_rate=settings.dropout_rate,
+            spatial_dims=source.spatial_dims,
+        )
+        autoencoder = SmallAutoencoder(
+            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
+        )
     check_autoencoder(autoencoder.eval(), source.train.batch(torch.tensor([0]))[0])
     autoencoder.latent_std.fill_(1.0)
     for arm in arms:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings
 from tsynd.autoencoder import measure_latent_std
+from tsynd.batches import at_once
 from tsynd.checks import channels_first, check_images
 from tsynd.clock import Phases
 from tsynd.collect import Collector
@@ -128,6 +129,8 @@ def synthesize(
     device: torch.device | str | None = None,
     precision: str = "float32",
     compile: bool = False,
+    checkpointing: bool | None = None,
+    memory_limit: float | None = None,
     progress: bool = True,
     phases: Phases | None = None,
 ) -> SynthesisResult:
@@ -156,8 +159,8 @@ def synthesize(
             probability; None for no limit.
         latent_std: standard deviation of the latents; None takes the autoencoder's ``latent_std`` or else measures
             it over the images.
-        batch_size: images at once, on a CPU rounded up to a multiple of 16; None picks one. Out of memory halves it
-            and goes on.
+        batch_size: images at once, on a CPU rounded up to a multiple of 16 (of fewer where 16 would keep more than
+            half a GiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
         seed: of the posterior samples.
         sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
         device: where to work (the models are moved there); None is where the classifier is.
@@ -165,6 +168,11 @@ def synthesize(
         compile: send the decoder and the classifier's part before its first dropout through ``torch.compile``, and on
             a GPU replay the steps of a batch as a CUDA graph. Worth its minute for many batches; the images then
             equal those without it to float tolerance only.
+        checkpointing: gradient checkpointing: keep few of the decoder's and the classifier's activations and make the
+            others again when the gradient needs them. The images stay the same; it takes less memory and about 1.4
+            times as long. None does so where the activations would take more than ``memory_limit``.
+        memory_limit: GiB that the activations of the images at once may take, by what one image is seen to keep; a
+            single image is worked on even if it takes more. None is 2 on a CPU, half of what is free on a GPU.
         progress: show a bar where rich is installed.
         phases: takes the seconds spent on ``prepare``, ``encode``, ``decode``, ``uncertainty`` (with its gradient
             from the features on), ``backward`` (the other gradients, and the steps) and ``collect``; not with
@@ -191,6 +199,8 @@ def synthesize(
             device=device,
             precision=precision,
             compile=compile,
+            checkpointing=checkpointing,
+            memory_limit=memory_limit,
             phases=phases,
         )
         source = ImageSource(images, labels, sample_ids, task)
@@ -231,7 +241,7 @@ def uncertainty(
         masks: ``shared`` or ``independent``.
         seed: of the posterior samples.
         sample_ids: see :func:`synthesize`.
-        batch_size: images at once.
+        batch_size: images at once; fewer where they are large.
 
     Returns:
         [N] float32 in nats, on the CPU.
@@ -241,7 +251,7 @@ def uncertainty(
     device = place(posterior, None, None)
     values = []
     with posterior.frozen(), torch.no_grad():
-        for batch in source.batches(batch_size):
+        for batch in source.batches(at_once(source.first.numel(), batch_size)):
             ids = batch.sample_ids.to(device)
             values.append(posterior.uncertainty(batch.images.to(device), ids, objective, task).cpu())
     return torch.cat(values)

@@ -119,9 +119,9 @@ def _fit(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         network: torch.nn.Module = (
-            SmallAutoencoder(source.channels)
+            SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
             if settings.model == "autoencoder"
-            else SmallResNet(source.channels, source.num_classes)
+            else SmallResNet(source.channels, source.num_classes, spatial_dims=source.spatial_dims)
         )
     shared: dict[str, Any] = {
         "iterations": settings.iterations,

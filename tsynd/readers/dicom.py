@@ -281,5 +281,4 @@ def _own_window(values: Array, header: Any, where: str) -> Array:
     with np.errstate(over="ignore"):
         shown: Array = require("pydicom.pixels", "medical").apply_windowing(both, header)
     low, high = shown[-2:]
-    unit: Array = ((shown[:-2] - low) / (high - low)).clip(0, 1).astype(np.float32)
-    return unit.reshape(values.shape)
+    return to_unit((shown[:-2] - low) / (high - low), 0, 1).reshape(values.shape)
