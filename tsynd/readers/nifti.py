@@ -61,7 +61,7 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
         raise InputError(f"{where}: truncated or damaged voxels ({type(error).__name__})") from None
     if not np.isfinite(volume).all():
         raise InputError(f"{where}: holds a voxel that is not finite")
-    volume = volume.reshape(*shape, *(1,) * (3 - len(shape)))
+    volume = volume.reshape(*volume.shape[: len(shape)], *(1,) * (3 - len(shape)))
     if options.spacing is not None:
         volume = _resampled(volume, affine, options.spacing)
     low, high = np.percentile(volume, PERCENTILES)
