@@ -7,7 +7,7 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help build test test-kernels sanitize gpu-check registers demo wheel bench lint format clean
+.PHONY: help build test test-kernels sanitize gpu-check registers demo docs wheel bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
 	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
 	@echo "make registers  what ptxas says of every CUDA kernel"
+	@echo "make docs    the documentation as a site, into build/site"
 	@echo "make wheel   build a wheel and try it in a fresh environment"
 	@echo "make lint    ruff, mypy, clang-format"
 
@@ -22,7 +23,7 @@ help:
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q numpy "scikit-build-core>=0.10" "pybind11>=2.13" ninja cmake
+	$(BIN)/pip install -q numpy "scikit-build-core>=0.11" "pybind11>=2.13" ninja cmake
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
@@ -70,13 +71,25 @@ sanitize: build
 	  $(BIN)/python tests/sanitize.py $(SANITIZED) tests/test_ops.py || exit 1; \
 	done
 
+docs: build
+	$(BIN)/pip install -q "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	$(BIN)/python -m benchmarks.pages
+	$(BIN)/python -m mkdocs build --strict -q
+	@echo "open build/site/index.html"
+
+# built once, tried with each torch of WHEEL_TORCH in an empty environment; then every extra must resolve
+WHEEL_TORCH ?= $(TORCH)
 wheel: $(VENV)/.torch $(SOURCES)
 	rm -rf dist $(VENV)-wheel
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
-	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/pip install -q "$(TORCH)" numpy
-	$(VENV)-wheel/bin/pip install -q --no-deps dist/tsynd-*.whl
-	cd "$$(mktemp -d)" && "$(abspath $(VENV)-wheel)/bin/python" "$(abspath tests/smoke.py)"
+	for torch in $(WHEEL_TORCH); do \
+	  $(PYTHON) -m venv --clear $(VENV)-wheel && $(VENV)-wheel/bin/pip install -q "$$torch" numpy && \
+	  $(VENV)-wheel/bin/pip install -q --no-deps dist/tsynd-*.whl && $(VENV)-wheel/bin/pip check && \
+	  (cd "$$(mktemp -d)" && "$(abspath $(VENV)-wheel)/bin/python" "$(abspath tests/smoke.py)") || exit 1; \
+	done
+	for extra in all onnx-gpu docs; do \
+	  $(VENV)-wheel/bin/pip install -q --dry-run "$$(ls dist/tsynd-*.whl)[$$extra]" || exit 1; \
+	done
 	rm -rf $(VENV)-wheel
 
 lint: build

@@ -9,11 +9,11 @@ from benchmarks.harness import Row, table
 from tsynd.errors import InputError, require
 from tsynd.storage import atomic_path
 
-__all__ = ["plot", "update"]
+__all__ = ["between", "plot", "suite_lines", "update"]
 
 
 def update(page: Path, suite: str, rows: list[Row], summary: list[str]) -> None:
-    """Replace what stands between ``<!-- suite -->`` and ``<!-- end suite -->``, and draw the suite's plot.
+    """Put a suite's table and summary between its markers, and draw its plot.
 
     Args:
         page: a Markdown file; pictures go to ``images/`` beside it.
@@ -24,16 +24,24 @@ def update(page: Path, suite: str, rows: list[Row], summary: list[str]) -> None:
     Raises:
         InputError: the page has no such markers.
     """
-    picture = page.parent / "images" / f"bench_{suite}.png"
-    plot(picture, rows)
-    lines = [f"On {rows[0].machine}; {rows[0].dtype}.", "", *(f"- {line}" for line in summary), ""]
-    lines += [f"![ratio to the floor](images/{picture.name})", "", *table(rows)]
-    text = page.read_text()
-    pattern = re.compile(rf"(<!-- {suite} -->\n).*?(<!-- end {suite} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise InputError(f"docs: {page} lacks the markers <!-- {suite} --> and <!-- end {suite} -->")
+    plot(page.parent / "images" / f"bench_{suite}.png", rows)
+    text = between(page.read_text(), suite, suite_lines(suite, rows, summary), page.name)
     with atomic_path(page) as temporary:
-        temporary.write_text(pattern.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text))
+        temporary.write_text(text)
+
+
+def suite_lines(suite: str, rows: list[Row], summary: list[str]) -> list[str]:
+    """What stands between a suite's markers."""
+    lines = [f"On {rows[0].machine}; {rows[0].dtype}.", "", *(f"- {line}" for line in summary), ""]
+    return [*lines, f"![ratio to the floor](images/bench_{suite}.png)", "", *table(rows)]
+
+
+def between(text: str, name: str, lines: list[str], page: str) -> str:
+    """A page's text with what stands between ``<!-- name -->`` and ``<!-- end name -->`` replaced by the lines."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise InputError(f"docs: {page} lacks the markers <!-- {name} --> and <!-- end {name} -->")
+    return pattern.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text)
 
 
 def plot(path: Path, rows: list[Row]) -> None:

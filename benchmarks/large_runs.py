@@ -94,7 +94,7 @@ def measure_memory(folder: Path, count: int) -> None:
 def _fake(unit: Unit) -> Iterator[Sample]:
     image = np.zeros((1, 1), np.uint8)
     for sample_id in range(unit.start, unit.stop):
-        yield Sample(sample_id, image, str(sample_id), sample_id % 2, 0.0, 0.0, "raised")
+        yield Sample(sample_id, image, sample_id % 2, 0.0, 0.0, "raised")
 
 
 def measure_bookkeeping(folder: Path, units: int) -> None:

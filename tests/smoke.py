@@ -6,6 +6,7 @@ import tsynd
 from tsynd import ops, reference
 
 assert ops.compiled, "the wheel's extension did not load"
+torch.manual_seed(0)
 logits = torch.randn(9, 5, 3)
 value, gradient = ops.logits_uncertainty(logits)
 wanted = reference.logits_uncertainty(logits.double())
@@ -17,6 +18,6 @@ pair = (torch.nn.Identity(), torch.nn.Identity())
 result = tsynd.synthesize(pair, classifier, torch.rand(20, 1, 8, 8), progress=False)
 assert (result.uncertainty >= result.initial_uncertainty).all()
 print(
-    f"tsynd {tsynd.__version__} from {tsynd.__file__}: {len(result)} images, "
+    f"tsynd {tsynd.__version__} with torch {torch.__version__} from {tsynd.__file__}: {len(result)} images, "
     f"{float(result.initial_uncertainty.mean()):.4f} -> {float(result.uncertainty.mean()):.4f} nats"
 )

@@ -72,6 +72,20 @@ def test_npz_splits(npz: Callable[..., Path]) -> None:
     assert source.train_indices.tolist() == list(range(60))
 
 
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_npz_volumes(npz: Callable[..., Path], channels: tuple[int, ...]) -> None:
+    arrays = made_up(SPLITS, shape=(6, 8, 4, *channels))
+    source = load_data(npz(**arrays))
+    assert source.image_shape == ((channels or (1,))[0], 6, 8, 4)
+    assert source.spatial_dims == 3
+    wanted = torch.from_numpy(arrays["val_images"]).reshape(12, 6, 8, 4, -1).movedim(-1, 1)
+    assert torch.equal(source.val.images, wanted)
+    assert source.val.images.is_contiguous()
+    assert torch.equal(source.val[3][0], wanted[3] / 255)
+    back = to_uint8(source.val.pixels())
+    assert np.array_equal(back.reshape(arrays["val_images"].shape), arrays["val_images"])
+
+
 def test_npz_colour_is_channels_first_and_names_are_read(npz: Callable[..., Path]) -> None:
     arrays = made_up(SPLITS, shape=(8, 6, 3))
     source = load_data(npz(**arrays, class_names=np.array(["a", "b", "c", "none here"])))
@@ -274,10 +288,6 @@ def test_folder_bad_pictures_are_named(tmp_path: Path) -> None:
         bad.write_bytes(content)
         with pytest.raises(InputError, match=r"04.png: unreadable picture"):
             load_data(root)
-    image = pytest.importorskip("PIL.Image")
-    image.fromarray(np.zeros((8, 8), np.uint16)).save(bad)
-    with pytest.raises(InputError, match=r"04.png: .*8 bits"):
-        load_data(root)
 
 
 def test_folder_resizing_antialiases(tmp_path: Path) -> None:
@@ -391,8 +401,8 @@ def test_download_failure_says_what_to_do(server: Path, tmp_path: Path, monkeypa
 
 
 def test_table_of_known_sets() -> None:
-    assert len(medmnist.CLASS_NAMES) == 12
-    assert len(set(medmnist.MD5.values())) == 48
+    assert len(medmnist.CLASS_NAMES) == 18
+    assert len(set(medmnist.MD5.values())) == len(medmnist.MD5) == 12 * 4 + 6 * 2
     assert all(len(md5) == 32 and set(md5) <= set("0123456789abcdef") for md5 in medmnist.MD5.values())
     counts = {name: len(classes) for name, classes in medmnist.CLASS_NAMES.items()}
     assert (counts["pathmnist"], counts["chestmnist"], counts["tissuemnist"]) == (9, 14, 8)
@@ -465,8 +475,9 @@ def spoiled(value: float) -> torch.Tensor:
     [
         (ONE[0], r"shape \[1, 4, 4\]; wanted \[N, C, H, W\].*unsqueeze"),
         (ONE[:0], "N > 0"),
-        (ONE[None], "shape"),
+        (ONE[None, None], "shape"),
         (torch.zeros(2, 28, 28, 3), "channels-last"),
+        (torch.zeros(2, 8, 8, 8, 1), r"channels-last; wanted \[N, C, D, H, W\]"),
         (ONE.long(), "dtype torch.int64"),
         (ONE.bool().numpy(), "dtype torch.bool"),
         (spoiled(float("nan")), "image 1 is not finite"),

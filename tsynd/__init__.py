@@ -23,6 +23,7 @@ _HOME = {
     "MCDropout": "mc_dropout",
     "OnnxSynthesizer": "runtime",
     "Posterior": "posterior",
+    "ReadOptions": "readers.options",
     "RoundsReport": "rounds",
     "SWAGHead": "swag",
     "SampledHead": "head_posterior",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from tsynd.mc_dropout import MCDropout
     from tsynd.networks import SmallAutoencoder, SmallResNet
     from tsynd.posterior import Ensemble, Posterior
+    from tsynd.readers.options import ReadOptions
     from tsynd.rounds import RoundsReport, fit_rounds
     from tsynd.runtime import OnnxSynthesizer
     from tsynd.swag import SWAGHead

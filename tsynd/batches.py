@@ -50,8 +50,8 @@ class Batches:
         if self.count == 0:
             raise InputError(f"{name}: holds no images")
         image = self(torch.tensor([0]))[0]
-        if image.ndim != 4:
-            raise InputError(f"{name}: an image has shape {list(image.shape[1:])}, wanted [C, H, W]")
+        if image.ndim not in (4, 5):
+            raise InputError(f"{name}: an image has shape {list(image.shape[1:])}, wanted [C, H, W] or [C, D, H, W]")
         low, high = image.min().item(), image.max().item()
         if not (low >= 0 and high <= 1):  # also catches NaN
             raise InputError(f"{name}: the first image holds values in [{low:.4g}, {high:.4g}], wanted [0, 1]")
@@ -60,7 +60,7 @@ class Batches:
         return self.count
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images [B, C, H, W], float32 in [0, 1], and labels (None if there are none) at ``indices`` [B]."""
+        """Images [B, C, ...], float32 in [0, 1], and labels (None if there are none) at ``indices`` [B]."""
         data, labels = self._data, None
         if isinstance(data, Tensor):
             images = data[indices]

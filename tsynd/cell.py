@@ -21,6 +21,7 @@ from tsynd.evaluation import choose_conditions, evaluate, evaluate_uncertainty, 
 from tsynd.image_quality import distribution_distances, memorisation, penultimate_features, reconstruction_error
 from tsynd.mc_dropout import MCDropout
 from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.readers.options import ReadOptions
 from tsynd.shifts import Condition
 from tsynd.storage import atomic_path, save_npz
 from tsynd.study import (
@@ -45,16 +46,18 @@ _FRESH = 1_000_003  # far from the augmentation's seeds, so that its images are 
 
 
 @functools.lru_cache(maxsize=2)
-def _load(data: str, size: int, seed: int) -> DataSource:
-    return load_data(data, train_size=size, seed=seed)
+def _load(data: str, size: int, seed: int, reading: ReadOptions) -> DataSource:
+    return load_data(data, train_size=size, seed=seed, **reading.given())
 
 
 def train_autoencoder(place: Workplace, size: int, seed: int) -> None:
     """Train and save the autoencoder of a size and seed."""
-    settings, source = place.settings, _load(place.data, size, seed)
+    settings, source = place.settings, _load(place.data, size, seed, place.settings.reading)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SmallAutoencoder(source.channels, settings.latent_channels, settings.autoencoder_widths)
+        model = SmallAutoencoder(
+            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
+        )
     fit_autoencoder(
         model,
         source.unlabelled if settings.autoencoder_data == "all" else source.train,
@@ -72,7 +75,8 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     Returns:
         What the cell's file holds, see ``docs/experiment.md``.
     """
-    settings, source, arm = place.settings, _load(place.data, cell.size, cell.seed), parse_arm(cell.arm)
+    settings, arm = place.settings, parse_arm(cell.arm)
+    source = _load(place.data, cell.size, cell.seed, settings.reading)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     autoencoder = None
@@ -125,7 +129,11 @@ def _train(
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)  # the same first weights in all arms
         model = SmallResNet(
-            source.channels, source.num_classes, dropout=settings.dropout, dropout_rate=settings.dropout_rate
+            source.channels,
+            source.num_classes,
+            dropout=settings.dropout,
+            dropout_rate=settings.dropout_rate,
+            spatial_dims=source.spatial_dims,
         )
     training = {
         "augmentation_weight": settings.augmentation_weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from tsynd.errors import InputError
 
-__all__ = ["as_tensor", "check_choice", "check_images", "check_labels", "resolve_device", "shape_of", "unit_pixels"]
+__all__ = [
+    "as_tensor",
+    "channels_first",
+    "check_choice",
+    "check_images",
+    "check_labels",
+    "resolve_device",
+    "shape_of",
+    "unit_pixels",
+]
 
 
 def check_choice(name: str, value: str, wanted: Sequence[str]) -> None:
@@ -38,11 +48,12 @@ def check_images(images: object, *, name: str = "images") -> Tensor:
     """Turn an image argument into a tensor the library works on.
 
     Args:
-        images: tensor or array [N, C, H, W], N > 0: uint8, or float in [0, 1] (to 1e-4, then clamped).
+        images: tensor or array [N, C, H, W] or, for volumes, [N, C, D, H, W], N > 0: uint8, or float in [0, 1]
+            (to 1e-4, then clamped).
         name: the argument's name, for messages.
 
     Returns:
-        float32 [N, C, H, W] in [0, 1] on the same device; may share memory with `images`.
+        float32 of the same shape in [0, 1] on the same device; may share memory with `images`.
 
     Raises:
         InputError: wrong type, dtype, shape or range, or a pixel that is not finite.
@@ -50,11 +61,12 @@ def check_images(images: object, *, name: str = "images") -> Tensor:
     x = as_tensor(images, name)
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise InputError(f"{name}: dtype {x.dtype}; wanted uint8, or float in [0, 1]")
-    if x.ndim != 4 or x.numel() == 0:
+    if x.ndim not in (4, 5) or x.numel() == 0:
         hint = "; add the channel or batch axis with unsqueeze" if x.ndim in (2, 3) else ""
-        raise InputError(f"{name}: shape {shape_of(x)}; wanted [N, C, H, W] with N > 0{hint}")
-    if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
-        raise InputError(f"{name}: shape {shape_of(x)} looks channels-last; wanted [N, C, H, W]")
+        raise InputError(f"{name}: shape {shape_of(x)}; wanted [N, C, H, W] or [N, C, D, H, W] with N > 0{hint}")
+    if x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        wanted = "[N, C, H, W]" if x.ndim == 4 else "[N, C, D, H, W]"
+        raise InputError(f"{name}: shape {shape_of(x)} looks channels-last; wanted {wanted}")
     if x.dtype == torch.uint8:
         return unit_pixels(x)
     x = x.float()
@@ -124,6 +136,31 @@ def as_tensor(values: object, name: str) -> Tensor:
         return torch.from_numpy(np.require(native, requirements=["C", "W"]))
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {type(values).__name__} ({error}); wanted a tensor or array of numbers") from error
+
+
+def channels_first(array: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
+    """The images of a MedMNIST-style file as the library holds them.
+
+    Args:
+        array: uint8 pictures [N, H, W] or [N, H, W, 1 or 3], or volumes [N, D, H, W] or [N, D, H, W, 1 or 3]. Four
+            axes are a volume's unless the last one holds 1 or 3 channels.
+        where: what to call the array in messages.
+
+    Returns:
+        uint8 [N, C, H, W] or [N, C, D, H, W], a view of the array.
+
+    Raises:
+        InputError: another dtype or shape.
+    """
+    x = array if array.ndim in (4, 5) and array.shape[-1] in (1, 3) else array[..., None]
+    # [N, 3, H, W] is not taken for volumes of three slices
+    strange = array.ndim == 4 and x.ndim == 5 and array.shape[1] in (1, 3)
+    if array.dtype != np.uint8 or x.ndim not in (4, 5) or x.shape[-1] not in (1, 3) or x.size == 0 or strange:
+        raise InputError(
+            f"{where}: {array.dtype} {list(array.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3], or volumes"
+            " [N, D, H, W], N > 0"
+        )
+    return np.moveaxis(x, -1, 1)
 
 
 def unit_pixels(x: Tensor) -> Tensor:

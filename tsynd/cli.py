@@ -28,8 +28,10 @@ from tsynd.cli_options import (
     Seed,
     Steps,
     TrainSize,
+    takes_reading,
 )
 from tsynd.errors import InputError, MissingExtraError
+from tsynd.readers.options import ReadOptions
 from tsynd.version import __version__
 
 __all__ = ["app", "main"]
@@ -44,8 +46,10 @@ app = typer.Typer(
 
 
 @app.command()
+@takes_reading
 def run(
     data: Data,
+    reading: ReadOptions,
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same run interrupted.")],
     train_size: TrainSize = None,
     seed: Seed = 0,
@@ -80,14 +84,17 @@ def run(
         steps=steps,
         radius=radius,
         label_consistency=label_consistency,
+        reading=reading,
     )
     metrics = pipeline.run(data, output, settings, device=device, progress=not quiet)
     _print_run(metrics, output)
 
 
 @app.command()
+@takes_reading
 def synthesize(
     data: Data,
+    reading: ReadOptions,
     output: Annotated[Path, typer.Option(help="New .npz file, or new folder for a PNG per image.")],
     autoencoder: Annotated[Path | None, typer.Option(help="autoencoder.safetensors of a run.")] = None,
     classifier: Annotated[Path | None, typer.Option(help="classifier.safetensors of a run.")] = None,
@@ -130,6 +137,7 @@ def synthesize(
                 classifier=str(classifier),
                 output=str(output),
                 split=split,
+                reading=reading,
                 shard_size=shard_size,
                 image_format=image_format,
                 objective=objective,
@@ -163,17 +171,19 @@ def synthesize(
     if split not in ("train", "val", "test"):
         raise InputError(f"split: got {split!r}, wanted train, val or test")
     if model is not None:
-        cli_export.run_model(model, data, output, split, train_size, seed, device, batch_size)
+        cli_export.run_model(model, data, output, split, train_size, seed, device, batch_size, reading)
         return
     assert autoencoder is not None
     assert classifier is not None
     encoder, network = load_model(autoencoder), load_model(classifier)
-    source = load_data(data, train_size=train_size, seed=seed)
+    source = load_data(data, train_size=train_size, seed=seed, **reading.given())
     names = read_card(classifier).class_names
     if names is not None and tuple(names) != source.class_names:
         raise InputError(
             f"classifier: was trained for {', '.join(names)}, but the data have {', '.join(source.class_names)}"
         )
+    if source.spatial_dims == 3 and output.suffix != ".npz":
+        raise InputError(f"output: got {output} for volumes, wanted an .npz file: folders of PNG hold pictures")
     part = getattr(source, split)
     result = synthesis.synthesize(
         encoder,
@@ -254,6 +264,9 @@ def info(
         "webdataset",
         "pyarrow",
         "fsspec",
+        "pydicom",
+        "nibabel",
+        "datasets",
     ):
         try:
             extras.add_row(package, importlib.metadata.version(package))

@@ -9,6 +9,7 @@ import typer
 
 from tsynd.cli_options import Data, Device, Objective, Radius, Samples, Seed, Steps, TrainSize
 from tsynd.errors import InputError
+from tsynd.readers.options import ReadOptions
 
 __all__ = ["export", "run_model"]
 
@@ -67,6 +68,7 @@ def run_model(
     seed: Seed,
     device: Device,
     batch_size: int | None,
+    reading: ReadOptions,
 ) -> None:
     """``tsynd synthesize --model``: targeted images from an exported synthesizer."""
     from tsynd.data import load_data
@@ -75,7 +77,7 @@ def run_model(
     if output.suffix != ".npz":
         raise InputError(f"output: got {output}, wanted an .npz file with --model")
     synthesizer = OnnxSynthesizer(model, device=device)
-    source = load_data(data, train_size=train_size, seed=seed)
+    source = load_data(data, train_size=train_size, seed=seed, **reading.given())
     names = synthesizer.metadata["class_names"]
     if names is not None and tuple(names) != source.class_names:
         raise InputError(

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from tsynd.cli_options import Consistency, Data, Device, Quiet, Radius, Samples, Seed, Steps, TrainSize
+from tsynd.cli_options import Consistency, Data, Device, Quiet, Radius, Samples, Seed, Steps, TrainSize, takes_reading
 from tsynd.errors import InputError
+from tsynd.readers.options import ReadOptions
 from tsynd.shard_job import synthesize_shards
 from tsynd.sharded import ShardSettings
 
@@ -75,8 +76,10 @@ def pack(
     typer.echo(f"{count} images, in {output}")
 
 
+@takes_reading
 def train(
     data: Data,
+    reading: ReadOptions,
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same training interrupted.")],
     model: Annotated[str, typer.Option(help="classifier or autoencoder.")] = "classifier",
     autoencoder: Annotated[
@@ -108,6 +111,7 @@ def train(
         steps=steps,
         radius=radius,
         label_consistency=label_consistency,
+        reading=reading,
     )
     path, loss = train_model(
         data, output, settings, device=device, checkpoint_every=checkpoint_every, progress=not quiet

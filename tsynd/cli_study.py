@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tsynd.cli_options import Consistency, Data, Device, Masks, Quiet, Radius, Samples, Steps
+from tsynd.cli_options import Consistency, Data, Device, Masks, Quiet, Radius, Samples, Steps, takes_reading
 from tsynd.errors import InputError
+from tsynd.readers.options import ReadOptions
 from tsynd.study import DEFAULT_ARMS, StudySettings
 from tsynd.version import __version__
 
@@ -25,8 +26,10 @@ _CONDITIONS = "clean, noise (σ = 0.05), rotation (±15°), shifts (all kinds an
 _ATTACKS = "fgsm, pgd, square, or one budget of the range [0, 1], as pgd:2/255."
 
 
+@takes_reading
 def evaluate(
     data: Data,
+    reading: ReadOptions,
     classifier: Annotated[Path, typer.Option(help="classifier.safetensors of a run or a study.")],
     conditions: Annotated[list[str], typer.Option(help=_CONDITIONS)] = list(_S.conditions),  # noqa: B006
     attacks: Annotated[list[str] | None, typer.Option(help=_ATTACKS)] = None,
@@ -53,7 +56,7 @@ def evaluate(
     if json_file is not None:
         check_writable(json_file)
     network, names = load_model(classifier), read_card(classifier).class_names
-    source = load_data(data, seed=seed)
+    source = load_data(data, seed=seed, **reading.given())
     if names is not None and tuple(names) != source.class_names:
         raise InputError(
             f"classifier: was trained for {', '.join(names)}, but the data have {', '.join(source.class_names)}"
@@ -103,8 +106,10 @@ def _print_scores(scores: dict[str, dict[str, float]], trust: dict[str, Any], co
             )
 
 
+@takes_reading
 def experiment(
     data: Data,
+    reading: ReadOptions,
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
     train_size: Annotated[list[int], typer.Option(help="Labelled training images, one or more sizes.")],
     seeds: Annotated[int, typer.Option(help="How many; they are 0, 1, ...")] = 5,
@@ -199,6 +204,7 @@ def experiment(
         attack_images=attack_images or None,
         query_images=query_images or None,
         uncertainty_samples=uncertainty_samples,
+        reading=reading,
     )
     rows = study.experiment(
         data, output, train_size, seeds, arms, settings, workers=workers, device=device, progress=not quiet

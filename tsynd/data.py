@@ -1,7 +1,4 @@
-"""Labelled images in and out: MedMNIST-style files, folders of pictures, downloads and the phantom.
-
-Also the library's checks of image and label arguments, and writing that never leaves half a file.
-"""
+"""Labelled images in their splits, from MedMNIST-style files, folders, tables, datasets objects and names."""
 
 from __future__ import annotations
 
@@ -17,16 +14,24 @@ import torch
 from torch import Tensor
 
 from tsynd import medmnist
-from tsynd.checks import check_labels, shape_of, unit_pixels
-from tsynd.errors import InputError, require
+from tsynd.checks import channels_first, check_labels, shape_of, unit_pixels
+from tsynd.errors import InputError
+from tsynd.files import FileTree
 from tsynd.phantom import phantom
+from tsynd.phantom3d import phantom3d
+from tsynd.readers.entries import SPLITS, Listing, gather, read_entries
+from tsynd.readers.folders import list_folder
+from tsynd.readers.huggingface import is_dataset, read_dataset
+from tsynd.readers.options import ReadOptions
+from tsynd.readers.tables import SUFFIXES as TABLES
+from tsynd.readers.tables import list_table
+from tsynd.splits import check_apart, split, stratified_order
 
-__all__ = ["IMAGE_SUFFIXES", "DataSource", "LabelledImages", "find_class_names", "load_data"]
+__all__ = ["DataSource", "LabelledImages", "find_class_names", "load_data"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-_SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+_PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +39,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Images with their labels; a map-style `Dataset` kept in memory.
 
     Attributes:
-        images: [N, C, H, W], uint8 or float in [0, 1].
+        images: [N, C, H, W] or, for volumes, [N, C, D, H, W], uint8 or float in [0, 1].
         labels: int64 [N] (multiclass) or float32 [N, L] of 0 and 1 (multilabel).
 
     Raises:
@@ -46,8 +51,8 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def __post_init__(self) -> None:
         x = self.images
-        if x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
-            raise InputError(f"images: {shape_of(x)} {x.dtype}; wanted [N, C, H, W], uint8 or float")
+        if x.ndim not in (4, 5) or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            raise InputError(f"images: {shape_of(x)} {x.dtype}; wanted [N, C, H, W] or [N, C, D, H, W], uint8 or float")
         if len(x) != len(self.labels):
             raise InputError(f"labels: {len(self.labels)} for {len(x)} images; wanted one each")
 
@@ -55,11 +60,11 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One image, float32 [C, H, W] in [0, 1], and its label."""
+        """One image, float32 [C, H, W] or [C, D, H, W] in [0, 1], and its label."""
         return unit_pixels(self.images[index]), self.labels[index]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images at int64 `indices` [n] as float32 [n, C, H, W] in [0, 1], and their labels."""
+        """The images at int64 `indices` [n] as float32 [n, C, ...] in [0, 1], and their labels."""
         return unit_pixels(self.images[indices]), self.labels[indices]
 
     def subset(self, indices: Tensor) -> LabelledImages:
@@ -67,7 +72,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return LabelledImages(self.images[indices], self.labels[indices])
 
     def pixels(self) -> Tensor:
-        """All images as float32 [N, C, H, W] in [0, 1]."""
+        """All images as float32 [N, C, ...] in [0, 1]."""
         return unit_pixels(self.images)
 
 
@@ -96,10 +101,14 @@ class DataSource:
     train_indices: Tensor
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+    def image_shape(self) -> tuple[int, ...]:
+        """(channels, height, width), or (channels, depth, height, width) of volumes."""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 for pictures, 3 for volumes."""
+        return len(self.image_shape) - 1
 
     @property
     def channels(self) -> int:
@@ -113,68 +122,115 @@ class DataSource:
 
 
 def load_data(
-    source: str | Path, *, train_size: int | None = None, seed: int = 0, image_size: int | None = None
+    source: str | Path | Any,
+    *,
+    train_size: int | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+    channels: int | None = None,
+    window: tuple[float, float] | None = None,
+    frames: str | None = None,
+    volumes: bool = False,
+    slices: str | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    path_column: str = "path",
+    label_column: str = "label",
+    split_column: str = "split",
+    group_column: str = "patient",
+    group: str = "auto",
 ) -> DataSource:
     """Load a data set.
 
     Args:
         source: one of
             - a MedMNIST-style .npz: `{train,val,test}_{images,labels}`, or `images` and `labels` alone; uint8
-              images [N, H, W] or [N, H, W, 3]; labels [N] or [N, 1], or [N, L] of 0 and 1 (multilabel);
-              optionally `class_names`, strings;
-            - a folder of pictures: train/ val/ test/ with class folders, or class folders alone; classes are
-              numbered in the sorted order of their names;
-            - a 2-D MedMNIST set, as `pneumoniamnist` or `bloodmnist_64`: downloaded once, into the folder
+              images [N, H, W] or [N, H, W, 3], or volumes [N, D, H, W]; labels [N] or [N, 1], or [N, L] of 0 and 1
+              (multilabel); optionally `class_names`, strings;
+            - a folder: train/ val/ test/ with class folders, or class folders alone, with PNG, JPEG, BMP, TIFF (8 or
+              16 bits), DICOM or NIfTI files at any depth below; classes are numbered in the sorted order of their
+              names;
+            - a table, .csv, .tsv or .parquet, with the columns `path`, `label`, optionally `split` and `patient`;
+            - a Hugging Face `datasets.Dataset` or `DatasetDict` with an image and a label column;
+            - a MedMNIST set, as `pneumoniamnist`, `bloodmnist_64` or `nodulemnist3d`: downloaded once, into the folder
               that the variable TSYND_DATA names or the user's cache;
-            - `phantom` or `phantom:SIZE`.
+            - `phantom` or `phantom:SIZE`, pictures of cells; `phantom3d` or `phantom3d:SIZE`, volumes of nodules.
 
-            Without a val split 15 % of train becomes it; without any split the shares are 70/15/15.
+            Without a val split 15 % of train becomes it; without any split the shares are 70/15/15. Where the source
+            tells patients apart, none has images in two splits. Images are held in 8 bits.
         train_size: how many labelled training images to draw, with the class shares kept and at least one of
-            every class; a smaller draw of the same seed is contained in a larger one. None: all.
+            every class; a smaller draw of the same seed is contained in a larger one. Of a class, every patient gives
+            one image before any gives a second. None: all.
         seed: seeds that draw and any splitting, never the images themselves.
-        image_size: for folders: resize every picture to this square.
+        image_size, channels, window, frames, volumes, slices, spacing, path_column, label_column, split_column,
+            group_column, group: how folders, tables and `datasets` objects are read, see
+            :class:`tsynd.ReadOptions`.
 
     Raises:
         InputError: the source or an argument cannot be used.
-        MissingExtraError: pillow (folders) or pooch (downloads) is not installed.
+        MissingExtraError: a package is not installed: pillow (pictures), pydicom, nibabel, pyarrow (Parquet), pooch
+            (downloads).
     """
+    options = ReadOptions(
+        image_size, channels, window, frames, volumes, slices, spacing,
+        path_column, label_column, split_column, group_column, group,
+    )  # fmt: skip
     if seed < 0:
         raise InputError(f"seed: {seed}; wanted 0 or more")
+    if is_dataset(source):
+        read, names, name = read_dataset(source, options)
+        return _assemble(gather(read, names, options), name, "source", train_size, seed)
     text = str(source)
     known, path = text.lower(), Path(source).expanduser()
     kind, _, size = known.partition(":")
     is_name = isinstance(source, str)
-    if image_size is not None and (image_size < 1 or not path.is_dir()):
-        raise InputError(f"image_size: {image_size}; wanted 1 or more, and only with a folder of pictures")
-    if is_name and kind == "phantom":
+    listed = path.is_dir() or (path.is_file() and path.suffix.lower() in TABLES)
+    if not listed and (given := options.given()):
+        name = next(iter(given))
+        raise InputError(f"{name}: {given[name]!r}; wanted only with a folder of image files, a table or a Dataset")
+    if is_name and kind in _PHANTOMS:
         if size and not size.isdecimal():
-            raise InputError(f"source: {text!r}; wanted 'phantom' or 'phantom:SIZE', such as 'phantom:64'")
-        return _assemble(phantom(int(size or 28)), text, text, train_size, seed)
+            raise InputError(f"source: {text!r}; wanted '{kind}' or '{kind}:SIZE', such as '{kind}:64'")
+        return _assemble(_PHANTOMS[kind](int(size or 28)), text, text, train_size, seed)
     if is_name and known in medmnist.MD5:
         path = medmnist.download(known)
         return _assemble(_read_npz(path), known, str(path), train_size, seed)
-    if path.is_dir():
-        return _assemble(_read_folder(path, image_size), path.resolve().name, text, train_size, seed)
+    if listed:
+        listing = list_folder(FileTree(str(path), tars=False), options) if path.is_dir() else list_table(path, options)
+        _check_listing(listing, text)
+        arrays = gather(read_entries(listing, options), listing.class_names, options)
+        name = path.resolve().name if path.is_dir() else path.stem
+        return _assemble(arrays, name, text, train_size, seed)
     if path.is_file():
         return _assemble(_read_npz(path), path.stem, text, train_size, seed)
-    close = difflib.get_close_matches(known, ["phantom", *medmnist.MD5], n=3)
+    close = difflib.get_close_matches(known, [*_PHANTOMS, *medmnist.MD5], n=3)
     raise InputError(
         f"source: {text!r} is no file, folder or known name"
         + (f"; did you mean {' or '.join(close)}?" if close else "")
-        + f"; wanted an .npz, a folder of class folders, phantom[:SIZE] or one of {', '.join(medmnist.CLASS_NAMES)}"
+        + "; wanted an .npz, a folder of class folders, a table (.csv, .tsv, .parquet), phantom[:SIZE],"
+        " phantom3d[:SIZE] or one of " + ", ".join(medmnist.CLASS_NAMES)
     )
+
+
+def _check_listing(listing: Listing, where: str) -> None:
+    """What a whole data set needs: two classes, and a train and a test split or none."""
+    splits = {entry.split for entry in listing.entries}
+    if splits != {""} and not {"train", "test"} <= splits:
+        raise InputError(f"{where}: holds {', '.join(sorted(splits))}; wanted train and test (and val), or no splits")
+    if len(listing.class_names) < 2:
+        raise InputError(f"{where}: {len(listing.class_names)} class folders or labels; wanted 2 or more")
 
 
 def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, seed: int) -> DataSource:
     """Check the arrays of a MedMNIST-style file and make the splits."""
     held = set(arrays)
-    groups = [s for s in _SPLITS if s != "val" or {"val_images", "val_labels"} & held]
+    splits = [s for s in SPLITS if s != "val" or {"val_images", "val_labels"} & held]
     if {"images", "labels"} & held and not {"train_images", "train_labels"} & held:
-        groups = [""]
-    keys = [(f"{g}_images".lstrip("_"), f"{g}_labels".lstrip("_")) for g in groups]
+        splits = [""]
+    keys = [(f"{s}_images".lstrip("_"), f"{s}_labels".lstrip("_")) for s in splits]
+    grouped = any(key.endswith("groups") for key in held)
     if missing := [key for pair in keys for key in pair if key not in arrays]:
         raise InputError(f"{where}: holds {', '.join(arrays) or 'nothing'}; missing {', '.join(missing)}")
-    images = [_channels_first(arrays[key], f"{where}: {key}") for key, _ in keys]
+    images = [torch.from_numpy(channels_first(arrays[key], f"{where}: {key}")).contiguous() for key, _ in keys]
     if len({x.shape[1:] for x in images}) > 1:
         raise InputError(f"{where}: images of {[shape_of(x) for x in images]}; wanted one size in all splits")
     first = arrays[keys[0][1]]
@@ -192,36 +248,21 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
         LabelledImages(x, check_labels(arrays[key], len(x), task, len(names), name=f"{where}: {key}"))
         for x, (_, key) in zip(images, keys, strict=True)
     ]
-    if len(parts) < 3:  # the ends of a stratified order become val and, where missing, test
-        order, cuts = _order(parts[0].labels, seed), 3 - len(parts)
-        share = max(1, round(0.15 * len(order)))
-        rest = len(order) - share * cuts
-        if rest < (len(present) if task == "multiclass" else 1):
-            raise InputError(f"{where}: {len(order)} images are too few to split off val{' and test' * (cuts - 1)}")
-        pieces = [order[:rest], *order[rest:].reshape(cuts, share)]
-        parts = [parts[0].subset(p.msort()) for p in pieces] + parts[1:]
+    patients = [torch.from_numpy(arrays[key.replace("images", "groups")]) for key, _ in keys] if grouped else []
+    check_apart(patients, where)
+    first_patients = patients[0] if grouped else None
+    if len(parts) < 3:  # val and, where missing, test are cut from train
+        pieces = split(parts[0].labels, seed, 4 - len(parts), where, first_patients)
+        parts = [parts[0].subset(piece) for piece in pieces] + parts[1:]
+        first_patients = first_patients[pieces[0]] if first_patients is not None else None
     train, val, test = parts
     if train_size is None:
         return DataSource(name, task, names, train, train, val, test, torch.arange(len(train)))
     least = len(names) if task == "multiclass" else 1
     if not least <= train_size <= len(train):
         raise InputError(f"train_size: {train_size}; wanted {least} (one per class) to {len(train)} (all)")
-    chosen = _order(train.labels, seed)[:train_size].msort()
+    chosen = stratified_order(train.labels, seed, first_patients)[:train_size].msort()
     return DataSource(name, task, names, train.subset(chosen), train, val, test, chosen)
-
-
-def _order(labels: Tensor, seed: int) -> Tensor:
-    """A seeded order whose every beginning keeps the class shares (multilabel: any order); int64 [N]."""
-    shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(labels))
-    if labels.ndim == 1:
-        # Sainte-Laguë: the j-th of a class of n has turn (j + 1/2) / n; the first of every class goes first.
-        classes, turn = labels.numpy()[shuffled], np.empty(len(labels))
-        for c in np.unique(classes):
-            members = np.flatnonzero(classes == c)
-            turn[members] = (np.arange(len(members)) + 0.5) / len(members)
-            turn[members[0]] = -1
-        shuffled = shuffled[np.argsort(turn, kind="stable")]
-    return torch.from_numpy(shuffled)
 
 
 def find_class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple[str, ...]:
@@ -235,20 +276,11 @@ def find_class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple
     return known if len(known) == count else tuple(str(i) for i in range(count))
 
 
-def _channels_first(array: np.ndarray[Any, Any], where: str) -> Tensor:
-    """Uint8 [N, H, W] or [N, H, W, 1 or 3] as a tensor [N, C, H, W]."""
-    if array.ndim == 3:
-        array = array[..., None]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or array.size == 0:
-        raise InputError(f"{where}: {array.dtype} {list(array.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3], N > 0")
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-
-
 def _read_npz(path: Path) -> Arrays:
     """The arrays of a MedMNIST-style file that we know the names of."""
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path}: damaged or no .npz file (tsynd never loads pickle)")
-    keys = ["images", "labels", "class_names", *(f"{s}_{k}" for s in _SPLITS for k in ("images", "labels"))]
+    keys = ["images", "labels", "class_names", *(f"{s}_{k}" for s in SPLITS for k in ("images", "labels"))]
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in keys if key in archive.files}
@@ -264,69 +296,3 @@ def _read_npz(path: Path) -> Arrays:
         if "pickle" in str(error):
             raise InputError(f"{path}: holds Python objects; wanted plain arrays (tsynd never loads pickle)") from error
         raise InputError(f"{path}: damaged .npz file ({error})") from error
-
-
-def _read_folder(path: Path, image_size: int | None) -> Arrays:
-    """The pictures below a folder as the arrays of a MedMNIST-style file."""
-    folders = _subfolders(path)
-    roots = {f"{s}_": path / s for s in _SPLITS if s in folders}
-    if roots and not {"train", "test"} <= set(folders):
-        raise InputError(f"{path}: holds {', '.join(folders)}; wanted train and test (and val), or class folders alone")
-    classes = _subfolders(path / "train") if roots else folders
-    if len(classes) < 2:
-        raise InputError(f"{path}: {len(classes)} class folders; wanted 2 or more with pictures in them")
-    arrays: Arrays = {"class_names": np.array(classes)}
-    first: tuple[Path, tuple[int, ...]] | None = None
-    for prefix, root in (roots or {"": path}).items():
-        if strange := set(_subfolders(root)) - set(classes):
-            raise InputError(f"{root}: class folder {min(strange)!r} that train has not")
-        images, labels = [], []
-        for number, name in enumerate(classes):
-            files = sorted(f for f in (root / name).glob("*") if _is_picture(f))
-            if not files and prefix in ("", "train_"):
-                raise InputError(
-                    f"{root / name}: no picture in this class folder ({', '.join(sorted(IMAGE_SUFFIXES))})"
-                )
-            for file in files:
-                image = _read_picture(file, image_size)
-                first = first or (file, image.shape)
-                if image.shape != first[1]:
-                    raise InputError(
-                        f"{file}: {_picture(image.shape)}, while {first[0].name} is {_picture(first[1])}; "
-                        "wanted one size and one colour mode (image_size=N resizes)"
-                    )
-                images.append(image)
-                labels.append(number)
-        if not images:
-            raise InputError(f"{root}: no pictures")
-        arrays[f"{prefix}images"], arrays[f"{prefix}labels"] = np.stack(images), np.array(labels)
-    return arrays
-
-
-def _subfolders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _is_picture(file: Path) -> bool:
-    return file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-
-
-def _picture(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}x{shape[0]} {'RGB' if len(shape) == 3 else 'grey'}"
-
-
-def _read_picture(file: Path, image_size: int | None) -> np.ndarray[Any, Any]:
-    """One picture as uint8 [H, W] or [H, W, 3]; transparency is dropped."""
-    pillow = require("PIL.Image", "data")
-    try:
-        with pillow.open(file) as image:
-            if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
-                raise InputError(f"{file}: mode {image.mode}, not one 8-bit picture; convert it to 8 bits first")
-            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-            if image_size is not None:  # Pillow's filters antialias
-                image = image.resize((image_size, image_size), pillow.Resampling.BILINEAR)
-            return np.asarray(image)
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise InputError(f"{file}: unreadable picture ({error})") from error

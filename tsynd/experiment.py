@@ -108,9 +108,9 @@ def experiment(
         check_robustness()
     where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     for size in dict.fromkeys(train_sizes):  # refuses one that is too small or too large
-        source = load_data(data, train_size=size)
+        source = load_data(data, train_size=size, **settings.reading.given())
     check_study(settings, source, [parse_arm(arm) for arm in arms])
-    job = Job(Path(output).expanduser(), fingerprint(load_data(data), settings))
+    job = Job(Path(output).expanduser(), fingerprint(load_data(data, **settings.reading.given()), settings))
     place = Workplace(str(data), job.folder, settings, where)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = workers or (1 if where.startswith("cuda") else cores)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,8 @@ from tsynd.experiment_tables import (
     to_markdown,
 )
 from tsynd.figures import inline_png, nats
+from tsynd.planes import centre
+from tsynd.readers.options import plain_settings
 from tsynd.report import STYLE
 from tsynd.saliency import grad_cam, overlay
 from tsynd.shifts import SHIFTS
@@ -185,7 +186,8 @@ def _picture(pixels: np.ndarray[Any, Any], title: str, note: str) -> str:
 
 
 def _rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Uint8 [C, H, W] as [H, W, 3]."""
+    """Uint8 [C, H, W], or the middle slice of [C, D, H, W], as [H, W, 3]."""
+    image = centre(torch.from_numpy(image)).numpy()
     coloured = image if len(image) == 3 else image[:1].repeat(3, 0)
     return np.ascontiguousarray(coloured.transpose(1, 2, 0))
 
@@ -221,7 +223,9 @@ def _looks(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
     size, arms = max(sizes_of(rows)), arms_of(rows)
     targeted = _targeted(arms)
     compared = ["real", *([targeted] if targeted else [])]
-    tested = getattr(load_data(place.data, train_size=size, seed=0), place.settings.split)
+    tested = getattr(
+        load_data(place.data, train_size=size, seed=0, **place.settings.reading.given()), place.settings.split
+    )
     chosen = by_class(tested.labels, spread_indices(tested.labels, _CAM_IMAGES))
     images, labels = tested.batch(chosen)
     asked = labels if labels.dim() == 1 else labels.argmax(1)
@@ -236,7 +240,7 @@ def _looks(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
             logits = model(images)
         chances = logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()
         for card, x, h, p, k in zip(cards, images, heat, chances, asked, strict=True):
-            card.append(_picture(overlay(x, h), label_of(arm), f"p = {p[k]:.2f}"))
+            card.append(_picture(overlay(centre(x), centre(h[None])[0]), label_of(arm), f"p = {p[k]:.2f}"))
     style = f"grid-template-columns: repeat({1 + len(compared)}, minmax(0, 1fr))"
     blocks = [
         f'<div class="example"><b>{html.escape(facts["class_names"][int(k)])}</b>'
@@ -298,7 +302,7 @@ def _attack_text(rows: Sequence[Row], place: Workplace) -> str:
 
 
 def _details(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
-    cells = [("settings", key, value) for key, value in asdict(place.settings).items()]
+    cells = [("settings", key, value) for key, value in plain_settings(place.settings).items()]
     cells += [("facts", key, value) for key, value in facts.items()]
     total = sum(sum(row["seconds"].values()) for row in rows)
     cells.append(("facts", "time of all cells", f"{total / 60:.1f} min of one process"))

@@ -30,12 +30,13 @@ def _rearranged(parameters: list[nn.Parameter], rearrange: Callable[[Tensor], Te
 
 
 def channels_last(*modules: nn.Module) -> AbstractContextManager[None]:
-    """Inside, the modules' 4-D weights lie in channels-last order; the convolutions' results follow them.
+    """Inside, the modules' 4-D and 5-D weights lie in channels-last order; the convolutions' results follow them.
 
     Values, parameters and their identity stay; afterwards the weights' own memory is back.
     """
-    weights = [p for module in modules for p in module.parameters() if p.dim() == 4]
-    return _rearranged(weights, lambda data: data.contiguous(memory_format=torch.channels_last))
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    weights = [p for module in modules for p in module.parameters() if p.dim() in layouts]
+    return _rearranged(weights, lambda data: data.contiguous(memory_format=layouts[data.dim()]))
 
 
 def contiguous(*modules: nn.Module) -> AbstractContextManager[None]:

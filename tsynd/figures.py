@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tsynd.errors import InputError, require
+from tsynd.planes import PLANES, views
 from tsynd.storage import atomic_path
 
 __all__ = [
@@ -104,17 +105,17 @@ def draw_examples(
     labels: Sequence[str],
     count: int = 4,
 ) -> Path:
-    """Draw one row per image, with the report's four columns, as PNG.
+    """Draw one row per image (three per volume, see ``tsynd.planes``), with the report's four columns, as PNG.
 
     Args:
         path: of the PNG.
-        sources: [n, C, H, W] in [0, 1].
-        reconstructions: [n, C, H, W].
-        images: [n, C, H, W], targeted.
+        sources: [n, C, H, W] or [n, C, D, H, W] in [0, 1].
+        reconstructions: of the same shape.
+        images: of the same shape, targeted.
         before: [n], uncertainty of the reconstructions in nats.
         after: [n], of the targeted images.
         labels: n texts.
-        count: rows; of more images, these are spread over the gain from small to large.
+        count: images; of more, these are spread over the gain from small to large.
 
     Returns:
         The path of the picture.
@@ -128,16 +129,19 @@ def draw_examples(
     before, after = before[: len(labels)].detach().cpu(), after[: len(labels)].detach().cpu()
     rows = list(range(len(labels))) if len(labels) <= count else spread(None, after - before, count)
     limit = difference_scale(stages[2][rows] - stages[1][rows])
-    figure = require("matplotlib.figure", "cli").Figure(figsize=(7.2, 1.86 * len(rows) + 0.35), facecolor="white")
-    axes = figure.subplots(len(rows), 4, squeeze=False)
-    for line, row in zip(axes, rows, strict=True):
-        notes = ("", f"{nats(before[row])} nats", f"{nats(after[row])} nats", "")
-        for axis, picture, note in zip(line, strip([x[row] for x in stages], limit), notes, strict=True):
+    shown = [(row, title, parts) for row in rows for title, parts in views([x[row] for x in stages])]
+    figure = require("matplotlib.figure", "cli").Figure(figsize=(7.2, 1.86 * len(shown) + 0.35), facecolor="white")
+    axes = figure.subplots(len(shown), 4, squeeze=False)
+    for line, (row, title, parts) in zip(axes, shown, strict=True):
+        last = not title or title.startswith(PLANES[-1])
+        notes = ("", f"{nats(before[row])} nats", f"{nats(after[row])} nats", "") if last else [""] * 4
+        for axis, picture, note in zip(line, strip(parts, limit), notes, strict=True):
             axis.imshow(picture, interpolation="nearest" if max(picture.shape) < 128 else "antialiased")
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(note, fontsize=9, color="#444444", labelpad=3)
             axis.spines[:].set_color("#cccccc")
-        line[0].set_ylabel(_plain(labels[row]), fontsize=10, labelpad=6)
+        text = f"{_plain(labels[row])}\n{title.split(',')[0]}" if title else _plain(labels[row])
+        line[0].set_ylabel(text, fontsize=10, labelpad=6)
     for axis, title in zip(axes[0], (*COLUMNS[:3], f"difference (±{limit:.2f})"), strict=True):
         axis.set_title(title, fontsize=10, fontweight="bold", color="#222222")
     figure.tight_layout(pad=0.5, h_pad=0.6, w_pad=0.6)

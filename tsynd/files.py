@@ -72,6 +72,7 @@ class FileTree:
 
     Args:
         text: a path, an fsspec address, or a pattern of tars.
+        tars: take a folder that holds tars for these.
 
     Attributes:
         remote: behind fsspec.
@@ -79,7 +80,7 @@ class FileTree:
         tars: names of the tars, if that is what the address means.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, tars: bool = True) -> None:
         self.text = text
         self.remote = "://" in text or "::" in text
         self._fs: Any = None
@@ -103,7 +104,7 @@ class FileTree:
             self._root = ""
         elif self.is_file and root.endswith(".tar"):
             self.tars, self._root = [root], ""
-        elif self.is_folder:
+        elif self.is_folder and tars:
             inside = (
                 self._fs.glob(f"{root}/*.tar") if self.remote else glob.glob(os.path.join(glob.escape(root), "*.tar"))
             )
@@ -115,7 +116,10 @@ class FileTree:
         """Last part of the address."""
         return os.path.basename(self._root)
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """Where a file is: ``name`` below the address, unless it says the whole way itself."""
+        if not self.remote and os.path.isabs(name):
+            return name
         return f"{self._root.rstrip('/')}/{name}" if name and self._root else name or self._root
 
     def local(self) -> Path | None:
@@ -124,17 +128,30 @@ class FileTree:
 
     def open(self, name: str = "") -> BinaryIO:
         """Open a file, to read; the caller closes it."""
-        path = self._path(name)
+        path = self.path(name)
         try:
             return cast("BinaryIO", self._fs.open(path, "rb") if self.remote else open(path, "rb"))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
-    def list(self) -> list[str]:
-        """Names of all files below the folder, with ``/`` between their parts."""
-        root = self._root.rstrip("/")
+    def folders(self, name: str = "") -> list[str]:
+        """Names of the folders in a folder, sorted, without hidden ones."""
+        root = self.path(name).rstrip("/")
         if self.remote:
-            return [name[len(root) + 1 :] for name in self._fs.find(root)]
+            found = [
+                os.path.basename(item["name"].rstrip("/"))
+                for item in self._fs.ls(root, detail=True)
+                if item["type"] == "directory"
+            ]
+        else:
+            found = [item.name for item in os.scandir(root) if item.is_dir()]
+        return sorted(item for item in found if not item.startswith("."))
+
+    def list(self, name: str = "") -> list[str]:
+        """Names of all files below a folder, with ``/`` between their parts."""
+        root = self.path(name).rstrip("/")
+        if self.remote:
+            return [item[len(root) + 1 :] for item in self._fs.find(root)] if self._fs.isdir(root) else []
         found = []
         for folder, _, names in os.walk(root, followlinks=True):
             inner = os.path.relpath(folder, root)
@@ -145,6 +162,11 @@ class FileTree:
         """All bytes of a file."""
         with self.open(name) as file:
             return file.read()
+
+    def start(self, name: str, size: int) -> bytes:
+        """The first bytes of a file, at most ``size``."""
+        with self.open(name) as file:
+            return file.read(size)
 
     def read_at(self, name: str, offset: int, size: int) -> bytes:
         """``size`` bytes of a file from ``offset``; the file stays open for the next call.
@@ -164,7 +186,7 @@ class FileTree:
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
-        path = self._path(name)
+        path = self.path(name)
         try:
             return int(self._fs.size(path) if self.remote else os.path.getsize(path))
         except OSError as error:

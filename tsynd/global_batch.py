@@ -82,9 +82,10 @@ class GlobalBatch(TorchFunctionMode):
 
     def _whole(self, func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call with the whole batch's shape and keep this process's rows; the others' are zeros."""
-        wide = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        wide = last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous()
         whole = torch.zeros((self.total, *x.shape[1:]), dtype=x.dtype, device=x.device)
-        whole = whole.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)
+        whole = whole.contiguous(memory_format=last if last is not None and wide else torch.contiguous_format)
         rows = self._at(x.device)
         return func(whole.index_copy_(0, rows, x), *args, **kwargs)[rows]
 

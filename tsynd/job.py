@@ -41,9 +41,9 @@ class Job:
             then: dict[str, Any] = state["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"output: {self._path} cannot be read ({type(error).__name__}); delete it") from None
-        differ = [key for key in fingerprint if then.get(key) != fingerprint[key]]
+        differ = [key for key in {**then, **fingerprint} if then.get(key) != fingerprint.get(key)]
         if differ:
-            changes = ", ".join(f"{key} {then.get(key)!r} → {fingerprint[key]!r}" for key in differ)
+            changes = ", ".join(f"{key} {then.get(key)!r} → {fingerprint.get(key)!r}" for key in differ)
             raise InputError(
                 f"output: {self.folder} holds a run with other settings ({changes}); wanted another folder"
             )

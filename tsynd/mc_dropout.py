@@ -22,6 +22,7 @@ from tsynd.microbatch import Passes, images_at_once, passes_logits, passes_uncer
 from tsynd.posterior import Posterior, evaluating
 from tsynd.reference import OBJECTIVES, TASKS, keep_count
 from tsynd.splitting import LinearHead, NoDropoutError, Split, split_at_dropout
+from tsynd.stages import staged
 from tsynd.trunks import may_have_head, split_at_hook
 from tsynd.whole_network import AddressedDropoutMode, WholeNetwork, attending
 
@@ -186,6 +187,18 @@ class MCDropout(Posterior):
             self._trunk = torch.compile(plain or self._split.trunk, dynamic=False)
         try:
             yield self
+        finally:
+            self._trunk = plain
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """See :meth:`Posterior.staged`; the part before the first dropout."""
+        plain, heaviest = self._trunk, 0
+        if self._split is not None:
+            stages = staged(plain or self._split.trunk, image, keep_last=True)
+            self._trunk, heaviest = stages, stages.heaviest
+        try:
+            yield heaviest
         finally:
             self._trunk = plain
 

@@ -10,7 +10,7 @@ from tsynd.errors import InputError, require
 
 __all__ = ["CLASS_NAMES", "MD5", "URL", "download"]
 
-# Name, md5 of the files at 28, 64, 128 and 224 pixels, class names: the INFO table of medmnist 3.0.2.
+# Name, md5 of the files at 28, 64 and, of 2-D sets, 128 and 224 pixels, class names: the INFO table of medmnist 3.0.2.
 URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 _TABLE = """
 pathmnist a8b06965200029087d5bd730944a56c1 55aa9c1e0525abe5a6b9d8343a507616
@@ -53,13 +53,27 @@ organcmnist b9ceb9546e10131b32923c5bbeaea2b1 3ce34a8724ea6f548e6db4744d03b6a9
     bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen;
 organsmnist 9ab87b696fb54e2a387ebe992d6ed5f1 53a6d115339d874c25e309a994ff46d3
     ded0c5fa01a95dc4978b956f613e9b8e b354719e553fbbb2513d5533f52a4cb1
-    bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen
+    bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen;
+organmnist3d a0c5a1ff56af4f155c46d46fbb45a2fe 58a2205adf14a9d0a189cb06dc78bf10
+    liver| kidney-right| kidney-left| femur-right| femur-left| bladder| heart| lung-right| lung-left| spleen|
+    pancreas;
+nodulemnist3d 8755a7e9e05a4d9ce80a24c3e7a256f3 c47c5b7d457bf6332200d2ea6d64ecd8
+    benign| malignant;
+adrenalmnist3d bbd3c5a5576322bc4cdfea780653b1ce 17721accfe9fb005146a47d33bc54b2f
+    normal| hyperplasia;
+fracturemnist3d 6aa7b0143a6b42da40027a9dda61302f f01d7e6316aedf4210da0da5b7437b42
+    buckle rib fracture| nondisplaced rib fracture| displaced rib fracture;
+vesselmnist3d b41fd4f7e7e2feedddb201585ecafa1b 6bb274a8846e1097066dcd64e2c4520f
+    vessel| aneurysm;
+synapsemnist3d 1235b78a3cd6280881dd7850a78eadb6 43bd14ebf3af9d3dd072446fedc14d5e
+    inhibitory synapse| excitatory synapse
 """
 MD5: dict[str, str] = {}
 CLASS_NAMES: dict[str, tuple[str, ...]] = {}
 for _entry in _TABLE.split(";"):
-    _name, *_sums, _classes = _entry.split(maxsplit=5)
-    MD5.update(zip([_name, f"{_name}_64", f"{_name}_128", f"{_name}_224"], _sums, strict=True))
+    _sizes = ("", "_64") if "mnist3d" in _entry else ("", "_64", "_128", "_224")
+    _name, *_sums, _classes = _entry.split(maxsplit=len(_sizes) + 1)
+    MD5.update(zip([_name + size for size in _sizes], _sums, strict=True))
     CLASS_NAMES[_name] = tuple(re.split(r"\|\s*", " ".join(_classes.split())))
 
 

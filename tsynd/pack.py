@@ -61,11 +61,11 @@ def _samples(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[dict[str,
 
 
 def _pixels(content: bytes, suffix: str) -> np.ndarray[Any, Any]:
-    """Uint8 [H, W] or [H, W, C]."""
+    """Uint8 [H, W] or [H, W, C], of a volume [D, H, W] or [D, H, W, C]."""
     image = decode_image(content, suffix)
     if image.dtype != np.uint8:
         image = np.rint(image * 255).astype(np.uint8)
-    return np.asarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    return np.asarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1))
 
 
 def pack(shards: str | Path, output: str | Path, *, progress: bool = True) -> int:
@@ -99,10 +99,10 @@ def pack(shards: str | Path, output: str | Path, *, progress: bool = True) -> in
 
 
 def _write_npz(folder: Path, manifest: dict[str, Any], path: Path, done: Callable[[], None]) -> None:
-    count, (channels, height, width) = manifest["images"], manifest["image_shape"]
+    count, (channels, *sides) = manifest["images"], manifest["image_shape"]
     if channels not in (1, 3):
         raise InputError(f"shards: {channels} channels; wanted 1 or 3 for an .npz of this kind")
-    shape = (count, height, width) if channels == 1 else (count, height, width, channels)
+    shape = (count, *sides) if channels == 1 else (count, *sides, channels)
     rows: list[dict[str, Any]] = []
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -132,6 +132,8 @@ def _write_npz(folder: Path, manifest: dict[str, Any], path: Path, done: Callabl
 def _write_folders(folder: Path, manifest: dict[str, Any], path: Path, done: Callable[[], None]) -> None:
     if manifest["task"] != "multiclass":
         raise InputError("output: class folders hold one class per image, the shards are multilabel; wanted an .npz")
+    if len(manifest["image_shape"]) > 3:
+        raise InputError("output: class folders hold pictures, the shards hold volumes; wanted an .npz")
     names = folder_names(manifest["class_names"])
     with atomic_path(path) as temporary:
         temporary.mkdir()

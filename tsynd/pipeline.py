@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tsynd.evaluation import evaluate
 from tsynd.figures import draw_examples
 from tsynd.job import Job
 from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.readers.options import ReadOptions, plain_settings
 from tsynd.report import write_report
 from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult, load_result, synthesize, uncertainty
@@ -66,6 +67,7 @@ class RunSettings:
         radius: see :func:`tsynd.synthesize`.
         label_consistency: see :func:`tsynd.synthesize`.
         augmentation_weight: weight of the targeted images' loss.
+        reading: how the files of a folder or table are read.
     """
 
     train_size: int | None = None
@@ -83,6 +85,7 @@ class RunSettings:
     radius: float = 0.5
     label_consistency: float | None = None
     augmentation_weight: float = 1.0
+    reading: ReadOptions = field(default_factory=ReadOptions)
 
 
 def run(
@@ -115,13 +118,13 @@ def run(
     for module in _NEEDED:  # now, not after the training
         require(module, "cli")
     where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    source = load_data(data, train_size=settings.train_size, seed=settings.seed)
+    source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     job = Job(Path(output).expanduser(), _fingerprint(source, settings))
 
     def train_autoencoder(path: Path) -> dict[str, Any]:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            model = SmallAutoencoder(source.channels)
+            model = SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
         images = source.unlabelled if settings.autoencoder_data == "all" else source.train
         fit_autoencoder(
             model,
@@ -140,7 +143,9 @@ def run(
     def train_classifier(path: Path, augmentation: TargetedAugmentation | None) -> dict[str, Any]:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            model = SmallResNet(source.channels, source.num_classes, dropout=settings.dropout)
+            model = SmallResNet(
+                source.channels, source.num_classes, dropout=settings.dropout, spatial_dims=source.spatial_dims
+            )
         report = fit_classifier(
             model,
             source.train,
@@ -209,7 +214,7 @@ def _fingerprint(source: DataSource, settings: RunSettings) -> dict[str, Any]:
     for part in (source.train, source.unlabelled, source.test):
         digest.update(part.images.contiguous().numpy().tobytes())
         digest.update(part.labels.contiguous().numpy().tobytes())
-    return {"tsynd": __version__, "data": digest.hexdigest()[:16], **asdict(settings)}
+    return {"tsynd": __version__, "data": digest.hexdigest()[:16], **plain_settings(settings)}
 
 
 def _synthesise(
@@ -296,7 +301,7 @@ def _finish(
             "test": len(source.test),
             "image_shape": list(source.image_shape),
         },
-        "settings": asdict(settings),
+        "settings": plain_settings(settings),
         "synthesis": {
             "images": len(result),
             "uncertainty_before": float(before.mean()),
@@ -341,18 +346,19 @@ def _draw(
     after: Tensor,
     source: DataSource,
 ) -> None:
-    """Four examples of typical gain, one class after another."""
+    """Examples of typical gain, one class after another: four pictures, or two volumes."""
+    count = 4 if source.spatial_dims == 2 else 2
     if source.task == "multiclass":
         typical = []
-        for number in range(4):
+        for number in range(count):
             members = (train.labels == number % source.num_classes).nonzero()[:, 0]
             members = members if len(members) else torch.arange(len(train))
             order = members[(after - before)[members].argsort()]
             typical.append(int(order[min(len(order) - 1, len(order) * (5 + number // source.num_classes) // 10)]))
         labels = [source.class_names[int(train.labels[i])] for i in typical]
     else:
-        typical = np.linspace(0, len(train) - 1, 4).astype(int).tolist()
-        labels = [""] * 4
+        typical = np.linspace(0, len(train) - 1, count).astype(int).tolist()
+        labels = [""] * count
     pick = torch.tensor(typical)
     draw_examples(
         path,

@@ -14,6 +14,7 @@ from tsynd.checks import check_choice
 from tsynd.classifier import as_classifier
 from tsynd.errors import InputError
 from tsynd.reference import OBJECTIVES, TASKS
+from tsynd.stages import staged
 
 __all__ = ["Ensemble", "Posterior", "evaluating", "frozen"]
 
@@ -105,6 +106,15 @@ class Posterior(ABC):
         """Inside, what runs once per image goes through ``torch.compile`` where the posterior can tell it apart."""
         yield self
 
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """Inside, what runs once per image is cut into stages, see ``tsynd.stages``; gives the heaviest one's bytes.
+
+        Args:
+            image: [1, C, ...] in [0, 1], to measure with.
+        """
+        yield 0
+
 
 class Ensemble(Posterior):
     """Independently trained classifiers as posterior samples (Lakshminarayanan et al., 2017).
@@ -135,5 +145,15 @@ class Ensemble(Posterior):
         self._runners = tuple(torch.compile(network, dynamic=False) for network in self._plain)
         try:
             yield self
+        finally:
+            self._runners = self._plain
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """See :meth:`Posterior.staged`; every network is one stage."""
+        stages = [staged(network, image) for network in self._plain]
+        self._runners = tuple(stages)
+        try:
+            yield max(stage.heaviest for stage in stages)
         finally:
             self._runners = self._plain

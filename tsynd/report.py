@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tsynd.errors import InputError
 from tsynd.figures import COLUMNS, check_counts, curves, difference_scale, histogram, inline_png, nats, spread, strip
+from tsynd.planes import views
 from tsynd.storage import atomic_path
 from tsynd.synthesis import SynthesisResult
 
@@ -54,6 +55,7 @@ p { margin: .5rem 0 .9rem; } .lead { font-size: 1.1rem; margin-top: .9rem; }
 .strip img.small { image-rendering: pixelated; }
 .strip .cap { font-size: clamp(.62rem, 1.5vw, .74rem); line-height: 1.35; margin-top: .25rem; white-space: nowrap; }
 .strip .cap span { display: block; color: var(--ink); font-variant-numeric: tabular-nums; }
+.plane { color: var(--soft); font-size: .74rem; margin: .45rem 0 .2rem; }
 .scale { margin: 0 0 .9rem; } .scale span { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .scale i { display: inline-block; margin: 0 .5rem; vertical-align: -.05rem; width: 8rem; height: .7rem;
   border: 1px solid var(--line); border-radius: 3px; background: linear-gradient(90deg, #2166ac, #fff, #b2182b); }
@@ -87,7 +89,8 @@ def write_report(
         metrics: what :func:`tsynd.pipeline.run` measured; ``synthesis`` and ``evaluation`` are needed.
         result: the synthesis, N images.
         sources: [N, C, H, W] in [0, 1], the real images; three channels are shown as RGB, else the first as grey.
-        reconstructions: [N, C, H, W] in [0, 1].
+            Volumes [N, C, D, H, W] are shown in orthogonal slices, see ``tsynd.planes``.
+        reconstructions: of the same shape.
         class_names: of the labels.
         fresh_before: [N], uncertainty of the reconstructions under samples that were not climbed on, in nats.
         fresh_after: [N], the same of the targeted images.
@@ -117,7 +120,7 @@ def write_report(
 <p class="lead">{_summary(metrics)}</p>
 <h2>Examples</h2>
 <p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks. Below
-reconstruction and targeted: their {measure} in nats, under fresh posterior samples.</p>
+reconstruction and targeted: their {measure} in nats, under fresh posterior samples.{_volume_note(stages[0])}</p>
 <p class="soft scale">Difference, targeted − reconstruction: <span>−{limit:.2f}<i></i>+{limit:.2f}</span>
 of the intensity range{", mean over channels" if stages[0].shape[1] == 3 else ""}</p>
 <div class="pair">{"".join(examples)}</div>
@@ -144,6 +147,15 @@ fresh samples, so they do not flatter the ascent; the curves show the samples th
     with atomic_path(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))
     return path
+
+
+def _volume_note(sources: Tensor) -> str:
+    if sources.ndim == 4:
+        return ""
+    return (
+        " Each volume is cut in three planes through the place where targeted and reconstruction differ most. The "
+        "planes are named for axes in DICOM's directions, and voxels are drawn as cubes."
+    )
 
 
 def _label_texts(labels: Tensor | None, names: Sequence[str], count: int) -> list[str]:
@@ -267,10 +279,15 @@ def _example(
     index: int, stages: list[Tensor], limit: float, label: str, before: Tensor, after: Tensor, short: str
 ) -> str:
     notes = ("", f"{short} {nats(before)}", f"{short} {nats(after)}", "")
-    label, cells = html.escape(label), ""
-    for name, note, pixels in zip(COLUMNS, notes, strip(stages, limit), strict=True):
-        kind = ' class="small"' if max(pixels.shape) < 128 else ""
-        alt = f"{name} of image {index} ({label})" + (f", {note} nats" if note else "")
-        cells += f'<div><img{kind} src="{inline_png(pixels)}" alt="{alt}">'
-        cells += f'<div class="cap">{name}<span>{note}</span></div></div>'
-    return f'<div class="example"><b>{label}</b><div class="strip">{cells}</div></div>'
+    label, strips, shown = html.escape(label), "", views(stages)
+    for number, (title, pictures) in enumerate(shown):
+        cells, last = "", number == len(shown) - 1
+        for name, note, pixels in zip(COLUMNS, notes, strip(pictures, limit), strict=True):
+            kind = ' class="small"' if max(pixels.shape) < 128 else ""
+            alt = f"{name} of image {index} ({label})" + (f", {title}" if title else "")
+            alt += f", {note} nats" if note else ""
+            cells += f'<div><img{kind} src="{inline_png(pixels)}" alt="{alt}">'
+            cells += f'<div class="cap">{name}<span>{note}</span></div></div>' if last else "</div>"
+        strips += f'<div class="plane">{title}</div>' if title else ""
+        strips += f'<div class="strip">{cells}</div>'
+    return f'<div class="example"><b>{label}</b>{strips}</div>'

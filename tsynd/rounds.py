@@ -115,10 +115,28 @@ def fit_rounds(
         data: labelled images, as ``tsynd.evaluation.Batches`` reads them; a synthetic copy per round stays in memory.
         autoencoder: anything :func:`tsynd.as_autoencoder` takes.
         rounds: R, at least 1 and at most the steps after the warm-up.
-        objective, samples, masks, steps, radius, step_size, rule, label_consistency, latent_std: as in
-            :func:`tsynd.synthesize`; round r uses the posterior samples of seed + r.
-        task, iterations, batch_size, learning_rate, weight_decay, balanced, augmentation_weight, warmup_fraction,
-            seed, device, precision, progress, val: as in :func:`tsynd.fit_classifier`.
+        objective: as in :func:`tsynd.synthesize`, like all that follow until `iterations`.
+        task: "multiclass" or "multilabel".
+        samples: T; round r uses the posterior samples of seed + r.
+        masks: "shared" or "independent".
+        steps: K, ascent steps.
+        radius: of the ball.
+        step_size: 2.5 · radius / K when None.
+        rule: "l2" or "linf".
+        label_consistency: least mean probability of the label.
+        latent_std: the unit of the radius.
+        iterations: optimiser steps; like all that follow as in :func:`tsynd.fit_classifier`.
+        batch_size: real images per step.
+        learning_rate: peak of a cosine schedule.
+        weight_decay: of AdamW.
+        balanced: weigh the classes equally.
+        augmentation_weight: λ.
+        warmup_fraction: part of the iterations before the first round.
+        seed: of batches, dropout and posterior samples.
+        device: Accelerate's choice by default.
+        precision: "float32" or "bfloat16".
+        progress: show a bar.
+        val: labelled images, scored once after training.
 
     Raises:
         InputError: an argument that cannot be used, or a loss that is not finite.

@@ -34,7 +34,7 @@ class RuntimeResult:
     """Row i belongs to source image i.
 
     Attributes:
-        images: [N, C, H, W] float32 in [0, 1].
+        images: [N, C, H, W] or [N, C, D, H, W] float32 in [0, 1].
         latents: [N, ...] float32.
         initial_uncertainty: [N] float32, of the reconstructions, in nats.
         uncertainty: [N] float32, of the images, in nats.
@@ -51,7 +51,7 @@ class RuntimeResult:
         return len(self.images)
 
     def save(self, path: str | Path, labels: Array | None = None, class_names: Sequence[str] | None = None) -> Path:
-        """Write a MedMNIST-style ``.npz`` (images as uint8 [N, H, W] or [N, H, W, 3]), whole or not at all.
+        """Write a MedMNIST-style ``.npz`` (images as uint8 [N, H, W], [N, H, W, 3] or [N, D, H, W]), whole.
 
         Raises:
             InputError: the path is no ``.npz`` or cannot be written.
@@ -59,8 +59,8 @@ class RuntimeResult:
         target = Path(path).expanduser()
         if target.suffix != ".npz":
             raise InputError(f"path: got {path}, wanted a name that ends in .npz")
-        pixels = np.rint(self.images * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-        arrays = asdict(self) | {"images": pixels[..., 0] if pixels.shape[3] == 1 else pixels}
+        pixels = np.moveaxis(np.rint(self.images * 255).astype(np.uint8), 1, -1)
+        arrays = asdict(self) | {"images": pixels[..., 0] if pixels.shape[-1] == 1 else pixels}
         if labels is not None:
             arrays["labels"] = np.asarray(labels)
         if class_names is not None:
@@ -127,7 +127,7 @@ class OnnxSynthesizer:
         On one machine, with the same number of threads, results are the same bit for bit in every run.
 
         Args:
-            images: [N, C, H, W], N > 0, of the file's shape: uint8, or float in [0, 1].
+            images: [N, C, H, W] or [N, C, D, H, W], N > 0, of the file's shape: uint8, or float in [0, 1].
             batch_size: images at once, rounded up to a multiple of 16.
 
         Raises:
@@ -194,7 +194,7 @@ def _check_images(images: object, shape: Sequence[int]) -> Array:
     x = np.asarray(images)
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise InputError(f"images: dtype {x.dtype}; wanted uint8, or float in [0, 1]")
-    if x.ndim != 4 or list(x.shape[1:]) != list(shape) or len(x) == 0:
+    if list(x.shape[1:]) != list(shape) or len(x) == 0:
         wanted = ", ".join(map(str, shape))
         raise InputError(f"images: shape {list(x.shape)}; wanted [N, {wanted}] with N > 0, as the file was exported")
     if x.dtype == np.uint8:

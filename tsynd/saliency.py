@@ -18,7 +18,7 @@ def last_maps(classifier: nn.Module, image: Tensor) -> nn.Module:
 
     Args:
         classifier: in eval mode.
-        image: [1, C, H, W] in [0, 1].
+        image: [1, C, H, W] or [1, C, D, H, W] in [0, 1].
 
     Raises:
         InputError: there is none.
@@ -26,7 +26,7 @@ def last_maps(classifier: nn.Module, image: Tensor) -> nn.Module:
     found: list[nn.Module] = []
 
     def note(module: nn.Module, _: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
+        if isinstance(output, Tensor) and output.dim() in (4, 5) and output[0, 0].numel() > 1:
             found.append(module)
 
     handles = [module.register_forward_hook(note) for module in classifier.modules()]
@@ -48,11 +48,12 @@ def grad_cam(classifier: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         classifier: images → logits [B, K]; its modes come back.
-        images: [B, C, H, W] in [0, 1].
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
         targets: int64 [B], the class (or label) asked about.
 
     Returns:
-        [B, H, W] in [0, 1], each image by its own maximum (0 where there is no evidence), interpolated bilinearly.
+        [B, H, W] or [B, D, H, W] in [0, 1], each image by its own maximum (0 where there is no evidence),
+        interpolated linearly.
 
     Raises:
         MissingExtraError: captum is not installed.
@@ -68,9 +69,10 @@ def grad_cam(classifier: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     finally:
         for module, training in modes.items():
             module.training = training
-    wide = attribution.LayerAttribution.interpolate(maps.detach(), tuple(images.shape[-2:]), "bilinear")[:, 0]
-    top = wide.flatten(1).amax(1).clamp_min(1e-12)[:, None, None]
-    heat: Tensor = (wide / top).clamp(0, 1)
+    mode = "bilinear" if images.ndim == 4 else "trilinear"
+    wide = attribution.LayerAttribution.interpolate(maps.detach(), tuple(images.shape[2:]), mode)[:, 0]
+    top = wide.flatten(1).amax(1).clamp_min(1e-12)
+    heat: Tensor = (wide / top.reshape([-1] + [1] * (wide.ndim - 1))).clamp(0, 1)
     return heat
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tsynd.ascent import AscentSettings, Status
 from tsynd.checkpoint import load_model, read_card
 from tsynd.checks import check_choice, check_labels
 from tsynd.errors import InputError, require
+from tsynd.readers.options import ReadOptions, plain_settings
 from tsynd.shards import FORMATS, Sample, ShardFolder, Unit
 from tsynd.source import Batch
 from tsynd.sources import RangeSource, open_source
@@ -33,8 +34,9 @@ class ShardSettings:
         autoencoder, classifier: files of :func:`tsynd.save_model`; with Ray, paths that every machine sees.
         output: folder, one that every machine sees.
         split: of the data.
+        reading: how its files are read.
         shard_size: images per shard.
-        image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W]).
+        image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W] or, of volumes, [C, D, H, W]).
         objective, samples, masks, steps, radius, label_consistency, seed, batch_size, precision: see
             :func:`tsynd.synthesize`. Sample ids are positions in the data.
         device: of each worker; None takes a GPU where there is one.
@@ -46,6 +48,7 @@ class ShardSettings:
     classifier: str
     output: str
     split: str = "train"
+    reading: ReadOptions = field(default_factory=ReadOptions)
     shard_size: int = 4096
     image_format: str = "png"
     objective: str = "mutual_information"
@@ -73,7 +76,7 @@ def _fingerprint(settings: ShardSettings, source: RangeSource, latent_std: float
         "autoencoder": read_card(settings.autoencoder).sha256,
         "classifier": read_card(settings.classifier).sha256,
         "latent_std": latent_std,
-        **{key: value for key, value in asdict(settings).items() if key not in _NOT_THE_RESULT},
+        **{key: value for key, value in plain_settings(settings).items() if key not in _NOT_THE_RESULT},
     }
 
 
@@ -103,7 +106,7 @@ class ShardWorker:
             torch.set_num_threads(settings.threads)
         self.settings = settings
         autoencoder, classifier = load_model(settings.autoencoder), load_model(settings.classifier)
-        self.source = open_source(settings.data, settings.split)
+        self.source = open_source(settings.data, settings.split, settings.reading)
         names = read_card(settings.classifier).class_names or ()
         if names and self.source.class_names and tuple(names) != self.source.class_names:
             raise InputError(
@@ -136,6 +139,8 @@ class ShardWorker:
                 "autoencoder: has no latent_std, which every shard must share; fit_autoencoder measures it"
             )
         first = self.source.read(0, 1)
+        if settings.image_format == "png" and first.images.ndim == 5:
+            raise InputError("image_format: png holds pictures, the data are volumes; use npy")
         if settings.image_format == "png" and first.images.shape[1] not in (1, 3):
             raise InputError(
                 f"image_format: png holds 1 or 3 channels, the images have {first.images.shape[1]}; use npy"
@@ -185,7 +190,6 @@ class ShardWorker:
             rows = zip(
                 ids,
                 images,
-                self.source.origins(ids[0], ids[-1] + 1),
                 labels,
                 climbed.trajectory[0].tolist(),
                 climbed.uncertainty.tolist(),

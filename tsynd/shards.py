@@ -54,11 +54,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sample:
-    """One targeted image: ``image`` uint8 [H, W] or [H, W, C], or float32 [C, H, W] for npy; and its row."""
+    """One targeted image: ``image`` uint8 [H, W] or [H, W, C], or float32 [C, ...] for npy; and its row."""
 
     sample_id: int
     image: np.ndarray[Any, Any]
-    source: str
     label: int | list[int] | None
     uncertainty_before: float
     uncertainty: float
@@ -69,7 +68,6 @@ class Sample:
         return {
             "sample_id": self.sample_id,
             "label": self.label,
-            "source": self.source,
             "uncertainty_before": self.uncertainty_before,
             "uncertainty": self.uncertainty,
             "status": self.status,
@@ -314,7 +312,6 @@ def _write_index(file: BinaryIO, unit: Unit, rows: list[dict[str, Any]]) -> None
     columns = {
         "sample_id": pyarrow.int64(),
         "label": pyarrow.list_(pyarrow.int8()) if isinstance(label, list) else pyarrow.int64(),
-        "source": pyarrow.string(),
         "uncertainty_before": pyarrow.float32(),
         "uncertainty": pyarrow.float32(),
         "status": pyarrow.string(),

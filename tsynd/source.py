@@ -19,7 +19,7 @@ __all__ = ["Batch", "ImageSource"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, C, H, W] in [0, 1], their labels if any, and their ids [B]."""
+    """Images [B, C, H, W] or [B, C, D, H, W] in [0, 1], their labels if any, and their ids [B]."""
 
     images: Tensor
     labels: Tensor | None
@@ -43,7 +43,7 @@ class ImageSource:
         if isinstance(images, (Tensor, np.ndarray)):
             pixels = as_tensor(images, "images")
             # eight-bit pixels wait as they are: as float they would take four times the memory
-            waits = pixels.dtype == torch.uint8 and pixels.ndim == 4
+            waits = pixels.dtype == torch.uint8 and pixels.ndim in (4, 5)
             self._images = pixels if waits else check_images(pixels)
             self.first = check_images(self._images[:1])
             self.count: int = len(self._images)

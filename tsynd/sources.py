@@ -1,4 +1,4 @@
-"""Labelled images that need not fit in memory, read by ranges of their ids: npz, class folders, WebDataset, fsspec.
+"""Labelled images that need not fit in memory, read by ranges of their ids: npz, folders, tables, WebDataset, fsspec.
 
 A source knows its images by position: sample id i is always the same image. It is opened anew in every worker.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import mmap
-import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,15 +19,19 @@ import torch
 from torch import Tensor
 
 from tsynd import files
-from tsynd.checks import check_labels, unit_pixels
-from tsynd.data import IMAGE_SUFFIXES, LabelledImages, find_class_names, load_data
-from tsynd.errors import InputError, require
+from tsynd.checks import channels_first, check_labels, unit_pixels
+from tsynd.data import LabelledImages, find_class_names, load_data
+from tsynd.errors import InputError
 from tsynd.files import FileTree, Record
+from tsynd.readers.entries import SPLITS, Listing, read_entry
+from tsynd.readers.files import read_image
+from tsynd.readers.folders import list_folder
+from tsynd.readers.options import ReadOptions
+from tsynd.readers.tables import SUFFIXES as TABLES
+from tsynd.readers.tables import list_table
 from tsynd.source import Batch
 
 __all__ = ["RangeSource", "decode_image", "open_source"]
-
-_SPLITS = ("train", "val", "test")
 
 
 class RangeSource(ABC):
@@ -48,11 +51,7 @@ class RangeSource(ABC):
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Images uint8 [n, C, H, W] and labels."""
-
-    @abstractmethod
-    def origins(self, start: int, stop: int) -> list[str]:
-        """What the source itself calls images ``start`` to ``stop``."""
+        """Images uint8 [n, C, H, W] or [n, C, D, H, W] and labels."""
 
     def read(self, start: int, stop: int) -> Batch:
         """Images ``start`` to ``stop`` (exclusive), their labels and ids.
@@ -64,29 +63,42 @@ class RangeSource(ABC):
         return Batch(unit_pixels(images), labels, torch.arange(start, stop))
 
 
-def open_source(source: str, split: str = "train") -> RangeSource:
+def open_source(source: str, split: str = "train", options: ReadOptions | None = None) -> RangeSource:
     """Open a source without reading its images.
 
     Args:
         source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones unpacked once
-            into the cache folder, see ``tsynd.files``); a folder of class folders; a WebDataset tar, a folder of tars,
-            or a pattern with ``*`` or ``{000..099}``; any of these behind an fsspec address such as
-            ``s3://bucket/images.npz``; a MedMNIST name or ``phantom``.
+            into the cache folder, see ``tsynd.files``); a folder or a table of image files as there; a WebDataset tar,
+            a folder of tars, or a pattern with ``*`` or ``{000..099}``; any of these but tables behind an fsspec
+            address such as ``s3://bucket/images.npz``; a MedMNIST name, ``phantom`` or ``phantom3d``.
         split: which of the source's own splits to take; a source without splits is taken whole.
+        options: how the files of a folder or table are read; every file must be one image.
 
     Raises:
         InputError: no such source, or one that cannot be used.
-        MissingExtraError: fsspec or pillow is needed and not installed.
+        MissingExtraError: fsspec or the package for a kind of file is needed and not installed.
     """
-    if split not in _SPLITS:
-        raise InputError(f"split: got {split!r}, wanted {', '.join(_SPLITS)}")
+    options = options or ReadOptions()
+    if split not in SPLITS:
+        raise InputError(f"split: got {split!r}, wanted {', '.join(SPLITS)}")
     tree = FileTree(source)
+    table = tree.is_file and not tree.remote and tree.name.lower().endswith(TABLES)
+    if (tree.is_folder and not tree.tars) or table:
+        if options.frames is not None or options.slices in ("axial", "coronal", "sagittal"):
+            name = "frames" if options.frames is not None else "slices"
+            raise InputError(
+                f"{name}: not in shards, where every file is one image; wanted volumes, or slices 'PLANE:middle'"
+            )
+        return _Listed(
+            list_table(Path(source).expanduser(), options) if table else list_folder(tree, options), split, options
+        )
+    if given := options.given():
+        name = next(iter(given))
+        raise InputError(f"{name}: {given[name]!r}; wanted only with a folder of image files or a table")
     if tree.tars:
         return _Tars(tree)
     if tree.is_file and tree.name.endswith(".npz"):
         return _Npz(tree, split)
-    if tree.is_folder:
-        return _Folder(tree, split)
     if tree.remote:
         raise InputError(f"source: {source!r} was not found, wanted an .npz, a folder of class folders or .tar files")
     data = load_data(source)
@@ -104,9 +116,6 @@ class _Memory(RangeSource):
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self._data.images[start:stop], self._data.labels[start:stop]
 
-    def origins(self, start: int, stop: int) -> list[str]:
-        return [str(index) for index in range(start, stop)]
-
 
 class _Npz(RangeSource):
     """The arrays of an .npz, mapped."""
@@ -117,7 +126,7 @@ class _Npz(RangeSource):
             with tree.open() as file, zipfile.ZipFile(file) as archive:
                 held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
                 prefix = f"{split}_" if f"{split}_images" in held else ""
-                if not prefix and any(f"{name}_images" in held for name in _SPLITS):
+                if not prefix and any(f"{name}_images" in held for name in SPLITS):
                     raise InputError(f"{where}: has no {split} split, wanted one of {', '.join(sorted(held))}")
                 if missing := [k for k in (f"{prefix}images", f"{prefix}labels") if k not in held]:
                     raise InputError(f"{where}: holds {', '.join(held) or 'nothing'}; missing {', '.join(missing)}")
@@ -133,8 +142,7 @@ class _Npz(RangeSource):
                 raise
             raise InputError(f"{where}: damaged or no .npz of plain arrays ({error})") from error
         x = self._images
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or not x.size:
-            raise InputError(f"{where}: images are {x.dtype} {list(x.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3]")
+        channels_first(x, f"{where}: images")
         self.count = len(x)
         self.task = "multilabel" if labels.ndim == 2 and labels.shape[1] > 1 else "multiclass"
         self._labels = check_labels(labels, self.count, self.task, name=f"{where}: labels")
@@ -144,18 +152,14 @@ class _Npz(RangeSource):
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         part = np.array(self._images[start:stop])  # a copy: the map is read-only
-        part = part[..., None] if part.ndim == 3 else part
         pages: Any = getattr(self._images, "_mmap", None)
         if hasattr(pages, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             pages.madvise(mmap.MADV_DONTNEED)  # what was read is not held in this process
-        return torch.from_numpy(part).permute(0, 3, 1, 2), self._labels[start:stop]
-
-    def origins(self, start: int, stop: int) -> list[str]:
-        return [str(index) for index in range(start, stop)]
+        return torch.from_numpy(channels_first(part, "images")), self._labels[start:stop]
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
-    """An image file's bytes as uint8 [C, H, W]."""
+    """An image file's bytes as uint8 [C, H, W]; an .npy may also hold a volume [C, D, H, W], and float32."""
     if name.endswith(".npy"):
         try:
             array = np.load(io.BytesIO(content), allow_pickle=False)
@@ -163,21 +167,12 @@ def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
             raise InputError(f"{name}: damaged .npy ({error})") from None
         if array.ndim == 2:
             array = array[None]
-        if array.ndim != 3 or array.dtype.kind not in "uf":
-            raise InputError(f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W] or [C, H, W], uint8 or float")
+        if array.ndim not in (3, 4) or array.dtype.kind not in "uf":
+            raise InputError(
+                f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W], [C, H, W] or [C, D, H, W], uint8 or float"
+            )
         return np.asarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
-    pillow = require("PIL.Image", "data")
-    try:
-        with pillow.open(io.BytesIO(content)) as image:
-            if image.mode[0] in "IF" or getattr(image, "n_frames", 1) > 1:
-                raise InputError(f"{name}: mode {image.mode}, not one 8-bit picture; convert it to 8 bits first")
-            pixels = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise InputError(f"{name}: unreadable picture ({error})") from None
-    channels: np.ndarray[Any, Any] = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return channels
+    return read_image(content, "picture", name, ReadOptions())[0][0]
 
 
 def _stack(images: Sequence[np.ndarray[Any, Any]], names: Sequence[str]) -> Tensor:
@@ -192,32 +187,25 @@ def _stack(images: Sequence[np.ndarray[Any, Any]], names: Sequence[str]) -> Tens
     return pixels
 
 
-class _Folder(RangeSource):
-    """Class folders of pictures; only their names are kept."""
+class _Listed(RangeSource):
+    """Image files of a folder or a table; only their names are kept."""
 
-    def __init__(self, tree: FileTree, split: str) -> None:
-        everything = [name for name in tree.list() if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        inside = [name for name in everything if name.startswith(f"{split}/")]
-        if not inside and any(name.split("/")[0] in _SPLITS and name.count("/") == 2 for name in everything):
-            raise InputError(f"{tree.text}: has no pictures in {split}/")
-        prefix = f"{split}/" if inside else ""
-        names = [name[len(prefix) :] for name in (inside or everything)]
-        names = sorted(name for name in names if name.count("/") == 1 and not re.search(r"(^|/)\.", name))
-        self.class_names = tuple(sorted({name.split("/")[0] for name in names}))
-        if not names:
-            raise InputError(f"{tree.text}: no class folders with pictures, no .tar files; wanted one or the other")
-        number = {name: index for index, name in enumerate(self.class_names)}
-        self._names = [prefix + name for name in names]
-        self._labels = torch.tensor([number[name.split("/")[0]] for name in names])
-        self._tree, self.count = tree, len(names)
-        self.identity = tree.identity(self._names)
+    def __init__(self, listing: Listing, split: str, options: ReadOptions) -> None:
+        tree, splits = listing.tree, {entry.split for entry in listing.entries}
+        if splits != {""} and split not in splits:
+            raise InputError(f"{tree.text}: has no {split} split, wanted one of {', '.join(sorted(splits))}")
+        self._entries = [entry for entry in listing.entries if entry.split in ("", split)]
+        self._tree, self._options, self.count = tree, options, len(self._entries)
+        self.class_names = listing.class_names
+        self.task = "multilabel" if isinstance(self._entries[0].label, list) else "multiclass"
+        labels = np.array([entry.label for entry in self._entries])
+        self._labels = check_labels(labels, self.count, self.task, name=f"{tree.text}: labels")
+        self.identity = tree.identity([name for entry in self._entries for name in entry.names])
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        names = self._names[start:stop]
-        return _stack([decode_image(self._tree.read(name), name) for name in names], names), self._labels[start:stop]
-
-    def origins(self, start: int, stop: int) -> list[str]:
-        return self._names[start:stop]
+        entries = self._entries[start:stop]
+        images = [image for entry in entries for image in read_entry(self._tree, entry, self._options)[0]]
+        return _stack(images, [entry.names[0] for entry in entries]), self._labels[start:stop]
 
 
 class _Tars(RangeSource):
@@ -257,6 +245,3 @@ class _Tars(RangeSource):
         if missing := [name for name, label in zip(names, labels, strict=True) if label is None]:
             raise InputError(f"{missing[0]}: has no label, while the first sample has one")
         return images, check_labels(labels, len(labels), self.task, name=f"{names[0]} ..: labels")
-
-    def origins(self, start: int, stop: int) -> list[str]:
-        return [f"{Path(record.tar).name}/{record.key}" for record in self._records[start:stop]]

@@ -22,7 +22,9 @@ __all__ = ["atomic_path", "check_writable", "folder_names", "save_class_folders"
 
 
 def to_uint8(images: object) -> np.ndarray[Any, Any]:
-    """Images (as for `check_images`, 1 or 3 channels) as uint8 [N, H, W] or [N, H, W, 3], MedMNIST's layout.
+    """Images (as for `check_images`, 1 or 3 channels) as uint8 in MedMNIST's layout.
+
+    That is [N, H, W] or [N, H, W, 3], for volumes [N, D, H, W] or [N, D, H, W, 3].
 
     Raises:
         InputError: as `check_images`, or another number of channels.
@@ -30,8 +32,8 @@ def to_uint8(images: object) -> np.ndarray[Any, Any]:
     x = check_images(images)
     if x.shape[1] not in (1, 3):
         raise InputError(f"images: {x.shape[1]} channels; wanted 1 (grey) or 3 (RGB)")
-    out: np.ndarray[Any, Any] = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return np.ascontiguousarray(out[..., 0] if out.shape[3] == 1 else out)
+    out: np.ndarray[Any, Any] = (x * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return np.ascontiguousarray(out[..., 0] if out.shape[-1] == 1 else out)
 
 
 def _temporary(path: Path) -> Path:
@@ -116,11 +118,13 @@ def save_class_folders(path: str | Path, images: object, labels: object, class_n
         class_names: the name of every class.
 
     Raises:
-        InputError: bad images or labels, multilabel ones included, or `path` holds something.
+        InputError: bad images or labels, multilabel ones and volumes included, or `path` holds something.
         MissingExtraError: pillow is not installed.
     """
     pillow = require("PIL.Image", "data")
     pixels = to_uint8(images)
+    if as_tensor(images, "images").ndim == 5:
+        raise InputError(f"images: {len(pixels)} volumes; class folders hold pictures, save volumes as .npz")
     y = as_tensor(labels, "labels")
     if y.ndim == 2 and y.shape[1] > 1:
         raise InputError(f"labels: {shape_of(y)} is multilabel; class folders hold one class per image, use save_npz")

@@ -22,15 +22,21 @@ from tsynd.goals import PlausibleGoal, Uncertainty
 from tsynd.mc_dropout import as_posterior
 from tsynd.posterior import Posterior, frozen
 from tsynd.source import Batch
+from tsynd.stages import kept_per_image, staged
 
-__all__ = ["AscentStream", "Part", "place"]
+__all__ = ["CPU_BYTES", "AscentStream", "Part", "place"]
 
 Part: TypeAlias = tuple[Batch, Tensor, Ascent]
 """A batch, its source latents [B, ...] and its ascent; the last two on the CPU."""
 
 # Convolution and matrix libraries pick their kernels by the batch's remainder. Whole tiles give every image the same
-# arithmetic in any batch; the ascent would amplify a last-digit difference.
+# arithmetic in any batch; the ascent would amplify a last-digit difference. A tile of large images is smaller, down to
+# one image, so that it keeps within _TILE_BYTES; that depends on the image's shape and the networks alone.
 _TILE = 16
+_TILE_BYTES = 2**29
+
+CPU_BYTES = 2**31
+"""What a batch's activations may take on a CPU unless told otherwise."""
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,14 +47,15 @@ class AscentStream:
     Use: ``with stream: stream.check(first); stream.prepare(latent_std, first); for part in stream.run(batches): ...``
 
     Args:
-        autoencoder, classifier, samples, masks, seed, batch_size, device, precision, compile: see
-            :func:`tsynd.synthesize`.
+        autoencoder, classifier, samples, masks, seed, batch_size, device, precision, compile, checkpointing,
+            memory_limit: see :func:`tsynd.synthesize`.
         settings: of the ascent.
         phases: takes the seconds of every phase, see :func:`tsynd.synthesize`.
 
     Attributes:
         device: where the work happens.
-        size: images at once, known after :meth:`check`.
+        size: images at once; the encoder's after :meth:`check`, final after :meth:`prepare`.
+        checkpointing: whether activations are made again; final after :meth:`prepare`.
 
     Raises:
         InputError: an argument cannot be used.
@@ -67,9 +74,15 @@ class AscentStream:
         device: torch.device | str | None,
         precision: str,
         compile: bool,
+        checkpointing: bool | None = None,
+        memory_limit: float | None = None,
         phases: Phases | None = None,
     ) -> None:
         check_choice("precision", precision, tuple(_PRECISIONS))
+        if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
+            raise InputError(f"memory_limit: got {memory_limit!r}, wanted a number of GiB above 0, or None")
+        if checkpointing and compile:
+            raise InputError("checkpointing: got True with compile=True, wanted one of the two")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
         self.posterior = as_posterior(classifier, samples, masks, seed)
@@ -78,6 +91,8 @@ class AscentStream:
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
         self.size = batch_size or 0
+        self.checkpointing = bool(checkpointing)
+        self._choose, self._limit, self._given, self._tile = checkpointing is None, memory_limit, batch_size, _TILE
         self._settings, self._precision, self._compile = settings, precision, compile
         self._phases = phases or Phases()
         # a phase that is measured waits for the GPU
@@ -123,7 +138,8 @@ class AscentStream:
             InputError: the models do not fit the image or each other.
         """
         classes = _check_models(self.model, self.posterior, first.to(self.device))
-        self.size = _whole_tiles(self.size or _default_batch(first, self.device), self.device)
+        self._tile = _TILE if self.device.type == "cpu" else 1
+        self.size = _whole_tiles(self.size or _default_batch(first, self.device), self._tile)
         return classes
 
     def prepare(self, latent_std: float, first: Tensor) -> None:
@@ -132,8 +148,11 @@ class AscentStream:
         networks = (*self.posterior.networks, self.model) if is_module else self.posterior.networks
         self._stack.enter_context(channels_last(*networks))  # type: ignore[arg-type]
         self._stack.enter_context(self.posterior.folded())  # after the layout, which the folded weights take over
+        image = first.to(self.device)
         with torch.no_grad():
-            decode = folded_decoder(self.model, self.model.encode(first.to(self.device)).float())
+            latent = self.model.encode(image).float()
+            decode = folded_decoder(self.model, latent)
+        decode = self._fit(decode, image, latent)
         if self._compile:
             self._stack.enter_context(self.posterior.compiled())
             decode = torch.compile(decode, dynamic=False)
@@ -148,6 +167,37 @@ class AscentStream:
 
         self._climb = GraphedAscent(climb) if self._compile and self.device.type == "cuda" else climb
 
+    def _fit(self, decode: Callable[[Tensor], Tensor], image: Tensor, latent: Tensor) -> Callable[[Tensor], Tensor]:
+        """Choose how many images at once and whether to make activations again, by what one image keeps."""
+        ids = torch.zeros(1, dtype=torch.int64, device=self.device)
+        objective, task = self._settings.objective, self._settings.task
+
+        def kept(decode: Callable[[Tensor], Tensor]) -> int:
+            def run(latents: Tensor) -> Tensor:
+                images = decode(latents).clamp(0, 1)
+                return self.posterior.uncertainty(images, ids.expand(len(images)), objective, task)
+
+            return kept_per_image(run, latent)
+
+        if self._limit is not None:
+            limit = self._limit * 2**30
+        else:
+            on_gpu = self.device.type == "cuda"
+            limit = torch.cuda.mem_get_info(self.device)[0] / 2 if on_gpu else float(CPU_BYTES)
+        each = kept(decode)
+        if self.device.type == "cpu":
+            self._tile = max(1, min(_TILE, 2 ** int(math.log2(max(1.0, _TILE_BYTES / each)))))
+        if self._choose and not self._compile:
+            self.checkpointing = (self._given or self._tile) * each > limit
+        if self.checkpointing:
+            stages = staged(decode, latent)
+            heaviest = max(stages.heaviest, self._stack.enter_context(self.posterior.staged(image)))
+            decode, each = stages, kept(stages) + heaviest
+        fits = max(1, int(limit / each))
+        size = self._given or min(_default_batch(image, self.device), max(self._tile, fits - fits % self._tile))
+        self.size = _whole_tiles(size, self._tile)
+        return decode
+
     def run(self, batches: Iterable[Batch]) -> Iterator[Part]:
         """Every batch's results, in order; on a GPU one batch behind, so that copies lie beside the work.
 
@@ -160,7 +210,7 @@ class AscentStream:
 
     def _work(self, batch: Batch) -> None:
         count = len(batch.images)
-        full = batch.padded(_halved(self.size, count) if self._compile else _whole_tiles(count, self.device))
+        full = batch.padded(_halved(self.size, count) if self._compile else _whole_tiles(count, self._tile))
         with torch.no_grad(), self.phase("encode"):
             z0 = self.model.encode(send(full.images, self.device)).float().contiguous()
         y = None if full.labels is None else send(full.labels, self.device)
@@ -175,8 +225,8 @@ class AscentStream:
             yield (batch, *wait())
 
 
-def _whole_tiles(count: int, device: torch.device) -> int:
-    return -(-count // _TILE) * _TILE if device.type == "cpu" else count
+def _whole_tiles(count: int, tile: int) -> int:
+    return -(-count // tile) * tile
 
 
 def _halved(size: int, count: int) -> int:

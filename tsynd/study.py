@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tsynd.data import DataSource
 from tsynd.errors import InputError
 from tsynd.evaluation import choose_conditions
 from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.readers.options import ReadOptions, plain_settings
 from tsynd.version import __version__
 
 __all__ = [
@@ -85,6 +86,7 @@ class StudySettings:
         attack_images: see :func:`tsynd.evaluate`.
         query_images: see :func:`tsynd.evaluate`.
         uncertainty_samples: T of the measured uncertainty.
+        reading: how the files of a folder or table are read.
     """
 
     autoencoder_data: str = "train"
@@ -117,6 +119,7 @@ class StudySettings:
     attack_images: int | None = 128
     query_images: int | None = 32
     uncertainty_samples: int = 32
+    reading: ReadOptions = field(default_factory=ReadOptions)
 
     def augmentation(self) -> dict[str, Any]:
         """The options of :class:`tsynd.TargetedAugmentation`."""
@@ -185,8 +188,16 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     parse_attacks(settings.attacks)
     with torch.random.fork_rng(devices=[]):
-        SmallResNet(source.channels, source.num_classes, dropout=settings.dropout, dropout_rate=settings.dropout_rate)
-        autoencoder = SmallAutoencoder(source.channels, settings.latent_channels, settings.autoencoder_widths)
+        SmallResNet(
+            source.channels,
+            source.num_classes,
+            dropout=settings.dropout,
+            dropout_rate=settings.dropout_rate,
+            spatial_dims=source.spatial_dims,
+        )
+        autoencoder = SmallAutoencoder(
+            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
+        )
     check_autoencoder(autoencoder.eval(), source.train.batch(torch.tensor([0]))[0])
     autoencoder.latent_std.fill_(1.0)
     for arm in arms:
@@ -231,8 +242,12 @@ def fingerprint(source: DataSource, settings: StudySettings) -> dict[str, Any]:
     for part in (source.unlabelled, source.val, source.test):
         digest.update(part.images.contiguous().numpy().tobytes())
         digest.update(part.labels.contiguous().numpy().tobytes())
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-    return {"kind": "experiment", "tsynd": __version__, "data": digest.hexdigest()[:16], **plain}
+    return {
+        "kind": "experiment",
+        "tsynd": __version__,
+        "data": digest.hexdigest()[:16],
+        **plain_settings(settings),
+    }
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings
 from tsynd.autoencoder import measure_latent_std
-from tsynd.checks import check_images
+from tsynd.checks import channels_first, check_images
 from tsynd.clock import Phases
 from tsynd.collect import Collector
 from tsynd.errors import InputError
@@ -33,7 +33,7 @@ class SynthesisResult:
     """Targeted images and where they come from; all tensors on the CPU, row i belongs to source image i.
 
     Attributes:
-        images: [N, C, H, W] float32 in [0, 1].
+        images: [N, C, H, W] or, for volumes, [N, C, D, H, W] float32 in [0, 1].
         labels: [N] or [N, L], the sources' labels, or None.
         latents: [N, ...] float32, the best iterates.
         source_latents: [N, ...] float32, the encoded sources.
@@ -60,7 +60,7 @@ class SynthesisResult:
     def save(self, path: str | Path, class_names: tuple[str, ...] | None = None) -> Path:
         """Write the result: a path that ends in ``.npz`` gets one archive, any other a folder of PNG per class.
 
-        The archive's ``images`` [N, H, W] or [N, H, W, 3] are uint8 as in MedMNIST, so that
+        The archive's ``images`` [N, H, W] or [N, H, W, 3] (volumes: [N, D, H, W]) are uint8 as in MedMNIST, so that
         :func:`tsynd.load_data` reads it; the other fields are stored as they are.
 
         Args:
@@ -102,8 +102,7 @@ def load_result(path: str | Path) -> SynthesisResult:
     missing = {field.name for field in fields(SynthesisResult)} - {"labels"} - set(arrays)
     if missing:
         raise InputError(f"path: {path} lacks {', '.join(sorted(missing))}, wanted an .npz of SynthesisResult.save")
-    pixels = arrays["images"]
-    arrays["images"] = check_images(pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2))
+    arrays["images"] = check_images(channels_first(arrays["images"].numpy(), f"path: {path}: images"))
     arrays.setdefault("labels", None)  # type: ignore[arg-type]
     return SynthesisResult(**{field.name: arrays[field.name] for field in fields(SynthesisResult)})
 
@@ -130,6 +129,8 @@ def synthesize(
     device: torch.device | str | None = None,
     precision: str = "float32",
     compile: bool = False,
+    checkpointing: bool | None = None,
+    memory_limit: float | None = None,
     progress: bool = True,
     phases: Phases | None = None,
 ) -> SynthesisResult:
@@ -143,8 +144,8 @@ def synthesize(
             :func:`tsynd.as_autoencoder` knows.
         classifier: a module giving logits [B, classes] with at least one active dropout, or a
             :class:`tsynd.Posterior` (then ``samples``, ``masks`` and ``seed`` are its own).
-        images: tensor or array [N, C, H, W] (float in [0, 1], or uint8), a Dataset or a DataLoader of images or
-            (image, label) pairs.
+        images: tensor or array [N, C, H, W] or, for volumes, [N, C, D, H, W] (float in [0, 1], or uint8), a Dataset
+            or a DataLoader of images or (image, label) pairs.
         labels: [N] class numbers or [N, L] of 0/1; those of the Dataset or DataLoader when None.
         objective: ``mutual_information`` or ``entropy``.
         task: ``multiclass`` or ``multilabel``.
@@ -158,8 +159,8 @@ def synthesize(
             probability; None for no limit.
         latent_std: standard deviation of the latents; None takes the autoencoder's ``latent_std`` or else measures
             it over the images.
-        batch_size: images at once, on a CPU rounded up to a multiple of 16; None picks one. Out of memory halves it
-            and goes on.
+        batch_size: images at once, on a CPU rounded up to a multiple of 16 (of fewer where 16 would keep more than
+            half a GiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
         seed: of the posterior samples.
         sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
         device: where to work (the models are moved there); None is where the classifier is.
@@ -167,6 +168,11 @@ def synthesize(
         compile: send the decoder and the classifier's part before its first dropout through ``torch.compile``, and on
             a GPU replay the steps of a batch as a CUDA graph. Worth its minute for many batches; the images then
             equal those without it to float tolerance only.
+        checkpointing: gradient checkpointing: keep few of the decoder's and the classifier's activations and make the
+            others again when the gradient needs them. The images stay the same; it takes less memory and about 1.4
+            times as long. None does so where the activations would take more than ``memory_limit``.
+        memory_limit: GiB that the activations of the images at once may take, by what one image is seen to keep; a
+            single image is worked on even if it takes more. None is 2 on a CPU, half of what is free on a GPU.
         progress: show a bar where rich is installed.
         phases: takes the seconds spent on ``prepare``, ``encode``, ``decode``, ``uncertainty`` (with its gradient
             from the features on), ``backward`` (the other gradients, and the steps) and ``collect``; not with
@@ -193,6 +199,8 @@ def synthesize(
             device=device,
             precision=precision,
             compile=compile,
+            checkpointing=checkpointing,
+            memory_limit=memory_limit,
             phases=phases,
         )
         source = ImageSource(images, labels, sample_ids, task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tsynd.errors import InputError, require
 from tsynd.files import hash_parts
 from tsynd.job import Job
 from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.readers.options import ReadOptions, plain_settings
 from tsynd.training import Checkpoint, fit_autoencoder, fit_classifier
 from tsynd.version import __version__
 
@@ -36,6 +37,7 @@ class TrainSettings:
         train_size: labelled training images; None takes all.
         seed: of the subset, the network, the batches and the posterior samples.
         samples, steps, radius, label_consistency: of the targeted images.
+        reading: how the files of a folder or table are read.
     """
 
     model: str = "classifier"
@@ -48,11 +50,12 @@ class TrainSettings:
     steps: int = 3
     radius: float = 0.5
     label_consistency: float | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
 
 
 def _fingerprint(source: DataSource, settings: TrainSettings) -> dict[str, Any]:
     content = (source.train.images.contiguous().numpy().data, source.train.labels.contiguous().numpy().data)
-    given = asdict(settings)
+    given = plain_settings(settings)
     if settings.autoencoder is not None:
         given["autoencoder"] = read_card(settings.autoencoder).sha256
     return {"tsynd": __version__, "data": hash_parts(*content), **given}
@@ -90,7 +93,7 @@ def train_model(
     state = require("accelerate", "train").PartialState(cpu=device == "cpu")
     if state.num_processes > 1 and device == "cuda":
         device = None
-    source = load_data(data, train_size=settings.train_size, seed=settings.seed)
+    source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     folder = Path(output).expanduser()
     try:
         with state.main_process_first():
@@ -116,9 +119,9 @@ def _fit(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         network: torch.nn.Module = (
-            SmallAutoencoder(source.channels)
+            SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
             if settings.model == "autoencoder"
-            else SmallResNet(source.channels, source.num_classes)
+            else SmallResNet(source.channels, source.num_classes, spatial_dims=source.spatial_dims)
         )
     shared: dict[str, Any] = {
         "iterations": settings.iterations,

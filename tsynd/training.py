@@ -356,8 +356,15 @@ def fit_classifier(
         augmentation_weight: λ.
         warmup_fraction: part of the iterations before the augmentation is used, in [0, 1].
         val: labelled images, scored once after training.
-        iterations, batch_size, learning_rate, weight_decay, seed, device, precision, progress, checkpoint: as in
-            :func:`fit_autoencoder`.
+        iterations: optimiser steps.
+        batch_size: real images per step over all processes.
+        learning_rate: peak of a cosine schedule (AdamW).
+        weight_decay: of AdamW.
+        seed: of the batch order and dropout; the global random state is left as it was.
+        device: Accelerate's choice by default.
+        precision: "float32" or "bfloat16" (autocast; weights stay float32).
+        progress: show a bar.
+        checkpoint: as in :func:`fit_autoencoder`.
 
     Raises:
         InputError: an argument that cannot be used, or a loss that is not finite.

@@ -1,5 +1,10 @@
 """The version, in one place that everything may import."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 __all__ = ["__version__"]
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("tsynd")
+except PackageNotFoundError:  # run from its sources, never installed
+    __version__ = "0.0.0+unknown"

@@ -99,7 +99,7 @@ def prepare(
         kind: one of ``kinds``.
         classifier: see :func:`tsynd.export_onnx`, as the other arguments.
         autoencoder: see there.
-        image_shape: [C, H, W].
+        image_shape: [C, H, W] or [C, D, H, W].
         settings: of the ascent.
         samples: T.
         seed: of the posterior samples.
@@ -257,8 +257,8 @@ def _without_gradient(function: Callable[[Tensor], Any]) -> Callable[[Tensor], A
 
 def _check_shape(image_shape: Sequence[int]) -> list[int]:
     shape = list(image_shape)
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise InputError(f"image_shape: got {shape}, wanted [C, H, W]")
+    if len(shape) not in (3, 4) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise InputError(f"image_shape: got {shape}, wanted [C, H, W] or [C, D, H, W]")
     return shape
 
 

@@ -1,0 +1,59 @@
+"""``python -m benchmarks.pages``: the tables of the benchmark and study pages, from the committed JSON alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+from benchmarks.document import between, suite_lines
+from benchmarks.harness import read_json
+from tsynd.experiment_tables import difference_tables, quality_table, score_table, to_markdown
+from tsynd.storage import atomic_path
+from tsynd.summary import sizes_of
+
+__all__ = ["benchmark_page", "study_page"]
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmark_page(text: str, results: Path) -> str:
+    """The page's text with every suite's table made of the rows in ``results``."""
+    rows = read_json(results)
+    for suite in dict.fromkeys(row.suite for row in rows):
+        own = [row for row in rows if row.suite == suite]
+        summary = importlib.import_module(f"benchmarks.{suite}").summary(own)
+        text = between(text, suite, suite_lines(suite, own, summary), "benchmarks.md")
+    return text
+
+
+def study_page(text: str, cells: Path) -> str:
+    """The page's text with the study's tables made of the cells in a JSON-lines file."""
+    rows = [json.loads(line) for line in cells.read_text().splitlines()]
+    sizes = sizes_of(rows)
+    parts = {
+        "scores": [score_table(rows, size) for size in sizes],
+        "differences": difference_tables(rows),
+        "quality": [quality_table(rows, size) for size in sizes],
+    }
+    for name, tables in parts.items():
+        text = between(text, name, ["\n".join(map(to_markdown, tables)).strip()], "study.md")
+    return text
+
+
+def main() -> None:
+    """Rewrite both pages."""
+    docs = _ROOT / "docs"
+    for page, text in (
+        (
+            docs / "benchmarks.md",
+            benchmark_page((docs / "benchmarks.md").read_text(), _ROOT / "benchmarks/results/cpu.json"),
+        ),
+        (docs / "study.md", study_page((docs / "study.md").read_text(), docs / "study.jsonl")),
+    ):
+        with atomic_path(page) as temporary:
+            temporary.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Every code block of the documentation runs, every page's tables are those of the committed measurements."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doc_blocks import blocks_of, run_page
+
+from tsynd.phantom import phantom
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pages take for granted: `images.npz`, `images.npy`, and the models of a run of it in `out`."""
+    from tsynd.pipeline import RunSettings, run
+
+    folder = tmp_path_factory.mktemp("trained")
+    np.savez(folder / "images.npz", **phantom(28, 40, 12, 12))
+    np.save(folder / "images.npy", phantom(28, 4, 1, 1)["train_images"][:, None])
+    run(
+        str(folder / "images.npz"),
+        folder / "out",
+        RunSettings(iterations=2, autoencoder_iterations=2, train_size=12),
+        progress=False,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_block_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not any(block.language in ("python", "bash") and block.reason is None for block in blocks_of(page.read_text())):
+        pytest.skip("no code to run")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    own = re.search(r"tsynd run .*--output out\b", page.read_text()) is not None
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out") if own else None)
+    before = os.environ.copy()
+    run_page(page, tmp_path, short=True)
+    assert os.environ == before
+
+
+def test_blocks_that_are_not_run_say_why() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        fences = len(re.findall(r"^ *```\w+", text, re.MULTILINE))
+        assert fences == len(blocks_of(text)), f"{page}: an unclosed or odd fence"
+        indented = re.findall(r"(?:^|\n)\n {4}(?:tsynd|pip|make|python|torchrun) [^\n]+", text)
+        assert not indented, f"{page}: commands outside a fence are not run: {indented[0].strip()}"
+        for block in blocks_of(text):
+            assert block.reason is None or len(block.reason) > 8, f"{page}:{block.line}"
+
+
+def test_tables_are_those_of_the_committed_measurements() -> None:
+    from benchmarks.pages import benchmark_page, study_page
+
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert benchmark_page(page, ROOT / "benchmarks/results/cpu.json") == page
+    page = (ROOT / "docs/study.md").read_text()
+    assert study_page(page, ROOT / "docs/study.jsonl") == page
