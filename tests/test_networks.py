@@ -1,29 +1,17 @@
-"""The default networks and the adapters for other libraries' autoencoders."""
+"""The default networks."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tsynd.autoencoder import (
-    CodebookAutoencoder,
-    DiffusersAutoencoder,
-    KLAutoencoder,
-    PairAutoencoder,
-    VariationalAutoencoder,
-    as_autoencoder,
-    check_autoencoder,
-    measure_latent_std,
-)
 from tsynd.errors import InputError
 
 pytest.importorskip("monai")
-from monai.networks import nets
 
 from tsynd.networks import SmallAutoencoder, SmallResNet
 
@@ -122,115 +110,3 @@ def test_bad_arguments_are_refused(kind, arguments, word):
 def test_autoencoder_refuses_sizes_that_do_not_halve_twice():
     with pytest.raises(InputError, match="multiples of 4"):
         SmallAutoencoder().encode(torch.rand(1, 1, 30, 28))
-
-
-IMAGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-KL = {"spatial_dims": 2, "channels": (8, 8), "norm_num_groups": 4, "num_res_blocks": 1}
-KL |= {
-    "attention_levels": (False, False),
-    "with_encoder_nonlocal_attn": False,
-    "with_decoder_nonlocal_attn": False,
-}
-
-
-def _vqvae():
-    step = {"downsample_parameters": ((2, 4, 1, 1),) * 2, "upsample_parameters": ((2, 4, 1, 1, 0),) * 2}
-    sizes = {"channels": (8, 8), "num_res_layers": 1, "num_res_channels": (8, 8), "embedding_dim": 4}
-    return nets.VQVAE(2, 1, 1, num_embeddings=8, **sizes, **step)
-
-
-@pytest.mark.parametrize(
-    ("build", "adapter"),
-    [
-        (lambda: nets.AutoencoderKL(**KL), KLAutoencoder),
-        (lambda: nets.VarAutoEncoder(2, (1, 16, 16), 1, 5, (4, 8), (2, 2)), VariationalAutoencoder),
-        (_vqvae, CodebookAutoencoder),
-        (lambda: nets.AutoEncoder(2, 1, 1, (4, 8), (2, 2), inter_channels=[8]), PairAutoencoder),
-        (lambda: (nn.Conv2d(1, 3, 1), nn.Conv2d(3, 1, 1)), PairAutoencoder),
-    ],
-)
-def test_adapters_encode_decode_and_pass_gradients(build, adapter):
-    torch.manual_seed(0)
-    coder = as_autoencoder(build())
-    assert isinstance(coder, adapter)
-    assert isinstance(coder, nn.Module)
-    coder.eval()
-    check_autoencoder(coder, IMAGES)
-    latents = coder.encode(IMAGES)
-    assert torch.equal(latents, coder.encode(IMAGES))
-    (gradient,) = torch.autograd.grad(coder.decode(latents).sum(), latents)
-    assert gradient.isfinite().all()
-    assert gradient.abs().sum() > 0
-    assert len(list(coder.parameters())) > 0
-
-
-def test_kl_adapter_takes_the_mean():
-    model = nets.AutoencoderKL(**KL).eval()
-    assert torch.equal(as_autoencoder(model).encode(IMAGES), model.encode(IMAGES)[0])
-
-
-def test_own_models_are_taken_as_they_are():
-    coder = SmallAutoencoder(widths=(8, 16))
-    assert as_autoencoder(coder) is coder
-    simple = SimpleNamespace(encode=lambda x: x, decode=lambda z: z)
-    assert as_autoencoder(simple) is simple
-
-
-def test_diffusers_models_are_known_by_their_module_and_see_their_own_range():
-    class Posterior:
-        def __init__(self, mean: Tensor) -> None:
-            self.mean = mean
-
-        def mode(self) -> Tensor:
-            return self.mean
-
-    class AutoencoderKL(nn.Module):
-        def encode(self, images: Tensor) -> SimpleNamespace:
-            assert images.min() < -0.5
-            return SimpleNamespace(latent_dist=Posterior(images * 3))
-
-        def decode(self, latents: Tensor) -> SimpleNamespace:
-            return SimpleNamespace(sample=latents / 3)
-
-    AutoencoderKL.__module__ = "diffusers.models.autoencoders.autoencoder_kl"
-    coder = as_autoencoder(AutoencoderKL())
-    assert isinstance(coder, DiffusersAutoencoder)
-    check_autoencoder(coder, IMAGES)
-    torch.testing.assert_close(coder.decode(coder.encode(IMAGES)), IMAGES)
-
-
-@pytest.mark.parametrize("thing", [object(), nn.Linear(2, 2), (nn.Identity(),), (nn.Identity(), 3), "kl"])
-def test_what_is_no_autoencoder_is_refused(thing):
-    with pytest.raises(InputError, match="autoencoder: got"):
-        as_autoencoder(thing)
-
-
-@pytest.mark.parametrize(
-    ("encode", "decode", "message"),
-    [
-        (lambda x: x, lambda z: z[..., :8], r"\[1, 1, 16, 16\] came back as \[1, 1, 16, 8\]"),
-        (lambda x: x, lambda z: z / 0, "not finite"),
-        (lambda x: (x, x), lambda z: z, "returned tuple"),
-        (lambda x: x.long(), lambda z: z, "floating"),
-        (lambda x: x[0], lambda z: z, "floating tensor"),
-        (lambda x: x, lambda z: z @ torch.zeros(3, 3), "failed on images"),
-        (lambda x: x, lambda z: (z, z), "decode: returned tuple"),
-    ],
-)
-def test_a_model_that_does_not_fit_is_named(encode, decode, message):
-    if "floating tensor" in message:
-        encode = lambda x: x.expand(2, -1, -1, -1)  # noqa: E731
-    with pytest.raises(InputError, match=message):
-        check_autoencoder(SimpleNamespace(encode=encode, decode=decode), IMAGES)
-
-
-def test_latent_std_ignores_what_all_images_share():
-    generator = torch.Generator().manual_seed(0)
-    layout = 100 * torch.randn(1, 3, 4, generator=generator)
-    latents = layout + 2 * torch.randn(5000, 3, 4, generator=generator)
-    whole, parts = measure_latent_std([latents]), measure_latent_std(latents.split(999))
-    assert whole.item() == pytest.approx(2.0, rel=0.02)
-    assert whole.item() == pytest.approx(latents.var(0).mean().sqrt().item(), rel=1e-5)
-    torch.testing.assert_close(parts, whole)
-    with pytest.raises(InputError, match="two or more"):
-        measure_latent_std([latents[:1]])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.pixel_map import PixelMap
+from tsynd.pixel_map import PixelMap, make_pixel_map
 
 __all__ = [
     "Adapter",
@@ -162,12 +162,15 @@ class DiffusersAutoencoder(Adapter):
     """diffusers' autoencoders: the posterior's mode or the code, scaled as diffusion pipelines scale it.
 
     Latents are (z - latents_mean) * scaling_factor / latents_std or (z - shift_factor) * scaling_factor, with what
-    the model's config names. A ``VQModel`` quantises straight-through when decoding. The usual range is [-1, 1].
+    the model's config names. A ``VQModel`` quantises straight-through when decoding. The range is [-1, 1]; only
+    ``AutoencoderRAE`` takes [0, 1] and scales its latents itself. Video models take volumes [B, C, D, H, W].
     """
 
-    def __init__(self, model: Any, pixels: PixelMap | None = None) -> None:
-        super().__init__(model, pixels or PixelMap(2.0, -1.0, text="pixel_range=(-1, 1)"))
-        config = getattr(model, "config", None)
+    def __init__(self, model: Any, pixels: PixelMap | None = None, grey: bool = False) -> None:
+        own = any(kind.__name__ == "AutoencoderRAE" for kind in type(model).__mro__)
+        usual = make_pixel_map((0, 1) if own else (-1, 1), None, None, grey)
+        super().__init__(model, pixels or usual)
+        config = None if own else getattr(model, "config", None)
 
         def read(name: str, otherwise: float) -> Tensor:
             value = getattr(config, name, None)

@@ -58,7 +58,7 @@ def as_autoencoder(
     """Give ``model`` the face of an :class:`Autoencoder`, whose images lie in [0, 1].
 
     A model that was trained on other pixels is told so: ``pixel_range=(-1, 1)``, or ``mean`` and ``std`` of
-    standardised images. diffusers' autoencoders need no telling, theirs is [-1, 1].
+    standardised images. diffusers' autoencoders need no telling.
 
     Args:
         model: an object with ``encode`` and ``decode`` (taken as is where nothing else is asked for), a pair
@@ -95,12 +95,12 @@ def as_autoencoder(
     if "VQVAE" in names:
         return CodebookAutoencoder(model, pixels)
     if "AutoEncoder" in names and isinstance(model, nn.Module):
-        encoder = nn.Sequential(model.encode, model.intermediate).train(model.training)  # type: ignore[arg-type]
+        encoder = nn.Sequential(model.encode, model.intermediate)  # type: ignore[arg-type]
+        encoder.training = model.training  # of the pair alone: train() would switch the model's parts too
         return PairAutoencoder(encoder, model.decode, pixels)  # type: ignore[arg-type]
     if any(package == "diffusers" for package, _ in ancestry) and hasattr(model, "encode"):
-        if grey and pixel_range is None and mean is None:
-            pixels = PixelMap(2.0, -1.0, grey, "pixel_range=(-1, 1)")
-        return DiffusersAutoencoder(model, pixels)
+        told = pixel_range is not None or mean is not None
+        return DiffusersAutoencoder(model, pixels if told else None, grey)
     if callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None)):
         return model if pixels is None else ModelAutoencoder(model, pixels)  # type: ignore[return-value]
     raise InputError(
@@ -136,7 +136,9 @@ def check_autoencoder(autoencoder: Autoencoder, images: Tensor) -> None:
                 )
             decoded = autoencoder.decode(latent)
             again = autoencoder.decode(latent) if not getattr(autoencoder, "training", False) else decoded
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"autoencoder: failed on images {shape}: {reason}") from error
     if not isinstance(decoded, Tensor):

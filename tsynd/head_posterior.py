@@ -56,7 +56,8 @@ class HeadGaussian:
     def draw(self, samples: int, seed: int) -> Tensor:
         """Parameters [samples, P] float64, on the CPU whatever the device; pass t is the same for any ``samples``."""
         # one stream a pass, from numpy's generator, whose bits are the same on every processor
-        streams = [np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), t])) for t in range(samples)]
+        keys = [np.array([seed & (2**64 - 1), t], dtype=np.uint64) for t in range(samples)]
+        streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         mean = self.tensors["mean"]
 
         def normal(count: int) -> Tensor:

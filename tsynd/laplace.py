@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from typing import Any
 
@@ -94,7 +95,9 @@ class LaplaceHead(SampledHead):
         with torch.enable_grad():
             found.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(features, labels), batch_size))
             if prior_precision is None:
-                found.optimize_prior_precision(method="marglik")
+                with warnings.catch_warnings():  # about a link function, which a marginal likelihood does not have
+                    warnings.simplefilter("ignore", UserWarning)
+                    found.optimize_prior_precision(method="marglik")
         made = cls.__new__(cls)
         SampledHead.__init__(made, classifier, _gaussian(found), name, samples, seed)
         return made

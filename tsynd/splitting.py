@@ -35,11 +35,13 @@ class Split:
             network was traced.
         tail: those tensors -> logits [T * B, C], pass-major, masks from the current :class:`MaskSource`.
         head: set where the tail is dropout -> linear on the trunk's only output (flattened).
+        dropouts: how many calls of dropout the tail has.
     """
 
     trunk: nn.Module
     tail: nn.Module
     head: LinearHead | None
+    dropouts: int
 
 
 def active_dropouts(network: nn.Module) -> list[str]:
@@ -117,6 +119,7 @@ def split_at_dropout(network: nn.Module, source: Callable[[], MaskSource], stoch
         _trunk(network, graph, tail, boundary),
         _tail(network, graph, tail, boundary, dropouts, source),
         _linear_head(network, graph, tail, boundary, dropouts),
+        len(dropouts),
     )
 
 

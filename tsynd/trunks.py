@@ -136,5 +136,5 @@ def split_at_hook(whole: WholeNetwork, images: Tensor, source: Callable[[], Mask
     for layer, entered, out in calls:
         if isinstance(layer, nn.Linear) and out is logits and len(drops) == 1 and entered is drops[0][1]:
             p = float(drops[0][0].p)  # type: ignore[arg-type]
-            return Split(HookedTrunk(network, drops[0][0]), _HeadTail(p, layer, source), LinearHead(p, layer))
+            return Split(HookedTrunk(network, drops[0][0]), _HeadTail(p, layer, source), LinearHead(p, layer), 1)
     return None
