@@ -280,6 +280,11 @@ class MCDropout(Posterior):
         if self._checked:
             return
         few = images[:2].detach()
+        self._settle_split(few)
+        if self._split is None:
+            self._whole.axes(few)  # now, on plain images: an exporter's have symbols for sizes
+
+    def _settle_split(self, few: Tensor) -> None:
         first = torch.zeros(1, dtype=torch.int64, device=few.device)
         # functional dropout is on even in eval mode unless told otherwise: keep every unit here too
         mode = AddressedDropoutMode(MaskSource(1, self.seed, first, active=False))

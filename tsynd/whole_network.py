@@ -192,7 +192,7 @@ class WholeNetwork:
             InputError: no dropout was called, or one on a tensor without an axis of images.
         """
         repeated = images.repeat(source.samples, *[1] * (images.dim() - 1))
-        mode = AddressedDropoutMode(source, len(repeated), self.axes(images))
+        mode = AddressedDropoutMode(source, repeated.shape[0], self.axes(images))
         logits = self.record(repeated, mode)
         return logits.reshape(source.samples, images.shape[0], -1)
 
