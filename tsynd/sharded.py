@@ -66,8 +66,9 @@ class ShardSettings:
     threads: int | None = None
 
 
-_NOT_THE_RESULT = ("data", "autoencoder", "classifier", "output", "batch_size", "checkpointing", "memory_limit")
-_NOT_THE_RESULT += ("device", "threads")
+# what may differ between two starts of a job; the files count by their contents
+_NOT_THE_RESULT = {"data", "autoencoder", "classifier", "output", "device", "threads"}
+_NOT_THE_RESULT |= {"batch_size", "checkpointing", "memory_limit"}
 
 
 def _fingerprint(settings: ShardSettings, source: RangeSource, latent_std: float) -> dict[str, Any]:
