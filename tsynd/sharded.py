@@ -63,8 +63,10 @@ class ShardSettings:
     threads: int | None = None
 
 
-_NOT_THE_RESULT = ("data", "autoencoder", "classifier", "output", "batch_size", "checkpointing", "memory_limit")
-_NOT_THE_RESULT += ("device", "threads")
+_NOT_THE_RESULT = (
+    *("data", "autoencoder", "classifier", "output"),
+    *("batch_size", "checkpointing", "memory_limit", "device", "threads"),
+)
 
 
 def _fingerprint(settings: ShardSettings, source: RangeSource, latent_std: float) -> dict[str, Any]:
