@@ -33,7 +33,7 @@ Part: TypeAlias = tuple[Batch, Tensor, Ascent]
 # arithmetic in any batch; the ascent would amplify a last-digit difference. A tile of large images is smaller, down to
 # one image, so that it keeps within _TILE_BYTES; that depends on the image's shape and the networks alone.
 _TILE = 16
-_TILE_BYTES = 2**29
+_TILE_BYTES = 2**27
 
 CPU_BYTES = 2**31
 """What a batch's activations may take on a CPU unless told otherwise."""
