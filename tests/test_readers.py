@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import nibabel
 from medical_files import dicom, nifti, write
 
 from tsynd.data import load_data
-from tsynd.errors import InputError
+from tsynd.errors import InputError, MissingExtraError
 from tsynd.readers import ReadOptions, read_image
 from tsynd.sources import open_source
 
@@ -190,6 +191,8 @@ def test_spacing_is_resampled() -> None:
     depth, rows, columns = np.meshgrid(np.arange(9) * 2, np.arange(9) * 2, np.arange(4) * 2, indexing="ij")
     wanted = (100 * columns + 50 * rows + 10 * depth) / 2000 * 255
     assert np.abs(volume[:, ::-1, ::-1] - wanted)[1:-1, 1:-1, 1:-1].max() <= 1
+    turned = nifti(ramp[::-1, ::-1], np.diag([-1.0, -2, 4, 1]))
+    assert np.array_equal(shown(turned, "nifti", spacing=(2, 2, 2), window=(1000, 2000))[0], volume)
     oblique = affine.copy()
     oblique[:3, :3] = nibabel.eulerangles.euler2mat(0.1, 0.05, 0.0) @ affine[:3, :3]
     assert shown(nifti(ramp, oblique), "nifti", spacing=(2, 2, 2)).shape[1:] == (9, 9, 4)
@@ -287,8 +290,59 @@ def test_series_folders_become_volumes(tmp_path: Path) -> None:
     assert (depth.diff() < 0).all()  # the first written lies highest
     streamed = open_source(str(tmp_path), options=ReadOptions(volumes=True))
     assert (streamed.count, tuple(streamed.read(2, 4).images.shape)) == (10, (2, 1, 4, 6, 6))
+    folders = [str(path) for path in sorted(tmp_path.glob("*/*"))]
+    listed = load_data(table(tmp_path / "t.csv", {"path": folders, "label": ["i", "w"] * 5}), volumes=True)
+    held = (streamed.read(0, 10).images * 255).round().to(torch.uint8).flatten(1).tolist()
+    assert all(volume in held for volume in listed.train.images.flatten(1).tolist())
     flat = load_data(tmp_path)  # without the option: 40 images of 10 patients
     assert sum(len(part) for part in (flat.train, flat.val, flat.test)) == 40
+
+
+def sides(source: Any) -> list[set[int]]:
+    """Patients of train, val and test, from pixels that say who."""
+    return [set((part.images.flatten(1).amax(1) // 10).tolist()) for part in (source.train, source.val, source.test)]
+
+
+@pytest.mark.parametrize("how", ["files", "frames", "slices"])
+def test_patients_stay_together_without_a_word(tmp_path: Path, how: str) -> None:
+    """DICOM by PatientID, frames and slices by their file; pixels are 10 times the patient's number."""
+    for number in range(1, 21):
+        for copy in range(3 if how == "files" else 1):
+            stack = np.full((3, 4, 4), 10 * number, np.uint16)
+            stack[:, 0, 0] = 0
+            stem = tmp_path / "ab"[number % 2] / f"{number}-{copy}"
+            if how == "slices":
+                write(stem.with_suffix(".nii"), nifti(stack.astype(np.int16).transpose(1, 2, 0)))
+            else:
+                frames = {"NumberOfFrames": 3} if how == "frames" else {}
+                who = {} if how == "frames" else {"PatientID": f"p{number}"}
+                write(stem.with_suffix(".dcm"), dicom(stack if frames else stack[0], **frames, **who))
+    options: dict[str, Any] = {"window": (127.5, 255)}
+    options |= {"frames": {"frames": "split"}, "slices": {"slices": "axial"}}.get(how, {})
+    found = sides(load_data(tmp_path, **options))
+    assert sum(map(len, found)) == len(set.union(*found))
+    assert min(map(len, found)) >= 2
+    drawn = load_data(tmp_path, train_size=10, **options)
+    assert len(sides(drawn)[0]) >= 9  # a draw of ten sees many
+    apart = sides(load_data(tmp_path, group="none", **options))
+    assert sum(map(len, apart)) > len(set.union(*apart))
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, extra, name, content in (
+        ("pydicom", "medical", "0.dcm", dicom(np.zeros((4, 4), np.uint16))),
+        ("nibabel", "medical", "0.nii", nifti(np.zeros((4, 4, 4), np.int16))),
+        ("pyarrow", "tables", "t.parquet", b""),
+    ):
+        for folder in ("a", "b"):
+            write(tmp_path / package / folder / name, content)
+        source = tmp_path / package / "a" / name if extra == "tables" else tmp_path / package
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, package, None)
+            with pytest.raises(
+                MissingExtraError, match=rf"needs the package '{package}': pip install 'tsynd\[{extra}\]'"
+            ):
+                load_data(source)
 
 
 def test_options_that_do_not_belong(tmp_path: Path) -> None:

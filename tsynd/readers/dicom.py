@@ -281,5 +281,4 @@ def _own_window(values: Array, header: Any, where: str) -> Array:
     with np.errstate(over="ignore"):
         shown: Array = require("pydicom.pixels", "medical").apply_windowing(both, header)
     low, high = shown[-2:]
-    unit: Array = to_unit((shown[:-2] - low) / (high - low), 0, 1).reshape(values.shape)
-    return unit
+    return np.reshape(to_unit((shown[:-2] - low) / (high - low), 0, 1), values.shape)

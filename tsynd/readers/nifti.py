@@ -56,7 +56,7 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
             image.slicer[(...,) + (0,) * (len(image.shape) - len(shape))] if len(image.shape) > len(shape) else image
         )
         values, about = reader.get_data(image)
-        volume, affine = np.asarray(values, np.float32), np.asarray(about["affine"], np.float64)
+        volume, affine = np.ascontiguousarray(values, np.float32), np.asarray(about["affine"], np.float64)
     except Exception as error:
         raise InputError(f"{where}: truncated or damaged voxels ({type(error).__name__})") from None
     if not np.isfinite(volume).all():
