@@ -77,6 +77,7 @@ TSYND_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t select
 }
 
 TSYND_DEVICE float shuffle_xor(float x, int offset) { return __shfl_xor_sync(kAllLanes, x, offset); }
+TSYND_DEVICE uint32_t shuffle_xor(uint32_t x, int offset) { return __shfl_xor_sync(kAllLanes, x, offset); }
 TSYND_DEVICE void sync_warp() { __syncwarp(); }
 TSYND_DEVICE void sync_block() { __syncthreads(); }
 
@@ -193,7 +194,7 @@ template <class... Parameters, class... Arguments>
 void launch(Stream order, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             Arguments... arguments) {
   emulator::launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                   static_cast<size_t>(shared_bytes), order, arguments...);
+                   static_cast<size_t>(shared_bytes), order, 1u, arguments...);
 }
 
 #endif
