@@ -56,8 +56,8 @@ inline TensorMap tensor_map(const BoxedTensor& tensor) {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult answer = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                               cudaEnableDefault, &answer);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &answer);
 #else
     const cudaError_t error =
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &answer);
@@ -148,7 +148,7 @@ TSYND_DEVICE void arrive_expecting(uint64_t* barrier, int bytes) {
 TSYND_DEVICE void arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -201,34 +201,38 @@ TSYND_DEVICE void settle(float (&c)[kTiles][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[j][i])::"memory");
 }
 
-#define TSYND_C8(c, j)                                                                                      \
-  "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3]), "+f"(c[j + 1][0]), "+f"(c[j + 1][1]),         \
+#define TSYND_C8(c, j)                                                                              \
+  "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3]), "+f"(c[j + 1][0]), "+f"(c[j + 1][1]), \
       "+f"(c[j + 1][2]), "+f"(c[j + 1][3])
 #define TSYND_C32(c, j) TSYND_C8(c, j), TSYND_C8(c, j + 2), TSYND_C8(c, j + 4), TSYND_C8(c, j + 6)
 #define TSYND_C64(c, j) TSYND_C32(c, j), TSYND_C32(c, j + 8)
 #define TSYND_C128(c, j) TSYND_C64(c, j), TSYND_C64(c, j + 16)
-#define TSYND_N32                                                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+#define TSYND_N32                                                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, "                                                                                                \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TSYND_N64                                                                                           \
-  TSYND_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "    \
-            "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TSYND_N128                                                                                          \
-  TSYND_N64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "    \
-            "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "      \
-            "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, "      \
-            "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define TSYND_N64                                                                                    \
+  TSYND_N32                                                                                          \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TSYND_N128                                                                                   \
+  TSYND_N64                                                                                          \
+      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "   \
+      "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, "   \
+      "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // scale-d as predicate, scale-a and scale-b 1, then who is MN-major
-#define TSYND_TILES(shape, type, numbers, a, b, flag, operands)                                             \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" flag ", 0;\nwgmma.mma_async.sync.aligned." shape        \
-               ".f32." type "." type " {" numbers "}, %" a ", %" b ", p, 1, 1, 0, 0;\n}"                      \
-               : operands                                                                                     \
+#define TSYND_TILES(shape, type, numbers, a, b, flag, operands)                                      \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" flag ", 0;\nwgmma.mma_async.sync.aligned." shape \
+               ".f32." type "." type " {" numbers "}, %" a ", %" b ", p, 1, 1, 0, 0;\n}"             \
+               : operands                                                                            \
                : "l"(rows), "l"(columns), "r"(static_cast<int>(accumulate)))
 #define TSYND_SLOPES(type)                                                                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." type  \
-               "." type " {" TSYND_N32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"                         \
-               : TSYND_C32(c, 0)                                                                              \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns), "r"(static_cast<int>(accumulate)))
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." type \
+               "." type " {" TSYND_N32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"                       \
+               : TSYND_C32(c, 0)                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns),                                  \
+                 "r"(static_cast<int>(accumulate)))
 
 // c (+)= rows columns^T over 16 of k, both K-major tiles: 64 rows a warpgroup, 16 a warp, kTiles * 8 columns,
 // with the accumulator fragments of m64nNk16, which are those of m16n8k16 side by side.

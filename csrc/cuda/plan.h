@@ -75,7 +75,8 @@ constexpr WgmmaShared wgmma_shared(int columns, int stages) {
 }
 
 // The best kernel that head_uncertainty may take: kFused, for wgmma_head has never run on a GPU, unless the
-// variable TSYND_CUDA_HEAD=wgmma|fused|rows says otherwise. Shapes it does not serve get the next.
+// variable TSYND_CUDA_HEAD=wgmma|fused|rows, read at every call, says otherwise. Shapes it does not serve get
+// the next.
 inline HeadPlan::Kind parse_head_kernel(const char* name) {
   const std::string wanted = name == nullptr || *name == '\0' ? "fused" : name;
   if (wanted == "wgmma") return HeadPlan::kWgmma;
@@ -83,10 +84,7 @@ inline HeadPlan::Kind parse_head_kernel(const char* name) {
   if (wanted == "rows") return HeadPlan::kRows;
   throw std::invalid_argument("TSYND_CUDA_HEAD: got '" + wanted + "', wanted 'wgmma', 'fused' or 'rows'");
 }
-inline HeadPlan::Kind best_head_kernel() {
-  static const HeadPlan::Kind best = parse_head_kernel(std::getenv("TSYND_CUDA_HEAD"));
-  return best;
-}
+inline HeadPlan::Kind best_head_kernel() { return parse_head_kernel(std::getenv("TSYND_CUDA_HEAD")); }
 
 // `narrow`: float16 or bfloat16. `aligned`: rows of features and weights start on 16 bytes.
 inline HeadPlan plan_head(int64_t images, int64_t units, int64_t classes, int64_t samples, bool multilabel,

@@ -68,7 +68,7 @@ struct WholeImage {
 template <class M, int kPasses, int kClasses, class PassOf, class Rest = WholeImage>
 TSYND_DEVICE float multiclass_row(float (&v)[kPasses][kClasses], const RowTask& row, int lanes,
                                   const PassOf& pass_of, const Rest& rest_of_image = {}) {
-  const float inverse = 1.f / static_cast<float>(row.samples);
+  const float inverse = M::inverse(static_cast<float>(row.samples));
 #pragma unroll
   for (int g = 0; g < kPasses; ++g) {
     float top = v[g][0];

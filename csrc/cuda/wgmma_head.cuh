@@ -11,7 +11,7 @@ namespace tsynd {
 
 constexpr int kWgmmaConsumers = 2 * kWarpgroupWarps;  // warps that multiply; the next one fetches
 constexpr int kWgmmaThreads = (kWgmmaConsumers + kWarpgroupWarps) * kWarp;
-constexpr int kTileRow = 2 * kFusedChunk;                     // bytes of a row of a tile
+constexpr int kTileRow = 2 * kFusedChunk;  // bytes of a row of a tile
 
 struct WgmmaHead {
   int64_t images;
@@ -39,7 +39,7 @@ struct OtherHalf {
   static constexpr bool kWhole = false;
   float* mine;  // [2 kClasses][128], in turns, and [128] behind `totals`
   const float* theirs;
-  float *my_total;
+  float* my_total;
   const float* their_total;
   float passes, their_passes;
   int thread;
@@ -150,6 +150,10 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     const uint64_t rows = tile_descriptor(shared + at.rows + (kSplit ? 0 : group * 64 * kTileRow)),
                    columns = tile_descriptor(shared + (kSplit ? group * kColumns * kTileRow : 0));
 
+    // this thread's columns are those of its passes g, all classes
+    const auto pass_of = [&](int g) {
+      return (kSplit ? group * (kColumns / kClasses) : 0) + 8 * (g / 2) + 2 * quad + g % 2;
+    };
     float s[kTiles][4];
     for (int chunk = 0, stage = 0; chunk < chunks; ++chunk) {
       arrived(stage);
@@ -166,12 +170,20 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     }
     wait_products<0>();
     settle(s);
+    if (bias != nullptr)
+#pragma unroll
+      for (int g = 0; g < kPasses; ++g)
+#pragma unroll
+        for (int c = 0; c < kClasses; ++c) {
+          const bool real = c < job.row.classes && pass_of(g) < job.row.samples;
+          const float more = real ? to_float(bias[pass_of(g) * job.row.classes + c]) : 0.f;
+          s[g / 2 * kClasses + c][g % 2] += more;
+          s[g / 2 * kClasses + c][2 + g % 2] += more;
+        }
+    settle(s);  // before the row arithmetic, which needs every register
     if (kSplit) sync_threads(kWgmmaConsumers * kWarp);  // features are read; their place is used anew
 
     const int64_t mine = first + (kSplit ? 0 : group * 64) + warp % kWarpgroupWarps * 16 + lane / 4;
-    const auto pass_of = [&](int g) {
-      return (kSplit ? group * (kColumns / kClasses) : 0) + 8 * (g / 2) + 2 * quad + g % 2;
-    };
     float* const exchange = reinterpret_cast<float*>(shared + at.rows);
     uint32_t slope[kTiles][2];  // dS, packed as the first operand of the second product
 #pragma unroll
@@ -180,14 +192,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 #pragma unroll
       for (int g = 0; g < kPasses; ++g)
 #pragma unroll
-        for (int c = 0; c < kClasses; ++c) {
-          const int t = pass_of(g);
-          const bool real = c < job.row.classes;
-          v[g][c] = s[g / 2 * kClasses + c][2 * half + g % 2];
-          if (bias != nullptr && real && t < job.row.samples)
-            v[g][c] += to_float(bias[t * job.row.classes + c]);
-          v[g][c] = real ? v[g][c] : -infinity();
-        }
+        for (int c = 0; c < kClasses; ++c)
+          v[g][c] = c < job.row.classes ? s[g / 2 * kClasses + c][2 * half + g % 2] : -infinity();
       float result;
       if constexpr (kSplit) {
         const int before = kColumns / kClasses, after = job.row.samples - before;
@@ -279,12 +285,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
         store(word[1], unit + 32);
       }
     };
+    // The last put stands inside the loop: with code behind it ptxas gives these warps the 168 registers of
+    // the launch instead of 240, and spills.
     for (int step = 0; step < chunks; ++step) {
       multiply(out, step);
       put(step - 1);  // of step -1 nothing: its units are beyond the last
       take(step);
+      if (step == chunks - 1) put(step);
     }
-    put(chunks - 1);
   }
   sync_warp();
   sync_cluster();  // no block leaves while others send to its shared memory
@@ -296,8 +304,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 template <class T>
 void run_wgmma_head(Stream stream, const T* features, const T* weight, const T* bias, T* gradient,
                     float* value, int64_t images, int64_t units, const RowTask& row, const HeadPlan& plan) {
-  const uint64_t line = static_cast<uint64_t>(units) * sizeof(T), samples = static_cast<uint64_t>(row.samples),
-                 classes = static_cast<uint64_t>(row.classes);
+  const uint64_t line = static_cast<uint64_t>(units) * sizeof(T),
+                 samples = static_cast<uint64_t>(row.samples), classes = static_cast<uint64_t>(row.classes);
   constexpr bool kBFloat16 = std::is_same_v<T, BFloat16>;
   const BoxedTensor rows{features,
                          {static_cast<uint64_t>(units), static_cast<uint64_t>(images), 1},

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the host, one fiber per thread, for tests: the kernels' own code, its indices and its
-// synchronisation, without a GPU. Blocks run one after another, those of a cluster side by side. Warps run ahead of one another, and lanes within a warp, at random;
-// asynchronous copies land at a random one of their two lawful moments (at once, or when waited for), and
-// fresh shared memory holds NaNs; so a missing barrier, a missing wait or a read of what nobody wrote shows
-// as a wrong number. It says nothing of speed, of registers or of how the instructions themselves behave:
-// they follow the PTX ISA's tables as read by us.
+// synchronisation, without a GPU. Blocks run one after another, those of a cluster side by side. Warps run
+// ahead of one another, and lanes within a warp, at random; asynchronous copies land at a random one of their
+// two lawful moments (at once, or when waited for), and fresh shared memory holds NaNs; so a missing barrier,
+// a missing wait or a read of what nobody wrote shows as a wrong number. It says nothing of speed, of
+// registers or of how the instructions themselves behave: they follow the PTX ISA's tables as read by us.
 #pragma once
 
 #include <setjmp.h>

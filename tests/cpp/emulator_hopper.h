@@ -324,8 +324,10 @@ inline void finish_product(emulator::WarpProducts& products, emulator::Product& 
   for (unsigned lane = 0; lane < kWarpSize; ++lane)
     for (int j = 0; j < p.tiles; ++j)
       for (unsigned i = 0; i < 4; ++i) {
-        const unsigned row = lane / 4 + 8 * (i / 2), n = 8 * static_cast<unsigned>(j) + 2 * (lane % 4) + i % 2;
-        float& value = running.value[lane * 4 * static_cast<unsigned>(p.tiles) + 4 * static_cast<unsigned>(j) + i];
+        const unsigned row = lane / 4 + 8 * (i / 2),
+                       n = 8 * static_cast<unsigned>(j) + 2 * (lane % 4) + i % 2;
+        float& value =
+            running.value[lane * 4 * static_cast<unsigned>(p.tiles) + 4 * static_cast<unsigned>(j) + i];
         value = (p.accumulate ? value : 0.f) + p.result[row * 8 * static_cast<unsigned>(p.tiles) + n];
       }
   if (--running.products > 0) return;
