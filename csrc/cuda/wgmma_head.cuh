@@ -37,9 +37,9 @@ TSYND_DEVICE void transpose_quad(uint32_t (&x)[4], int quad) {
 template <class M>
 struct OtherHalf {
   static constexpr bool kWhole = false;
-  float* mine;  // [2 kClasses][128], in turns, and [128] behind `totals`
+  float* mine;  // [2 kClasses][128] each
   const float* theirs;
-  float* my_total;
+  float* my_total;  // [128] each
   const float* their_total;
   float passes, their_passes;
   int thread;

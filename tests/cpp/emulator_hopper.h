@@ -21,10 +21,6 @@
 
 #include "emulator.h"
 
-namespace tsynd {
-struct BoxedTensor;
-}
-
 namespace emulator {
 
 constexpr uint32_t kSharedBase = 1024;  // as on the device, addresses of dynamic shared memory start above 0
@@ -102,7 +98,7 @@ inline WarpProducts& own_products() {
 
 namespace tsynd {
 
-// Set by launch_clusters' caller through tensor_map; the copy engine reads it as it is.
+// What the copy engine is told of a tensor; on the device the driver encodes it.
 struct TensorMap {
   const unsigned char* base;
   uint64_t size[3], stride[2];
@@ -159,7 +155,9 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   barriers()[barrier] = Barrier{arrivals, arrivals, 0, 0, false};
 }
 inline void publish_barriers() {
-  for (auto& entry : emulator::barriers()) entry.second.known = true;
+  using namespace emulator;
+  for (auto& [at, barrier] : barriers())
+    if (at >= block->shared_begin && at < block->shared_begin + block->shared_bytes) barrier.known = true;
 }
 inline void arrive_expecting(uint64_t* barrier, int bytes) {
   emulator::Barrier& b = emulator::barrier_at(barrier);
@@ -185,7 +183,6 @@ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
 
 inline void load_box_into(unsigned char* to, const TensorMap& map, uint64_t* barrier, const int (&at)[3]) {
   using namespace emulator;
-  Block* const home = block;
   const unsigned rows = map.box[1] * map.box[2];
   Block* const there = [&] {  // whose shared memory this is
     for (Block& b : cluster->blocks)
@@ -194,7 +191,6 @@ inline void load_box_into(unsigned char* to, const TensorMap& map, uint64_t* bar
   }();
   if ((to - there->shared_begin) % 128) fail("a box does not start on 128 bytes");
   if (!barrier_at(barrier).known) fail("a barrier is used before it was made known");
-  (void)home;
   std::memset(to, 0xFF, rows * 128);
   cluster->in_flight.push_back([=, start = std::vector<int>(at, at + 3)] {
     if (there->left == 0) fail("a box for a block that has ended");
