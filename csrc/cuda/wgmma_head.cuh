@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     }
   }
   sync_warp();
-  sync_cluster();  // no block leaves while others send to its shared memory
+  sync_cluster();  // a precaution: all that is sent to a block it has waited for by now
 #else
   __trap();
 #endif
