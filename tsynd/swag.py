@@ -92,7 +92,10 @@ class SWAGHead(SampledHead):
             learning_rate: of SGD; the larger, the wider the posterior.
             batch_size: images a step.
             weight_decay: of SGD.
-            layer, rank, scale, samples: see the class.
+            layer: see the class, like the next three.
+            rank: of the low-rank part.
+            scale: of the covariance.
+            samples: T.
             seed: of the batches and of the samples.
 
         Raises:
