@@ -220,7 +220,7 @@ class MCDropout(Posterior):
         return self._source
 
     def _warn_whole(self, reason: str) -> None:
-        name = type(self.classifier).__name__
+        name = type(getattr(self._network, "model", self.classifier)).__name__
         warnings.warn(
             f"{name} cannot be split at its first dropout ({reason}); the whole network runs {self.samples} times",
             RuntimeWarning,
