@@ -26,8 +26,13 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q numpy "scikit-build-core>=0.11" "pybind11>=2.13" ninja cmake
 	touch $@
 
+# laplace-torch and its backends apart from the extras: they ask for torchvision, which they do not use here and which
+# exists for one torch alone
+LAPLACE := "laplace-torch>=0.2.2" curvlinops-for-pytorch backpack-for-pytorch asdfghjkl==0.1a4 opt-einsum einconv \
+  linear-operator unfoldNd jaxtyping wadler-lindig mpmath
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -C cmake.define.TSYND_WERROR=ON -e ".[test]"
+	$(BIN)/pip install -q --no-deps $(LAPLACE)
 	touch $@
 
 build: $(VENV)/.built

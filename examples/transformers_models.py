@@ -6,7 +6,7 @@ import tsynd
 
 data = tsynd.load_data("phantom", train_size=64)
 autoencoder = tsynd.SmallAutoencoder(data.channels)
-tsynd.fit_autoencoder(autoencoder, data.train, iterations=60)
+tsynd.fit_autoencoder(autoencoder, data.train, iterations=60, batch_size=32)
 sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 config = ViTConfig(**sizes, image_size=28, patch_size=7, num_channels=data.channels, num_labels=data.num_classes)
 config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1

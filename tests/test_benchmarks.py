@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, ascend, document, dropout, harness, logits, peers, registers
+from benchmarks import __main__, ascend, document, dropout, harness, logits, peers, posteriors, registers
 from tsynd import ops, reference
 from tsynd.errors import InputError
 
@@ -153,3 +153,14 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no CUDA GPU" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_posteriors_are_checked_and_their_paths_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(posteriors, "SHAPES", {"P9": ("SmallResNet", 2, 3)})
+    rows = posteriors.run(["P9"], "cpu", torch.float32, 0.01)
+    methods = [row.method for row in rows]
+    assert methods[0] == posteriors.FLOOR
+    assert methods.count(posteriors.FLOOR) == 1
+    assert "tsynd, MC dropout before the head (fused head)" in methods
+    assert "tsynd, MC dropout, not traceable (whole network)" in methods
+    assert len(posteriors.summary(rows)) == len(rows) - 1

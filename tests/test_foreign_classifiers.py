@@ -150,8 +150,9 @@ def test_a_head_is_found_by_running(make: Callable[[], nn.Module], x: Tensor) ->
     leaf = x.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(posterior.uncertainty(leaf, IDS).sum(), leaf)
     assert gradient.abs().sum() > 0
-    with posterior.frozen(), posterior.folded():
-        posterior.uncertainty(x, IDS)
+    with posterior.frozen(), posterior.folded(), posterior.compiled(), posterior.staged(x[:1]):
+        torch.testing.assert_close(posterior.uncertainty(x, IDS), tsynd.ops.logits_uncertainty(whole)[0])
+    assert quiet(network, 6).features(x).shape == (4, 16)
 
 
 def test_a_dropout_elsewhere_is_no_head(x: Tensor) -> None:

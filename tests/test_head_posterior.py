@@ -268,6 +268,10 @@ def test_it_is_a_posterior(network: type[nn.Module], autoencoder: nn.Module, ima
     plain = posterior.uncertainty(images)
     with posterior.frozen(), posterior.folded():
         torch.testing.assert_close(posterior.uncertainty(images), plain, rtol=1e-3, atol=1e-5)
+    with posterior.frozen(), posterior.staged(images[:1]) as heaviest:
+        assert heaviest > 0
+        (got,) = torch.autograd.grad(posterior.uncertainty(leaf).sum(), leaf)
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
     result = tsynd.synthesize(autoencoder, posterior, images, **QUIET)  # type: ignore[arg-type]
     assert (result.uncertainty > result.initial_uncertainty).float().mean() > 0.9
     assert classifier.training

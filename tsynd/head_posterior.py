@@ -24,6 +24,7 @@ from tsynd.errors import InputError, MissingExtraError, require
 from tsynd.folding import FoldedGraph
 from tsynd.posterior import Posterior, evaluating
 from tsynd.reference import OBJECTIVES, TASKS
+from tsynd.stages import staged
 from tsynd.storage import atomic_path
 from tsynd.trunks import trunk_to
 
@@ -223,6 +224,16 @@ class SampledHead(Posterior):
             self._run = torch.compile(plain, dynamic=False)
         try:
             yield self
+        finally:
+            self._run = plain
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """See :meth:`Posterior.staged`; the part before the last layer."""
+        plain, stages = self._run, staged(self._run, image, keep_last=True)
+        self._run = stages
+        try:
+            yield stages.heaviest
         finally:
             self._run = plain
 

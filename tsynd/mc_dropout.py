@@ -148,9 +148,11 @@ class MCDropout(Posterior):
         Raises:
             InputError: the classifier cannot be split there.
         """
-        if self._split is None:
-            raise InputError("classifier: cannot be split at its first dropout, so it has no features of its own")
-        features: Tensor = self._run_trunk(images)[0]
+        with evaluating(self.classifier):
+            self._check_split(images)
+            if self._split is None:
+                raise InputError("classifier: cannot be split at its first dropout, so it has no features of its own")
+            features: Tensor = self._run_trunk(images)[0]
         return features.flatten(1)
 
     @contextmanager
@@ -183,7 +185,7 @@ class MCDropout(Posterior):
     def compiled(self) -> Iterator[Posterior]:
         """See :meth:`Posterior.compiled`; the part before the first dropout."""
         plain = self._trunk
-        if self._split is not None:
+        if self._split is not None and isinstance(self._split.trunk, fx.GraphModule):
             self._trunk = torch.compile(plain or self._split.trunk, dynamic=False)
         try:
             yield self
@@ -220,7 +222,7 @@ class MCDropout(Posterior):
         return self._source
 
     def _warn_whole(self, reason: str) -> None:
-        name = type(self.classifier).__name__
+        name = type(getattr(self._network, "model", self.classifier)).__name__
         warnings.warn(
             f"{name} cannot be split at its first dropout ({reason}); the whole network runs {self.samples} times",
             RuntimeWarning,
