@@ -270,6 +270,14 @@ def test_damaged_bytes_give_an_image_or_an_error(changes: list[tuple[int, int]])
     assert message if image is None else image.ndim == 3
 
 
+def test_a_jpeg_2000_header_that_leads_nowhere() -> None:
+    """Pydicom would walk it for ever."""
+    content = compressed("JPEG2000", pydicom.uid.JPEG2000Lossless, np.zeros((8, 8), np.uint8))
+    at = content.index(b"ftyp") - 4
+    with pytest.raises(InputError, match=r"scan\.dcm: its pixels, compressed as JPEG 2000.*cannot be decoded"):
+        shown(content[:at] + bytes(4) + content[at + 4 :])
+
+
 # Frames
 
 

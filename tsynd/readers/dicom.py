@@ -27,6 +27,7 @@ MAGIC_AT = 128  # where a DICOM file says DICM
 _CODECS = "pip install 'tsynd[dicom-codecs]'"
 _COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _GREY = ("MONOCHROME1", "MONOCHROME2")
+_JP2 = b"\0\0\0\x0cjP  "
 _OVERRIDE = "window=(centre, width) (--window CENTRE WIDTH) overrides it"
 
 
@@ -193,6 +194,11 @@ def _stored(dataset: Any, where: str) -> Array:
         if not able:
             raise InputError(f"{where}: compressed as {compression}, for which no decoder is installed; {_CODECS}")
     try:
+        if syntax in uid.JPEG2000TransferSyntaxes:
+            count = int(dataset.get("NumberOfFrames") or 1)
+            generate = require("pydicom.encaps", "medical").generate_frames
+            if any(_endless(frame) for frame in generate(dataset.PixelData, number_of_frames=count)):
+                raise ValueError("a box without length")
         return np.asarray(pixels.pixel_array(dataset, raw=False))
     except Exception as error:
         if compression:
@@ -201,6 +207,17 @@ def _stored(dataset: Any, where: str) -> Array:
                 f" or truncated, or of a kind for other decoders; {_CODECS}"
             ) from None
         raise InputError(f"{where}: truncated or damaged pixel data ({type(error).__name__})") from None
+
+
+def _endless(frame: bytes) -> bool:
+    """Whether pydicom would walk the boxes of a JP2 header for ever: one has no length, and the image is not in it."""
+    at = 12
+    while frame.startswith(_JP2) and at < len(frame) and frame[at + 4 : at + 8] != b"jp2c":
+        length = int.from_bytes(frame[at : at + 4], "big")
+        if length == 0:
+            return True
+        at += length
+    return False
 
 
 def _frame_header(dataset: Any, index: int) -> Any:

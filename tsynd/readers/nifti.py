@@ -37,8 +37,14 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        kind = nibabel.Nifti2Image if content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Image
-        image = kind.from_bytes(content)
+        kinds = {content[344:348]: nibabel.Nifti1Image, content[4:8]: nibabel.Nifti2Image}
+        kind = kinds.get(b"n+1\0") or kinds.get(b"n+2\0")
+        if kind is None:
+            raise InputError(f"{where}: no NIfTI file of header and voxels in one (neither n+1 nor n+2 in its header)")
+        with require("nibabel.imageglobals", "medical").LoggingOutputSuppressor():
+            image = kind.from_bytes(content)
+    except InputError:
+        raise
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{where}: damaged or truncated file ({type(error).__name__})") from None
     except Exception as error:  # the header parser's own kinds
