@@ -171,6 +171,8 @@ class AscentStream:
         """Choose how many images at once and whether to make activations again, by what one image keeps."""
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
         objective, task = self._settings.objective, self._settings.task
+        with torch.no_grad():  # what a posterior keeps of its first call must not be made of tensors without values
+            self.posterior.uncertainty(image, ids, objective, task)
 
         def kept(decode: Callable[[Tensor], Tensor]) -> int:
             def run(latents: Tensor) -> Tensor:
