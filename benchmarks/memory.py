@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import peak_bytes
 from tsynd.errors import require
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.synthesis import SynthesisResult, synthesize
 
 __all__ = ["main"]

@@ -21,9 +21,9 @@ import nibabel
 from medical_files import dicom, nifti, write
 
 from tsynd.data import load_data
+from tsynd.distributed.sources import open_source
 from tsynd.errors import InputError, MissingExtraError
 from tsynd.readers import ReadOptions, read_image
-from tsynd.sources import open_source
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 9), np.uint8)

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 import tsynd
 from tsynd import streaming
 from tsynd.ascent import AscentSettings
-from tsynd.autoencoder import as_autoencoder
-from tsynd.folding import folded_decoder
-from tsynd.posterior import MCDropout
-from tsynd.stages import Staged, kept_per_image, staged
+from tsynd.models.autoencoder import as_autoencoder
+from tsynd.models.folding import folded_decoder
+from tsynd.models.stages import Staged, kept_per_image, staged
+from tsynd.posteriors.posterior import MCDropout
 from tsynd.streaming import AscentStream
 
 OPTIONS: dict[str, Any] = {"samples": 8, "steps": 3, "latent_std": 0.5, "progress": False}

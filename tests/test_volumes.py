@@ -17,15 +17,15 @@ import tsynd
 from tsynd.attacks import parse_attacks, perturb
 from tsynd.cli import app
 from tsynd.data import load_data
+from tsynd.distributed.pack import pack
+from tsynd.distributed.shard_job import synthesize_shards
+from tsynd.distributed.sharded import ShardSettings
 from tsynd.errors import InputError
 from tsynd.figures import draw_examples
-from tsynd.folding import folded_decoder
-from tsynd.pack import pack
+from tsynd.models.folding import folded_decoder
 from tsynd.phantom3d import CLASS_NAMES, phantom3d
 from tsynd.planes import centre, focus, slices, views
 from tsynd.saliency import grad_cam
-from tsynd.shard_job import synthesize_shards
-from tsynd.sharded import ShardSettings
 from tsynd.shifts import SHIFTS, blur
 from tsynd.storage import save_class_folders
 from tsynd.synthesis import load_result

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tsynd.batches import at_once
 from tsynd.errors import InputError, require
-from tsynd.posterior import frozen
+from tsynd.posteriors.posterior import frozen
 
 __all__ = ["BUDGETS", "KINDS", "PGD_STEPS", "Attack", "check_robustness", "parse_attacks", "perturb"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tsynd.attacks import Attack, check_robustness, parse_attacks, perturb
 from tsynd.batches import Batches, check_task, parts
 from tsynd.checks import resolve_device
-from tsynd.classifier import as_classifier
 from tsynd.errors import InputError
-from tsynd.mc_dropout import MCDropout
+from tsynd.posteriors.classifier import as_classifier
+from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.scores import errors, scores, uncertainty_scores
 from tsynd.shifts import Condition, gaussian_noise, rotation, shifts
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tsynd.ascent import AscentSettings, Status
 from tsynd.augmentation import TargetedAugmentation
 from tsynd.batches import at_once
-from tsynd.checkpoint import load_model, save_model
 from tsynd.checks import resolve_device
 from tsynd.clock import Phases
 from tsynd.data import DataSource, LabelledImages, load_data
@@ -26,7 +25,8 @@ from tsynd.errors import InputError, require
 from tsynd.evaluation import evaluate
 from tsynd.figures import draw_examples
 from tsynd.job import Job
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.checkpoint import load_model, save_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.readers.options import ReadOptions, plain_settings
 from tsynd.report import write_report
 from tsynd.storage import atomic_path

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings, ascend_latents
-from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, check_pixel_range
 from tsynd.checks import check_choice, resolve_device
 from tsynd.clock import Phases
 from tsynd.errors import InputError
-from tsynd.fast import GraphedAscent, channels_last, fetch, send
-from tsynd.folding import folded_decoder
 from tsynd.goals import PlausibleGoal, Uncertainty
-from tsynd.mc_dropout import as_posterior
-from tsynd.posterior import Posterior, frozen
+from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, check_pixel_range
+from tsynd.models.fast import GraphedAscent, channels_last, fetch, send
+from tsynd.models.folding import folded_decoder
+from tsynd.models.stages import kept_per_image, staged
+from tsynd.posteriors.mc_dropout import as_posterior
+from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.source import Batch
-from tsynd.stages import kept_per_image, staged
 
 __all__ = ["CPU_BYTES", "AscentStream", "Part", "place"]
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings
-from tsynd.autoencoder import measure_latent_std
 from tsynd.batches import at_once
 from tsynd.checks import channels_first, check_images
 from tsynd.clock import Phases
 from tsynd.collect import Collector
 from tsynd.errors import InputError
-from tsynd.mc_dropout import as_posterior
-from tsynd.posterior import Posterior
+from tsynd.models.autoencoder import measure_latent_std
+from tsynd.posteriors.mc_dropout import as_posterior
+from tsynd.posteriors.posterior import Posterior
 from tsynd.progress import progress_bar
 from tsynd.source import ImageSource
 from tsynd.storage import save_class_folders, save_npz, to_uint8
