@@ -152,18 +152,19 @@ TSYND_DEVICE void arrive_at(uint64_t* barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-// Until the phase of this parity has ended. A wait of seconds is an error, never a hang.
+// Until the phase of this parity has ended. A try sleeps a microsecond at most; a wait of more than some ten
+// seconds is an error, never a hang.
 TSYND_DEVICE void wait_barrier(uint64_t* barrier, uint32_t parity) {
   for (uint32_t tries = 0;; ++tries) {
     uint32_t done;
     asm volatile(
-        "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+        "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2, %3;\n"
         "selp.b32 %0, 1, 0, ended;\n}"
         : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
+        : "r"(shared_address(barrier)), "r"(parity), "r"(1000)
         : "memory");
     if (done) return;
-    if (tries == 1u << 26) trap();
+    if (tries == 1u << 24) trap();
   }
 }
 
