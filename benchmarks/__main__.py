@@ -14,6 +14,7 @@ from benchmarks.harness import describe_machine, print_table, read_json, write_j
 
 # a suite a module with SHAPES, run(shapes, device, dtype, seconds) and summary(rows); shapes for a GPU begin with G
 SUITES = ("head", "logits", "dropout", "ascend", "synthesis", "train", "posteriors", "export")
+ON_REQUEST = ("head_kernels",)  # not part of all: what a GPU has a choice of
 
 
 def _shapes(module: Any, device: str) -> list[str]:
@@ -25,7 +26,7 @@ def _shapes(module: Any, device: str) -> list[str]:
 def main() -> None:
     """Run suites, print their tables and summaries."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=[*SUITES, "all"])
+    parser.add_argument("suite", choices=[*SUITES, *ON_REQUEST, "all"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--shapes", nargs="+", default=None, help="names of the suite's shapes; all of the device's")

@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks.harness import Row, label, measure
 from tsynd.ascent import AscentSettings, ascend_latents
 from tsynd.export import export_onnx, export_torchscript
-from tsynd.fast import contiguous
-from tsynd.mc_dropout import MCDropout
-from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.posterior import frozen
+from tsynd.models.fast import contiguous
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import frozen
 from tsynd.runtime import OnnxSynthesizer
 from tsynd.synthesis import synthesize
 

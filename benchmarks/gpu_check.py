@@ -42,7 +42,9 @@ class Step:
 def _steps(parts: Path, device: str) -> list[Step]:
     python = sys.executable
     steps = [
-        Step("GPU tests", [python, "-m", "pytest", "-x", "tests/gpu", "-rs"], 120),
+        Step("GPU tests", [python, "-m", "pytest", "-x", "tests/gpu", "-rs", "-k", "not wgmma"], 120),
+        # a kernel that no default takes: in a process of its own, so that its failure is its own
+        Step("GPU tests of wgmma_head", [python, "-m", "pytest", "-x", "tests/gpu", "-rs", "-k", "wgmma"], 60),
         Step("operator tests on every device", [python, "-m", "pytest", "tests/test_ops.py"], 180),
     ]
     # a step a shape: what one of them costs to compile and measure is not lost with another
@@ -51,6 +53,12 @@ def _steps(parts: Path, device: str) -> list[Step]:
         rows = str(parts / f"{dtype}-{shape}.json")
         command = [python, "-m", "benchmarks", "head", "--device", device, "--dtype", dtype, "--shapes", shape]
         steps.append(Step(f"benchmark head {dtype} {shape}", [*command, "--seconds", "3", "--json", rows], 80))
+    if device != "cpu":
+        for shape in ("G1", "G2"):
+            rows = str(parts / f"kernels-{shape}.json")
+            command = [python, "-m", "benchmarks", "head_kernels", "--device", device, "--dtype", "bfloat16"]
+            command += ["--shapes", shape, "--seconds", "2", "--json", rows]
+            steps.append(Step(f"benchmark head kernels bfloat16 {shape}", command, 40))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in ("memcheck", "racecheck"):
         few = ["tests/gpu", "-k", "(test_head or test_dropout_head) and (130 or 33) and multiclass or own_stream"]

@@ -13,7 +13,7 @@ from benchmarks import peers
 from benchmarks.harness import Row, check, measure_shapes, tolerance
 from tsynd import ops, reference
 
-__all__ = ["SHAPES", "run", "summary"]
+__all__ = ["SHAPES", "inputs", "run", "summary"]
 
 # B, D, C, T
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -32,16 +32,20 @@ COMPILE = os.environ.get("TSYND_BENCH_COMPILE") == "1"  # on a CPU too: half a m
 FLOOR, OURS = "floor: two bare products", "tsynd head_uncertainty"
 
 
-def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def inputs(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [B, D], a classifier's sampled heads [T, C, D], and something [B, T·C] to multiply back with."""
     images, units, classes, samples = shape
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(images, units, generator=generator).relu().to(device, dtype)
     weight = (torch.randn(classes, units, generator=generator) / math.sqrt(units)).to(device, dtype)
     mask = ops.dropout_mask(units, DROP, samples, 0, 0, torch.zeros(1, dtype=torch.int64, device=device))
-    heads = (weight * mask / (1 - DROP)).to(dtype)  # [T, C, D]
-    flat = heads.reshape(samples * classes, units)
-    slope = torch.randn(images, samples * classes, generator=generator).to(device, dtype)
+    heads = (weight * mask / (1 - DROP)).to(dtype)
+    return features, heads, torch.randn(images, samples * classes, generator=generator).to(device, dtype)
 
+
+def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    features, heads, slope = inputs(shape, device, dtype)
+    flat = heads.flatten(0, 1)
     shared: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
         OURS: lambda: ops.head_uncertainty(features, heads),
         "shared masks, analytic": lambda: peers.shared_analytic(features, heads),

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tsynd.checkpoint import save_model
-from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.ray_engine import run_on_ray
-from tsynd.sharded import ShardSettings, ShardWorker
-from tsynd.shards import Sample, ShardFolder, Unit, plan_units
+from tsynd.distributed.ray_engine import run_on_ray
+from tsynd.distributed.sharded import ShardSettings, ShardWorker
+from tsynd.distributed.shards import Sample, ShardFolder, Unit, plan_units
+from tsynd.models.checkpoint import save_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 
 
 def make_job(folder: Path, count: int, small: bool, size: int = 28) -> dict[str, Any]:

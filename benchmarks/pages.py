@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.document import between, suite_lines
 from benchmarks.harness import read_json
-from tsynd.experiment_tables import difference_tables, quality_table, score_table, to_markdown
 from tsynd.storage import atomic_path
-from tsynd.summary import sizes_of
+from tsynd.studies.summary import sizes_of
+from tsynd.studies.tables import difference_tables, quality_table, score_table, to_markdown
 
 __all__ = ["benchmark_page", "study_page"]
 

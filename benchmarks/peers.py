@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tsynd import ops, reference
-from tsynd.dropout import dropout_kind
-from tsynd.posterior import Posterior
+from tsynd.posteriors.dropout import dropout_kind
+from tsynd.posteriors.posterior import Posterior
 
 __all__ = [
     "PassesPosterior",

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 from benchmarks.harness import Row, check, measure, tolerance
 from tsynd import ops
 from tsynd.errors import require
-from tsynd.folding import FoldedGraph
-from tsynd.head_posterior import SampledHead
-from tsynd.laplace import LaplaceHead
-from tsynd.mc_dropout import MCDropout
-from tsynd.networks import SmallResNet
-from tsynd.posterior import Ensemble, Posterior
-from tsynd.swag import SWAGHead
+from tsynd.models.folding import FoldedGraph
+from tsynd.models.networks import SmallResNet
+from tsynd.posteriors.head_posterior import SampledHead
+from tsynd.posteriors.laplace import LaplaceHead
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import Ensemble, Posterior
+from tsynd.posteriors.swag import SWAGHead
 
 __all__ = ["SHAPES", "run", "summary"]
 

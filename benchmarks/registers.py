@@ -1,6 +1,7 @@
 """``python -m benchmarks.registers``: registers, spills and shared memory of every CUDA kernel, as ptxas tells.
 
-Compiles each file under ``csrc/cuda`` for each architecture; needs nvcc, no GPU. Prints a Markdown table.
+Compiles each file under ``csrc/cuda`` for each architecture; needs nvcc, no GPU. Prints a Markdown table. What ptxas
+says of ``wgmma`` products that it makes wait for one another goes to standard error.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
+_SERIALISED = re.compile(r"\(C75\d\d\)[^\n]*")
 
 
 def parse(text: str) -> list[dict[str, str]]:
@@ -47,14 +49,17 @@ def _compile(source: Path, architecture: str) -> str:
 
 
 def main() -> int:
-    """Print the table; exit code 1 if a kernel spills."""
+    """Print the table; exit code 1 if a kernel spills or its products are serialised."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.registers", description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=["80", "90a"])
     arguments = parser.parse_args()
     found: dict[str, dict[str, dict[str, str]]] = {}
+    serialised: list[str] = []
     for source in sorted(Path("csrc/cuda").glob("*.cu")):
         for architecture in arguments.architectures:
-            for kernel in parse(_compile(source, architecture)):
+            said = _compile(source, architecture)
+            serialised += _SERIALISED.findall(said)
+            for kernel in parse(said):
                 found.setdefault(_readable(kernel["name"]), {})[architecture] = kernel
     print("| kernel | " + " | ".join(f"registers sm_{a}" for a in arguments.architectures) + " | spilled bytes |")
     print("|---|" + "---|" * (len(arguments.architectures) + 1))
@@ -64,7 +69,8 @@ def main() -> int:
         spilled += spills
         registers = " | ".join(by[a]["registers"] if a in by else "–" for a in arguments.architectures)
         print(f"| `{name}` | {registers} | {spills} |")
-    return int(spilled > 0)
+    print("\n".join(serialised), file=sys.stderr, end="")
+    return int(spilled > 0 or bool(serialised))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from benchmarks import peers
 from benchmarks.harness import Row, check, describe_machine, measure
 from tsynd import reference
 from tsynd.ascent import AscentSettings, ascend_latents
-from tsynd.fast import channels_last
-from tsynd.folding import FoldedGraph, folded_decoder
-from tsynd.mc_dropout import MCDropout
-from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.posterior import Posterior, frozen
+from tsynd.models.fast import channels_last
+from tsynd.models.folding import FoldedGraph, folded_decoder
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import Posterior, frozen
 
 __all__ = ["SHAPES", "run", "summary"]
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from benchmarks import peers
 from benchmarks.harness import Row, measure
 from tsynd.augmentation import TargetedAugmentation
-from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.posterior import Posterior
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis import uncertainty
 
 __all__ = ["SHAPES", "run", "summary"]

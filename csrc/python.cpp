@@ -5,6 +5,7 @@
 
 #include <array>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "cpu/kernels.h"
@@ -44,19 +45,24 @@ Plan plan_logits(int64_t samples, int64_t classes, const std::string& task, int6
 }
 
 Plan plan_head(int64_t images, int64_t units, int64_t classes, int64_t samples, const std::string& task,
-               bool narrow, int64_t shared_bytes, int multiprocessors) {
-  const tsynd::HeadPlan plan = tsynd::plan_head(images, units, classes, samples, task == "multilabel", narrow,
-                                                true, {shared_bytes, multiprocessors});
-  if (!plan.fused) {
+               bool narrow, int64_t shared_bytes, int multiprocessors, int capability,
+               const std::optional<std::string>& best) {
+  const tsynd::HeadPlan plan =
+      tsynd::plan_head(images, units, classes, samples, task == "multilabel", narrow, true,
+                       {shared_bytes, multiprocessors, capability},
+                       best ? tsynd::parse_head_kernel(best->c_str()) : tsynd::best_head_kernel());
+  if (plan.kind == tsynd::HeadPlan::kRows) {
     Plan out = plan_logits(samples, classes, task, shared_bytes, multiprocessors);
     out["kernel"] = py::str("product, " + std::string(py::str(out["kernel"])) + " rows, product");
     return out;
   }
-  return {{"kernel", py::str("fused")},
-          {"images_per_block", py::int_(16 * plan.warps)},
-          {"columns", py::int_(plan.columns)},
-          {"stages", py::int_(plan.stages)},
-          {"shared_bytes", py::int_(plan.shared_bytes)}};
+  Plan out{{"kernel", py::str(plan.kind == tsynd::HeadPlan::kWgmma ? "wgmma" : "fused")},
+           {"images_per_block", py::int_(plan.images)},
+           {"columns", py::int_(plan.columns)},
+           {"stages", py::int_(plan.stages)},
+           {"shared_bytes", py::int_(plan.shared_bytes)}};
+  if (plan.cluster > 1) out["blocks_per_cluster"] = py::int_(plan.cluster);
+  return out;
 }
 
 Plan plan_dropout_head(int64_t units, int64_t classes, int64_t samples, bool narrow, int64_t shared_bytes,
@@ -79,7 +85,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("shared_bytes"), py::arg("multiprocessors"), "Which CUDA kernel serves logits_uncertainty.");
   m.def("plan_head", &plan_head, py::arg("images"), py::arg("units"), py::arg("classes"), py::arg("samples"),
         py::arg("task"), py::arg("narrow"), py::arg("shared_bytes"), py::arg("multiprocessors"),
-        "Which CUDA kernels serve head_uncertainty; narrow: float16 or bfloat16.");
+        py::arg("capability") = 0, py::arg("best") = py::none(),
+        "Which CUDA kernels serve head_uncertainty; narrow: float16 or bfloat16; capability: 90 for Hopper; "
+        "best: the best that may be taken, wgmma, fused or rows, else what TSYND_CUDA_HEAD says.");
   m.def("plan_dropout_head", &plan_dropout_head, py::arg("units"), py::arg("classes"), py::arg("samples"),
         py::arg("narrow"), py::arg("shared_bytes"), py::arg("multiprocessors"),
         "Which CUDA kernel serves dropout_head_uncertainty.");

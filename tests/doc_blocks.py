@@ -88,7 +88,10 @@ def run_page(page: Path, folder: Path, short: bool) -> list[tuple[Block, str]]:
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 if block.language == "python":
-                    code = re.sub(r"\biterations=\d+", "iterations=6", block.code) if short else block.code
+                    code = block.code
+                    if short:
+                        code = re.sub(r"\biterations=\d+", "iterations=6", code)
+                        code = re.sub(r"\battack_images=\d+", "attack_images=8", code)
                     exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), names)
                 else:
                     for command in _commands(block.code, where):

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tsynd.checkpoint import save_model
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.checkpoint import save_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",

@@ -15,7 +15,8 @@ from conftest import TinyAutoencoder, TinyClassifier
 from torch import Tensor, nn
 
 import tsynd
-from tsynd.adapters import (
+from tsynd.errors import InputError
+from tsynd.models.adapters import (
     Adapter,
     CodebookAutoencoder,
     DiffusersAutoencoder,
@@ -24,9 +25,8 @@ from tsynd.adapters import (
     PairAutoencoder,
     VariationalAutoencoder,
 )
-from tsynd.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range, measure_latent_std
-from tsynd.errors import InputError
-from tsynd.networks import SmallAutoencoder
+from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range, measure_latent_std
+from tsynd.models.networks import SmallAutoencoder
 
 IMAGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 VOLUMES = torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1))

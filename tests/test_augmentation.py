@@ -14,8 +14,8 @@ from torch.nn import functional
 from tsynd.augmentation import DIRECTIONS, TargetedAugmentation
 from tsynd.errors import InputError
 from tsynd.goals import LabelLoss, Uncertainty
-from tsynd.mc_dropout import MCDropout
-from tsynd.posterior import Ensemble
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import Ensemble
 
 STD = 0.4
 

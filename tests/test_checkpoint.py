@@ -14,8 +14,8 @@ from tsynd.errors import InputError
 pytest.importorskip("monai")
 pytest.importorskip("safetensors")
 
-from tsynd.checkpoint import load_model, read_card, save_model
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.checkpoint import load_model, read_card, save_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 
 
 def _classifier():

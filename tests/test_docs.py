@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from doc_blocks import blocks_of, run_page
 
+from tsynd import data
 from tsynd.phantom import phantom
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,7 @@ def test_every_block_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch
     if not any(block.language in ("python", "bash") and block.reason is None for block in blocks_of(page.read_text())):
         pytest.skip("no code to run")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(data._PHANTOMS, "phantom", lambda size: phantom(size, 200, 40, 40))
     own = re.search(r"tsynd run .*--output out\b", page.read_text()) is not None
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out") if own else None)
     before = os.environ.copy()

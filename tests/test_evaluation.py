@@ -15,7 +15,7 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("kornia")
 
 from tsynd.evaluation import CONDITIONS, Batches, evaluate, evaluate_uncertainty, gaussian_noise, rotation, scores
-from tsynd.mc_dropout import MCDropout
+from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.scores import errors, uncertainty_scores
 from tsynd.shifts import SHIFTS, blur, brightness, contrast, jpeg, shifts, translation
 

@@ -29,14 +29,14 @@ pytest.importorskip("scipy.stats")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("accelerate")
 
-from tsynd import cell, experiment
-from tsynd.arms import augmentation_of, parse_arm
-from tsynd.experiment_tables import masked_gradients, score_table, to_markdown
 from tsynd.image_quality import distribution_distances, memorisation, penultimate_features
 from tsynd.saliency import grad_cam
-from tsynd.statistics import mean_interval, sign_flip_p, smallest_p
-from tsynd.study import Cell, StudySettings, Workplace, cells_of
-from tsynd.summary import difference, measure_of
+from tsynd.studies import cell, experiment
+from tsynd.studies.arms import augmentation_of, parse_arm
+from tsynd.studies.settings import Cell, StudySettings, Workplace, cells_of
+from tsynd.studies.statistics import mean_interval, sign_flip_p, smallest_p
+from tsynd.studies.summary import difference, measure_of
+from tsynd.studies.tables import masked_gradients, score_table, to_markdown
 
 TINY = StudySettings(
     autoencoder_iterations=4,

@@ -9,7 +9,7 @@ import torch
 from conftest import TinyAutoencoder, TinyClassifier
 
 import tsynd
-from tsynd.fast import channels_last
+from tsynd.models.fast import channels_last
 
 
 def test_channels_last_gives_the_weights_back() -> None:

@@ -10,9 +10,9 @@ from conftest import TinyAutoencoder, TinyClassifier
 from torch import Tensor, fx, nn
 
 import tsynd
-from tsynd.fast import channels_last
-from tsynd.folding import FoldedGraph, folded_decoder
-from tsynd.mc_dropout import MCDropout
+from tsynd.models.fast import channels_last
+from tsynd.models.folding import FoldedGraph, folded_decoder
+from tsynd.posteriors.mc_dropout import MCDropout
 
 
 def settled(network: nn.Module) -> nn.Module:

@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import tsynd
-from tsynd.classifier import ClassifierAdapter
-from tsynd.dropout import MaskSource
 from tsynd.errors import InputError
-from tsynd.mc_dropout import MCDropout
-from tsynd.posterior import Ensemble
-from tsynd.whole_network import AddressedDropoutMode, attending, attention_dropouts
+from tsynd.posteriors.classifier import ClassifierAdapter
+from tsynd.posteriors.dropout import MaskSource
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import Ensemble
+from tsynd.posteriors.whole_network import AddressedDropoutMode, attending, attention_dropouts
 
 IDS = torch.tensor([5, 9, 100, 3])
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}

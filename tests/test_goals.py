@@ -16,7 +16,7 @@ from tsynd.ascent import AscentSettings, Status, ascend_latents
 from tsynd.diversity import group_size, joint_mutual_information, redundancy
 from tsynd.errors import InputError
 from tsynd.goals import LabelLoss, PlausibleGoal, Uncertainty
-from tsynd.mc_dropout import MCDropout
+from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.typicality import fit_latent_prior
 
 

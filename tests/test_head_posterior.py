@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import tsynd
 from tsynd import reference
 from tsynd.errors import InputError, MissingExtraError
-from tsynd.head_posterior import HeadGaussian, SampledHead
-from tsynd.laplace import STRUCTURES
+from tsynd.posteriors.head_posterior import HeadGaussian, SampledHead
+from tsynd.posteriors.laplace import STRUCTURES
 
 QUIET = {"progress": False, "latent_std": 0.4}
 

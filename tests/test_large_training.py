@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tsynd.distributed.train_job import TrainSettings, train_model
 from tsynd.errors import InputError
 from tsynd.global_batch import GlobalBatch
-from tsynd.networks import SmallAutoencoder, SmallResNet
-from tsynd.train_job import TrainSettings, train_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.training import Checkpoint, fit_autoencoder, fit_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 _WORKER = """
 import sys, torch
 from tsynd.augmentation import TargetedAugmentation
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.training import fit_autoencoder, fit_classifier
 
 torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def test_two_processes_train_what_one_does(tmp_path):
 _BAD = """
 import os, sys, time, torch
 from pathlib import Path
-from tsynd.networks import SmallResNet
+from tsynd.models.networks import SmallResNet
 from tsynd.training import fit_classifier
 
 images, labels = torch.rand(24, 1, 8, 8), torch.arange(24) % 2

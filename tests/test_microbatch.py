@@ -11,9 +11,9 @@ from test_posterior import Branching
 from torch import Tensor, nn
 
 import tsynd
-from tsynd import microbatch
 from tsynd.goals import LabelLoss
-from tsynd.mc_dropout import MCDropout
+from tsynd.posteriors import microbatch
+from tsynd.posteriors.mc_dropout import MCDropout
 
 IDS = torch.tensor([5, 9, 100, 3, 8, 2])
 
@@ -53,7 +53,7 @@ def test_parts_equal_the_whole(
             counts.append(len(inputs[0]))
             return at_once
 
-        monkeypatch.setattr("tsynd.mc_dropout.images_at_once", small)
+        monkeypatch.setattr("tsynd.posteriors.mc_dropout.images_at_once", small)
         for got, wanted in zip(all_of(), whole, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
     assert counts == [6, 6, 6]

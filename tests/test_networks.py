@@ -13,7 +13,7 @@ from tsynd.errors import InputError
 
 pytest.importorskip("monai")
 
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 
 
 @pytest.mark.parametrize("dropout", ["head", "stages"])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tsynd import reference
 from tsynd.errors import InputError
-from tsynd.mc_dropout import MCDropout
-from tsynd.posterior import Ensemble
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import Ensemble
 
 IDS = torch.tensor([5, 9, 100, 3])
 

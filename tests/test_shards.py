@@ -18,13 +18,13 @@ import pytest
 import torch
 from large import ENVIRONMENT, command, content, make_job, run, sample_ids
 
-from tsynd.checkpoint import load_model
 from tsynd.data import load_data
+from tsynd.distributed.pack import pack
+from tsynd.distributed.shard_job import synthesize_shards
+from tsynd.distributed.sharded import ShardSettings
+from tsynd.distributed.shards import ShardFolder, plan_units
 from tsynd.errors import InputError
-from tsynd.pack import pack
-from tsynd.shard_job import synthesize_shards
-from tsynd.sharded import ShardSettings
-from tsynd.shards import ShardFolder, plan_units
+from tsynd.models.checkpoint import load_model
 from tsynd.synthesis import synthesize
 
 OPTIONS = {"samples": 8, "steps": 2, "shard_size": 16, "threads": 1, "device": "cpu"}

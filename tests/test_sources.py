@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tsynd.distributed.sources import open_source
 from tsynd.errors import InputError
-from tsynd.sources import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 LABELS = np.arange(10) % 3

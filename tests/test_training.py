@@ -15,12 +15,12 @@ from torch import nn
 
 from tsynd.augmentation import TargetedAugmentation
 from tsynd.errors import InputError
-from tsynd.mc_dropout import MCDropout
+from tsynd.posteriors.mc_dropout import MCDropout
 
 pytest.importorskip("monai")
 pytest.importorskip("accelerate")
 
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.rounds import fit_rounds
 from tsynd.synthesis import synthesize
 from tsynd.training import batch_order, fit_autoencoder, fit_classifier
@@ -424,7 +424,7 @@ def test_bad_models_are_refused():
 _WORKER = """
 import hashlib, os, sys, torch
 from pathlib import Path
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.rounds import fit_rounds
 from tsynd.synthesis import synthesize
 from tsynd.training import batch_order, fit_autoencoder, fit_classifier

@@ -14,26 +14,26 @@ from tsynd.version import __version__
 _HOME = {
     "Ascent": "ascent",
     "AscentSettings": "ascent",
-    "Autoencoder": "autoencoder",
+    "Autoencoder": "models.autoencoder",
     "DataSource": "data",
-    "Ensemble": "posterior",
+    "Ensemble": "posteriors.posterior",
     "InputError": "errors",
     "LabelledImages": "data",
-    "LaplaceHead": "laplace",
-    "MCDropout": "mc_dropout",
+    "LaplaceHead": "posteriors.laplace",
+    "MCDropout": "posteriors.mc_dropout",
     "OnnxSynthesizer": "runtime",
-    "Posterior": "posterior",
+    "Posterior": "posteriors.posterior",
     "ReadOptions": "readers.options",
     "RoundsReport": "rounds",
-    "SWAGHead": "swag",
-    "SampledHead": "head_posterior",
-    "SmallAutoencoder": "networks",
-    "SmallResNet": "networks",
+    "SWAGHead": "posteriors.swag",
+    "SampledHead": "posteriors.head_posterior",
+    "SmallAutoencoder": "models.networks",
+    "SmallResNet": "models.networks",
     "Status": "ascent",
     "SynthesisResult": "synthesis",
     "TargetedAugmentation": "augmentation",
-    "as_autoencoder": "autoencoder",
-    "as_classifier": "classifier",
+    "as_autoencoder": "models.autoencoder",
+    "as_classifier": "posteriors.classifier",
     "evaluate": "evaluation",
     "export_aoti": "export",
     "export_onnx": "export",
@@ -42,8 +42,8 @@ _HOME = {
     "fit_classifier": "training",
     "fit_rounds": "rounds",
     "load_data": "data",
-    "load_model": "checkpoint",
-    "save_model": "checkpoint",
+    "load_model": "models.checkpoint",
+    "save_model": "models.checkpoint",
     "synthesize": "synthesis",
     "uncertainty": "synthesis",
 }
@@ -53,22 +53,22 @@ __all__ = ["__version__", *sorted(_HOME)]
 if TYPE_CHECKING:
     from tsynd.ascent import Ascent, AscentSettings, Status
     from tsynd.augmentation import TargetedAugmentation
-    from tsynd.autoencoder import Autoencoder, as_autoencoder
-    from tsynd.checkpoint import load_model, save_model
-    from tsynd.classifier import as_classifier
     from tsynd.data import DataSource, LabelledImages, load_data
     from tsynd.errors import InputError
     from tsynd.evaluation import evaluate
     from tsynd.export import export_aoti, export_onnx, export_torchscript
-    from tsynd.head_posterior import SampledHead
-    from tsynd.laplace import LaplaceHead
-    from tsynd.mc_dropout import MCDropout
-    from tsynd.networks import SmallAutoencoder, SmallResNet
-    from tsynd.posterior import Ensemble, Posterior
+    from tsynd.models.autoencoder import Autoencoder, as_autoencoder
+    from tsynd.models.checkpoint import load_model, save_model
+    from tsynd.models.networks import SmallAutoencoder, SmallResNet
+    from tsynd.posteriors.classifier import as_classifier
+    from tsynd.posteriors.head_posterior import SampledHead
+    from tsynd.posteriors.laplace import LaplaceHead
+    from tsynd.posteriors.mc_dropout import MCDropout
+    from tsynd.posteriors.posterior import Ensemble, Posterior
+    from tsynd.posteriors.swag import SWAGHead
     from tsynd.readers.options import ReadOptions
     from tsynd.rounds import RoundsReport, fit_rounds
     from tsynd.runtime import OnnxSynthesizer
-    from tsynd.swag import SWAGHead
     from tsynd.synthesis import SynthesisResult, synthesize, uncertainty
     from tsynd.training import fit_autoencoder, fit_classifier
 

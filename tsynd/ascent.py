@@ -14,7 +14,7 @@ from tsynd import ops
 from tsynd.checks import check_choice
 from tsynd.errors import InputError
 from tsynd.goals import Goal, PlausibleGoal, Uncertainty
-from tsynd.posterior import Posterior
+from tsynd.posteriors.posterior import Posterior
 from tsynd.reference import OBJECTIVES, RULES, TASKS
 
 __all__ = ["Ascent", "AscentSettings", "Status", "ascend_latents", "label_probability"]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import AscentSettings, ascend_latents, label_probability
-from tsynd.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range
 from tsynd.checks import check_choice, check_images, check_labels
 from tsynd.clock import clock
 from tsynd.diversity import MOST_CONFIGURATIONS, group_size
 from tsynd.errors import InputError
 from tsynd.goals import LabelLoss, Measure, PlausibleGoal, Uncertainty
-from tsynd.mc_dropout import MCDropout
-from tsynd.posterior import Posterior, frozen
+from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.typicality import LatentPrior, fit_latent_prior
 
 __all__ = ["DIRECTIONS", "TargetedAugmentation"]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tsynd.errors import InputError
 
-__all__ = ["Batches", "check_task"]
+__all__ = ["Batches", "at_once", "check_task", "parts"]
+
+_VALUES = 2**23  # of float images that go through a network at once, which holds tens of times as many
 
 
 def check_task(task: str) -> None:
@@ -20,6 +22,16 @@ def check_task(task: str) -> None:
     """
     if task not in ("multiclass", "multilabel"):
         raise InputError(f"task: got {task!r}, wanted 'multiclass' or 'multilabel'")
+
+
+def at_once(values: int, most: int = 256) -> int:
+    """How many images of so many values each go through a network at once: at most ``most``, fewer large ones."""
+    return max(1, min(most, _VALUES // values))
+
+
+def parts(images: Tensor, most: int = 256) -> tuple[Tensor, ...]:
+    """All images [N, ...] in order, as many at a time as :func:`at_once` says."""
+    return torch.split(images, at_once(images[:1].numel() or 1, most))
 
 
 class Batches:
@@ -47,11 +59,13 @@ class Batches:
         self._data = data
         self.name = name
         self.count = len(data[0]) if isinstance(data, (tuple, list)) else len(data)
+        self._values = 1
         if self.count == 0:
             raise InputError(f"{name}: holds no images")
         image = self(torch.tensor([0]))[0]
         if image.ndim not in (4, 5):
             raise InputError(f"{name}: an image has shape {list(image.shape[1:])}, wanted [C, H, W] or [C, D, H, W]")
+        self._values = image.numel()
         low, high = image.min().item(), image.max().item()
         if not (low >= 0 and high <= 1):  # also catches NaN
             raise InputError(f"{name}: the first image holds values in [{low:.4g}, {high:.4g}], wanted [0, 1]")
@@ -76,9 +90,9 @@ class Batches:
             images = torch.stack([torch.as_tensor(item) for item in items])
         return (images.float() / 255 if images.dtype == torch.uint8 else images.float()), labels
 
-    def chunks(self, size: int) -> tuple[Tensor, ...]:
-        """All indices in order, ``size`` at a time."""
-        return torch.split(torch.arange(self.count), size)
+    def chunks(self, most: int) -> tuple[Tensor, ...]:
+        """All indices in order, as many at a time as :func:`at_once` says."""
+        return torch.split(torch.arange(self.count), at_once(self._values, most))
 
     def labels(self, task: str, classes: int) -> Tensor:
         """All labels, int64 [N] in [0, classes) (multiclass) or float32 [N, classes] of 0 and 1 (multilabel).

@@ -161,9 +161,19 @@ def load_data(
             every class; a smaller draw of the same seed is contained in a larger one. Of a class, every patient gives
             one image before any gives a second. None: all.
         seed: seeds that draw and any splitting, never the images themselves.
-        image_size, channels, window, frames, volumes, slices, spacing, path_column, label_column, split_column,
-            group_column, group: how folders, tables and `datasets` objects are read, see
-            :class:`tsynd.ReadOptions`.
+        image_size: how folders, tables and `datasets` objects are read, like all that follow; see
+            :class:`tsynd.ReadOptions`. This: make every image this square (or cube).
+        channels: 1 or 3.
+        window: (centre, width) of grey values.
+        frames: "split" takes multi-frame files apart.
+        volumes: multi-frame files and DICOM series are volumes.
+        slices: volumes become their slices in this plane.
+        spacing: (x, y, z) in mm.
+        path_column: of a table.
+        label_column: of a table.
+        split_column: of a table.
+        group_column: of a table; whose images stay in one split.
+        group: "auto" or "none".
 
     Raises:
         InputError: the source or an argument cannot be used.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.attacks import Attack, check_robustness, parse_attacks, perturb
-from tsynd.batches import Batches, check_task
+from tsynd.batches import Batches, check_task, parts
 from tsynd.checks import resolve_device
-from tsynd.classifier import as_classifier
 from tsynd.errors import InputError
-from tsynd.mc_dropout import MCDropout
+from tsynd.posteriors.classifier import as_classifier
+from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.scores import errors, scores, uncertainty_scores
 from tsynd.shifts import Condition, gaussian_noise, rotation, shifts
 
@@ -90,7 +90,7 @@ def evaluate(
         attack_images: how many images FGSM and PGD attack, spread evenly over the classes; None is all.
         query_images: how many of those Square attacks, which needs far more passes; None is all.
         seed: fixes the disturbances and the attacks' random choices.
-        batch_size: images at a time.
+        batch_size: images at a time; fewer where they are large.
         device: where to run; the classifier's own device by default, and it is moved if another is named.
 
     Returns:
@@ -169,7 +169,7 @@ def _attacked(
         truth = labels[indices]
         found = perturb(classifier, batches(indices)[0].to(device), truth.to(device), attack, task=task, seed=seed)
         with torch.no_grad():
-            logits = torch.cat([classifier(part).cpu() for part in torch.split(found, 256)])
+            logits = torch.cat([classifier(part).cpu() for part in parts(found)])
         results[attack.name] = scores(logits, truth, task) | {"images": len(indices)}
         broken[attack.name] = errors(logits, truth, task)
         rival = broken.get(attack.name.replace("square", "pgd"))
@@ -201,7 +201,7 @@ def evaluate_uncertainty(
         samples: T, posterior samples.
         masks: ``shared`` or ``independent``.
         seed: of the samples.
-        batch_size: images at a time.
+        batch_size: images at a time; fewer where they are large.
         device: as in :func:`evaluate`.
 
     Returns:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tsynd import ops
 from tsynd.diversity import redundancy
-from tsynd.posterior import Posterior
+from tsynd.posteriors.posterior import Posterior
 from tsynd.typicality import LatentPrior
 
 __all__ = ["Goal", "GoalValue", "LabelLoss", "Measure", "PlausibleGoal", "Uncertainty"]

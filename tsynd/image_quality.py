@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsynd.batches import parts
 from tsynd.errors import InputError, require
 
 __all__ = [
@@ -31,20 +32,17 @@ def nearest_distances(images: Tensor, references: Tensor) -> tuple[Tensor, Tenso
     """
     flat = references.flatten(1)
     # not through |a|² + |b|² − 2ab, which rounds small distances away
-    parts = [
-        torch.cdist(part.flatten(1), flat, compute_mode="donot_use_mm_for_euclid_dist").min(1)
-        for part in torch.split(images, 256)
+    found = [
+        torch.cdist(part.flatten(1), flat, compute_mode="donot_use_mm_for_euclid_dist").min(1) for part in parts(images)
     ]
-    values = torch.cat([part.values for part in parts]) / flat.shape[1] ** 0.5
-    return values, torch.cat([part.indices for part in parts])
+    values = torch.cat([part.values for part in found]) / flat.shape[1] ** 0.5
+    return values, torch.cat([part.indices for part in found])
 
 
 def reconstruction_error(autoencoder: Any, images: Tensor) -> float:
     """Root mean squared error of decode(encode(x)) over all pixels of images [N, C, H, W], in [0, 1] units."""
     with torch.no_grad():
-        squares = [
-            (autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) - x).square().sum() for x in torch.split(images, 256)
-        ]
+        squares = [(autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) - x).square().sum() for x in parts(images)]
     return float((torch.stack(squares).sum() / images.numel()).sqrt())
 
 
@@ -89,7 +87,7 @@ def penultimate_features(classifier: nn.Module, images: Tensor) -> Tensor:
     handle = layers[-1].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].flatten(1).float().cpu()))
     try:
         with torch.no_grad():
-            for part in torch.split(images, 256):
+            for part in parts(images):
                 classifier(part)
     finally:
         handle.remove()

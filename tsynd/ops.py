@@ -219,6 +219,8 @@ def head_uncertainty(
 ) -> tuple[Tensor, Tensor]:
     """Uncertainty under T sampled linear heads (shared masks, an ensemble's or a Laplace posterior's last layers).
 
+    On CUDA the environment's ``TSYND_CUDA_HEAD`` (wgmma, fused or rows) names the best kernel it may take.
+
     Args:
         features: [B, D].
         weight: [T, C, D]; no gradient flows to it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tsynd.ascent import AscentSettings, Status
 from tsynd.augmentation import TargetedAugmentation
-from tsynd.checkpoint import load_model, save_model
+from tsynd.batches import at_once
 from tsynd.checks import resolve_device
 from tsynd.clock import Phases
 from tsynd.data import DataSource, LabelledImages, load_data
@@ -24,7 +25,8 @@ from tsynd.errors import InputError, require
 from tsynd.evaluation import evaluate
 from tsynd.figures import draw_examples
 from tsynd.job import Job
-from tsynd.networks import SmallAutoencoder, SmallResNet
+from tsynd.models.checkpoint import load_model, save_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.readers.options import ReadOptions, plain_settings
 from tsynd.report import write_report
 from tsynd.storage import atomic_path
@@ -250,9 +252,9 @@ def _synthesise(
     return {"images_per_second": round(speed, 2), "phases": phases.rounded()}
 
 
-def _decode(autoencoder: Any, latents: Tensor, device: str) -> Tensor:
+def _decode(autoencoder: Any, latents: Tensor, device: str, values: int) -> Tensor:
     with torch.no_grad():
-        parts = [autoencoder.decode(z.to(device)).clamp(0, 1).cpu() for z in latents.split(256)]  # type: ignore[no-untyped-call]
+        parts = [autoencoder.decode(z.to(device)).clamp(0, 1).cpu() for z in latents.split(at_once(values))]  # type: ignore[no-untyped-call]
     return torch.cat(parts)
 
 
@@ -270,7 +272,7 @@ def _finish(
     phases = Phases()
     with phases("reconstructions"):
         result = load_result(job.folder / "synthetic.npz")
-        reconstructions = _decode(autoencoder, result.source_latents, device)
+        reconstructions = _decode(autoencoder, result.source_latents, device, math.prod(source.image_shape))
 
     def fresh(images: Tensor) -> Tensor:
         return uncertainty(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import AscentSettings
-from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
 from tsynd.errors import InputError
 from tsynd.evaluation import Batches
-from tsynd.mc_dropout import MCDropout
-from tsynd.posterior import frozen
+from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
+from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.posteriors.posterior import frozen
 from tsynd.synthesis import SynthesisResult, synthesize
 from tsynd.training import FitReport, fit_classifier
 

@@ -121,7 +121,8 @@ def check_apart(groups: list[Tensor], where: str) -> None:
     seen = [set(part.tolist()) for part in groups]
     both = {number for i, part in enumerate(seen) for other in seen[:i] for number in part & other}
     if both:
+        who = "patient (or file) has" if len(both) == 1 else "patients (or files) have"
         raise InputError(
-            f"{where}: {len(both)} patients (or files) have images in more than one of train, val and test; wanted "
-            "each in one, or group='none' (--group none) to take the splits as they are"
+            f"{where}: {len(both)} {who} images in more than one of train, val and test; wanted each in one, or "
+            "group='none' (--group none) to take the splits as they are"
         )

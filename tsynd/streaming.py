@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings, ascend_latents
-from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, check_pixel_range
 from tsynd.checks import check_choice, resolve_device
 from tsynd.clock import Phases
 from tsynd.errors import InputError
-from tsynd.fast import GraphedAscent, channels_last, fetch, send
-from tsynd.folding import folded_decoder
 from tsynd.goals import PlausibleGoal, Uncertainty
-from tsynd.mc_dropout import as_posterior
-from tsynd.posterior import Posterior, frozen
+from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, check_pixel_range
+from tsynd.models.fast import GraphedAscent, channels_last, fetch, send
+from tsynd.models.folding import folded_decoder
+from tsynd.models.stages import kept_per_image, staged
+from tsynd.posteriors.mc_dropout import as_posterior
+from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.source import Batch
-from tsynd.stages import kept_per_image, staged
 
 __all__ = ["CPU_BYTES", "AscentStream", "Part", "place"]
 
@@ -33,7 +33,7 @@ Part: TypeAlias = tuple[Batch, Tensor, Ascent]
 # arithmetic in any batch; the ascent would amplify a last-digit difference. A tile of large images is smaller, down to
 # one image, so that it keeps within _TILE_BYTES; that depends on the image's shape and the networks alone.
 _TILE = 16
-_TILE_BYTES = 2**29
+_TILE_BYTES = 2**27
 
 CPU_BYTES = 2**31
 """What a batch's activations may take on a CPU unless told otherwise."""
@@ -171,6 +171,8 @@ class AscentStream:
         """Choose how many images at once and whether to make activations again, by what one image keeps."""
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
         objective, task = self._settings.objective, self._settings.task
+        with torch.no_grad():  # what a posterior keeps of its first call must not be made of tensors without values
+            self.posterior.uncertainty(image, ids, objective, task)
 
         def kept(decode: Callable[[Tensor], Tensor]) -> int:
             def run(latents: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.ascent import Ascent, AscentSettings
-from tsynd.autoencoder import measure_latent_std
+from tsynd.batches import at_once
 from tsynd.checks import channels_first, check_images
 from tsynd.clock import Phases
 from tsynd.collect import Collector
 from tsynd.errors import InputError
-from tsynd.mc_dropout import as_posterior
-from tsynd.posterior import Posterior
+from tsynd.models.autoencoder import measure_latent_std
+from tsynd.posteriors.mc_dropout import as_posterior
+from tsynd.posteriors.posterior import Posterior
 from tsynd.progress import progress_bar
 from tsynd.source import ImageSource
 from tsynd.storage import save_class_folders, save_npz, to_uint8
@@ -160,7 +161,7 @@ def synthesize(
         latent_std: standard deviation of the latents; None takes the autoencoder's ``latent_std`` or else measures
             it over the images.
         batch_size: images at once, on a CPU rounded up to a multiple of 16 (of fewer where 16 would keep more than
-            half a GiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
+            128 MiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
         seed: of the posterior samples.
         sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
         device: where to work (the models are moved there); None is where the classifier is.
@@ -241,7 +242,7 @@ def uncertainty(
         masks: ``shared`` or ``independent``.
         seed: of the posterior samples.
         sample_ids: see :func:`synthesize`.
-        batch_size: images at once.
+        batch_size: images at once; fewer where they are large.
 
     Returns:
         [N] float32 in nats, on the CPU.
@@ -251,7 +252,7 @@ def uncertainty(
     device = place(posterior, None, None)
     values = []
     with posterior.frozen(), torch.no_grad():
-        for batch in source.batches(batch_size):
+        for batch in source.batches(at_once(source.first.numel(), batch_size)):
             ids = batch.sample_ids.to(device)
             values.append(posterior.uncertainty(batch.images.to(device), ids, objective, task).cpu())
     return torch.cat(values)

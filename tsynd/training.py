@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tsynd.autoencoder import ReconstructionLoss, check_autoencoder, measure_latent_std
 from tsynd.checks import resolve_device
-from tsynd.classifier import as_classifier
 from tsynd.clock import clock
 from tsynd.errors import InputError, require
 from tsynd.evaluation import Batches, check_task, evaluate
 from tsynd.global_batch import GlobalBatch
+from tsynd.models.autoencoder import ReconstructionLoss, check_autoencoder, measure_latent_std
+from tsynd.posteriors.classifier import as_classifier
 from tsynd.progress import progress_bar
 from tsynd.resume import TrainingState, load_state, save_state
 

@@ -27,16 +27,20 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Of the current device. Two cheap attribute reads, no synchronisation.
+// Of the current device. A few cheap attribute reads, no synchronisation.
 inline DeviceLimits device_limits() {
-  int device = 0, shared = 0, multiprocessors = 0;
+  int device = 0, shared = 0, multiprocessors = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+#if defined(TSYND_SM90A)  // else this build has nothing that only such a device runs
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+#endif
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
-  return {shared, multiprocessors};
+  return {shared, multiprocessors, 10 * major + minor};
 }
 
 // Call f with a null pointer of the storage type; check_dtype has refused others.

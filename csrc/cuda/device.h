@@ -77,6 +77,7 @@ TSYND_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t select
 }
 
 TSYND_DEVICE float shuffle_xor(float x, int offset) { return __shfl_xor_sync(kAllLanes, x, offset); }
+TSYND_DEVICE uint32_t shuffle_xor(uint32_t x, int offset) { return __shfl_xor_sync(kAllLanes, x, offset); }
 TSYND_DEVICE void sync_warp() { __syncwarp(); }
 TSYND_DEVICE void sync_block() { __syncthreads(); }
 
@@ -142,8 +143,13 @@ __device__ __forceinline__ void multiply_add<Half>(float (&c)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// exp by the special-function unit: two units in the last place, as narrow inputs deserve.
-TSYND_DEVICE float quick_exp(float x) { return __expf(x); }
+// exp by the special-function unit: two units in the last place, as narrow inputs deserve; below 1e-38 it is
+// 0, which saves __expf's care for denormal results.
+TSYND_DEVICE float quick_exp(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x * 1.44269504f));
+  return out;
+}
 TSYND_DEVICE float quick_log(float x) { return __logf(x); }
 TSYND_DEVICE float quick_divide(float a, float b) { return __fdividef(a, b); }
 TSYND_DEVICE float infinity() { return __int_as_float(0x7f800000); }
@@ -193,7 +199,7 @@ template <class... Parameters, class... Arguments>
 void launch(Stream order, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             Arguments... arguments) {
   emulator::launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                   static_cast<size_t>(shared_bytes), order, arguments...);
+                   static_cast<size_t>(shared_bytes), order, 1u, arguments...);
 }
 
 #endif
@@ -218,6 +224,7 @@ struct Math {
   TSYND_DEVICE float exp(float x) { return expf(x); }
   TSYND_DEVICE float expm1(float x) { return expm1f(x); }
   TSYND_DEVICE float log1p(float x) { return log1pf(x); }
+  TSYND_DEVICE float inverse(float x) { return 1.f / x; }
 };
 
 // For narrow inputs: short series near 0, where relative accuracy is wanted, and the special-function unit
@@ -250,6 +257,7 @@ struct QuickMath {
     series = series * squared + 1.f;
     return x < 0.25f && x > -0.2f ? 2.f * s * series : quick_log(1.f + x);
   }
+  TSYND_DEVICE float inverse(float x) { return quick_divide(1.f, x); }  // without a call for rare x
 };
 template <>
 struct Math<Half> : QuickMath {};

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kFusedMostThreads, 1)
   }
 }
 
-// The kernel that plan_head names, for a plan with `fused`.
+// The kernel that plan_head names, for a plan of kind kFused.
 template <class T>
 void run_fused_head(Stream stream, const T* features, const T* weight, const T* bias, T* gradient,
                     float* value, int64_t images, int64_t units, const RowTask& row, const HeadPlan& plan) {
@@ -175,7 +175,7 @@ void run_fused_head(Stream stream, const T* features, const T* weight, const T* 
   with_constant<2, 4, 8, 16>(plan.classes, [&](auto classes) {
     with_constant<128, 256>(plan.columns, [&](auto columns) {
       launch(stream, fused_head<T, decltype(columns)::value, decltype(classes)::value>,
-             blocks_for(images, plan.warps * kFusedRowsPerWarp), plan.warps * kWarp, plan.shared_bytes,
+             blocks_for(images, plan.images), plan.images / kFusedRowsPerWarp * kWarp, plan.shared_bytes,
              features, weight, bias, gradient, value, job);
     });
   });

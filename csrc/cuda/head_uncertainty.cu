@@ -4,6 +4,7 @@
 #include "common.h"
 #include "fused_head.cuh"
 #include "rows.h"
+#include "wgmma_head.h"
 
 namespace tsynd {
 namespace {
@@ -53,12 +54,16 @@ std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Ten
       const auto aligned = [](const Tensor& x) {
         return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
       };
-      const HeadPlan plan = plan_head(images, units, classes, samples, row.multilabel, true,
-                                      aligned(features) && aligned(weight), device_limits());
-      if (plan.fused)
-        return run_fused_head<T>(current_stream(features), read_pointer<T>(features), read_pointer<T>(weight),
-                                 read_pointer<T>(bias), write_pointer<T>(gradient),
-                                 write_pointer<float>(value), images, units, row, plan);
+      const HeadPlan plan =
+          plan_head(images, units, classes, samples, row.multilabel, true,
+                    aligned(features) && aligned(weight), device_limits(), best_head_kernel());
+      const auto run = [&](auto* kernel) {
+        kernel(current_stream(features), read_pointer<T>(features), read_pointer<T>(weight),
+               read_pointer<T>(bias), write_pointer<T>(gradient), write_pointer<float>(value), images, units,
+               row, plan);
+      };
+      if (plan.kind == HeadPlan::kWgmma) return run(&run_wgmma_head<T>);
+      if (plan.kind == HeadPlan::kFused) return run(&run_fused_head<T>);
     }
     run_general<T>(features, weight, bias, value, gradient, row);
   });

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 namespace tsynd {
 
@@ -10,6 +13,7 @@ namespace tsynd {
 struct DeviceLimits {
   int64_t shared_bytes;  // of one block, after opting in
   int multiprocessors;
+  int capability = 0;  // 90 where the build's sm_90a kernels run
 };
 
 constexpr int next_power_of_two(int64_t x) {
@@ -44,31 +48,74 @@ inline RowPlan plan_rows(int64_t samples, int64_t classes, bool multilabel, cons
   return {RowPlan::kStreamed, 0, 0, 0, 4 * floats};
 }
 
-// head_uncertainty: one fused kernel, or product, rows, product.
+// head_uncertainty: product, rows, product; or one kernel, by mma.sync or by sm_90a's wgmma.
 struct HeadPlan {
-  bool fused;
-  int warps, columns, classes, stages;
+  enum Kind { kRows, kFused, kWgmma } kind;
+  int images, columns, classes;  // of a block; C rounded up to a power of two
+  int stages, cluster;           // cluster: blocks that share weights
   int64_t shared_bytes;
 };
 
 constexpr int kFusedMostColumns = 256;
 constexpr int kFusedChunk = 64;
+constexpr int kWgmmaMostColumns = 512;
+constexpr int kWgmmaMostStages = 8;
+
+// Shared memory of wgmma_head: weights from 0, features, room for one float a thread, barriers. The place of
+// the features serves the two halves of an image as exchange once they are read.
+struct WgmmaShared {
+  int rows, totals, barriers, bytes;
+};
+constexpr WgmmaShared wgmma_shared(int columns, int stages) {
+  const bool split = columns > 256;
+  const int rows = stages * columns * 128, features = stages * (split ? 64 : 128) * 128;
+  const int totals = rows + (split && features < 32 * 1024 ? 32 * 1024 : features);
+  const int barriers = totals + (split ? 1024 : 0);
+  return {rows, totals, barriers, barriers + stages * 2 * 8};
+}
+
+// The best kernel that head_uncertainty may take: kFused, for wgmma_head has never run on a GPU, unless the
+// variable TSYND_CUDA_HEAD=wgmma|fused|rows, read at every call, says otherwise. Shapes it does not serve get
+// the next.
+inline HeadPlan::Kind parse_head_kernel(const char* name) {
+  const std::string wanted = name == nullptr || *name == '\0' ? "fused" : name;
+  if (wanted == "wgmma") return HeadPlan::kWgmma;
+  if (wanted == "fused") return HeadPlan::kFused;
+  if (wanted == "rows") return HeadPlan::kRows;
+  throw std::invalid_argument("TSYND_CUDA_HEAD: got '" + wanted + "', wanted 'wgmma', 'fused' or 'rows'");
+}
+inline HeadPlan::Kind best_head_kernel() { return parse_head_kernel(std::getenv("TSYND_CUDA_HEAD")); }
 
 // `narrow`: float16 or bfloat16. `aligned`: rows of features and weights start on 16 bytes.
 inline HeadPlan plan_head(int64_t images, int64_t units, int64_t classes, int64_t samples, bool multilabel,
-                          bool narrow, bool aligned, const DeviceLimits& limits) {
-  const HeadPlan general{false, 0, 0, 0, 0, 0};
+                          bool narrow, bool aligned, const DeviceLimits& limits, HeadPlan::Kind best) {
+  const HeadPlan general{HeadPlan::kRows, 0, 0, 0, 0, 0, 0};
   if (!narrow || !aligned || multilabel || units % 8 != 0 || classes > 16 || units > (1 << 24))
     return general;
   const int padded = next_power_of_two(classes < 2 ? 2 : classes);
+  if (best == HeadPlan::kWgmma && limits.capability == 90 && images < (1ll << 31) - 1024) {
+    // a quad's lanes own whole passes of each eight
+    const int64_t needed = (samples + 7) / 8 * 8 * padded, chunks = (units + kFusedChunk - 1) / kFusedChunk;
+    const int columns = needed <= 128 ? 128 : needed <= 256 ? 256 : kWgmmaMostColumns;
+    const int rows = columns == kWgmmaMostColumns ? 64 : 128;
+    // as many blocks share weights as keep L2 from being the limit, see docs/kernels.md
+    int cluster = columns == kWgmmaMostColumns ? 4 : 2;
+    while (cluster > 1 && (cluster - 1) * rows >= images) cluster /= 2;
+    const int most = static_cast<int>(chunks < kWgmmaMostStages ? chunks : kWgmmaMostStages);
+    for (int stages = most; needed <= columns && stages >= (most < 2 ? most : 2); --stages) {
+      const int64_t bytes = wgmma_shared(columns, stages).bytes;
+      if (bytes <= limits.shared_bytes)
+        return {HeadPlan::kWgmma, rows, columns, padded, stages, cluster, bytes};
+    }
+  }
   const int64_t passes = (samples + 3) / 4 * 4;  // a quad's lanes own whole passes
-  if (passes * padded > kFusedMostColumns) return general;
+  if (best == HeadPlan::kRows || passes * padded > kFusedMostColumns) return general;
   const int columns = passes * padded <= 128 ? 128 : 256;
   // small batches: half as many images a block, so that more multiprocessors take part
-  const int warps = images >= 128ll * limits.multiprocessors ? 8 : 4;
+  const int rows = images >= 128ll * limits.multiprocessors ? 128 : 64;
   for (int stages = 3; stages >= 2; --stages) {
-    const int64_t bytes = static_cast<int64_t>(stages) * (warps * 16 + columns) * kFusedChunk * 2;
-    if (bytes <= limits.shared_bytes) return {true, warps, columns, padded, stages, bytes};
+    const int64_t bytes = static_cast<int64_t>(stages) * (rows + columns) * kFusedChunk * 2;
+    if (bytes <= limits.shared_bytes) return {HeadPlan::kFused, rows, columns, padded, stages, 1, bytes};
   }
   return general;
 }

@@ -53,15 +53,22 @@ TSYND_DEVICE float multilabel_row(float* logits, const RowTask& row, int lane, i
   return M::max(team_sum(total, lanes) * inverse, 0.f);
 }
 
-// The team's lane owns whole passes, number g * lanes + lane for g below kPasses: a softmax needs no other
-// lane, and the mean over passes one exchange per class. Logits of absent classes are -inf; absent passes are
+// The team's lanes have all passes of the image. A team that has only some of them brings, instead, the means
+// to put them together with the rest: merge(tops, sums) and total(sum), see wgmma_head.cuh.
+struct WholeImage {
+  static constexpr bool kWhole = true;
+};
+
+// The team's lane owns whole passes, number pass_of(g) for g below kPasses: a softmax needs no other lane,
+// and the mean over passes one exchange per class. Logits of absent classes are -inf; absent passes are
 // skipped.
 //
 // In: v[g][c], logits. Out: their gradient. Every lane of the warp must call it; the team's lanes all return
 // the value.
-template <class M, int kPasses, int kClasses>
-TSYND_DEVICE float multiclass_row(float (&v)[kPasses][kClasses], const RowTask& row, int lane, int lanes) {
-  const float inverse = 1.f / static_cast<float>(row.samples);
+template <class M, int kPasses, int kClasses, class PassOf, class Rest = WholeImage>
+TSYND_DEVICE float multiclass_row(float (&v)[kPasses][kClasses], const RowTask& row, int lanes,
+                                  const PassOf& pass_of, const Rest& rest_of_image = {}) {
+  const float inverse = M::inverse(static_cast<float>(row.samples));
 #pragma unroll
   for (int g = 0; g < kPasses; ++g) {
     float top = v[g][0];
@@ -80,22 +87,32 @@ TSYND_DEVICE float multiclass_row(float (&v)[kPasses][kClasses], const RowTask& 
     for (int c = 0; c < kClasses; ++c) v[g][c] -= log_sum;
   }
   float log_mean[kClasses];  // as log_mean of uncertainty.h
+  float sums[kClasses];      // of a part of the image, relative to its own largest, which is in log_mean
 #pragma unroll
   for (int c = 0; c < kClasses; ++c) {
     float top = 2.f * kLogFloor, sum = 0.f;
 #pragma unroll
     for (int g = 0; g < kPasses; ++g)
-      if (g * lanes + lane < row.samples) top = M::max(top, v[g][c]);
+      if (pass_of(g) < row.samples) top = M::max(top, v[g][c]);
     top = team_max(top, lanes);
 #pragma unroll
     for (int g = 0; g < kPasses; ++g)
-      if (g * lanes + lane < row.samples) sum += M::expm1(v[g][c] - top);
-    log_mean[c] = top + M::log1p(team_sum(sum, lanes) * inverse);
+      if (pass_of(g) < row.samples) sum += M::expm1(v[g][c] - top);
+    sum = team_sum(sum, lanes);
+    if constexpr (Rest::kWhole)
+      log_mean[c] = top + M::log1p(sum * inverse);
+    else
+      log_mean[c] = top, sums[c] = sum;
+  }
+  if constexpr (!Rest::kWhole) {
+    rest_of_image.merge(log_mean, sums);
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) log_mean[c] += M::log1p(sums[c] * inverse);
   }
   float total = 0.f;
 #pragma unroll
   for (int g = 0; g < kPasses; ++g) {
-    const bool present = g * lanes + lane < row.samples;
+    const bool present = pass_of(g) < row.samples;
     float inner = 0.f, p[kClasses];
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
@@ -107,7 +124,15 @@ TSYND_DEVICE float multiclass_row(float (&v)[kPasses][kClasses], const RowTask& 
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) v[g][c] = present ? p[c] * (v[g][c] - inner) * inverse : 0.f;
   }
-  return M::max(team_sum(total, lanes) * inverse, 0.f);
+  total = team_sum(total, lanes);
+  if constexpr (!Rest::kWhole) total = rest_of_image.total(total);
+  return M::max(total * inverse, 0.f);
+}
+
+// The same with passes dealt to the lanes in turn: lane `lane` has g * lanes + lane.
+template <class M, int kPasses, int kClasses>
+TSYND_DEVICE float multiclass_row(float (&v)[kPasses][kClasses], const RowTask& row, int lane, int lanes) {
+  return multiclass_row<M>(v, row, lanes, [&](int g) { return g * lanes + lane; });
 }
 
 }  // namespace tsynd

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the host, one fiber per thread, for tests: the kernels' own code, its indices and its
-// synchronisation, without a GPU. Warps run ahead of one another, and lanes within a warp, at random;
-// asynchronous copies land at a random one of their two lawful moments (at once, or when waited for), and
-// fresh shared memory holds NaNs; so a missing barrier, a missing wait or a read of what nobody wrote shows
-// as a wrong number. It says nothing of speed, of registers or of how the instructions themselves behave:
-// they follow the PTX ISA's tables as read by us.
+// synchronisation, without a GPU. Blocks run one after another, those of a cluster side by side. Warps run
+// ahead of one another, and lanes within a warp, at random; asynchronous copies land at a random one of their
+// two lawful moments (at once, or when waited for), and fresh shared memory holds NaNs; so a missing barrier,
+// a missing wait or a read of what nobody wrote shows as a wrong number. It says nothing of speed, of
+// registers or of how the instructions themselves behave: they follow the PTX ISA's tables as read by us.
 #pragma once
 
 #include <setjmp.h>
@@ -24,6 +24,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __restrict__
 #define __launch_bounds__(...)
 
@@ -33,7 +34,20 @@ struct Dim {
   unsigned x = 1, y = 1, z = 1;
 };
 
-enum class Kind : int { kNone, kShuffle, kWarpSync, kBlockSync, kLoadMatrices, kMultiply };
+enum class Kind : int {
+  kNone,
+  kShuffle,
+  kWarpSync,
+  kBlockSync,
+  kLoadMatrices,
+  kMultiply,
+  kThreadsSync,  // the rest: emulator_hopper.h
+  kClusterSync,
+  kProductFence,
+  kProducts,
+  kCommit,
+  kWait
+};
 
 constexpr int kWarpSize = 32;
 constexpr size_t kSlotBytes = 64;
@@ -47,6 +61,10 @@ struct Meeting {
   std::vector<unsigned char> slots[2];
 };
 
+struct WarpProducts;  // emulator_hopper.h
+struct Cluster;
+struct Block;
+
 struct Copy {
   void* to;
   unsigned char bytes[16];
@@ -56,6 +74,7 @@ struct Copy {
 struct Fiber {
   ucontext_t context{};
   jmp_buf resume;
+  Block* home = nullptr;
   unsigned thread = 0;
   bool started = false, done = false, waiting = false;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
@@ -64,49 +83,67 @@ struct Fiber {
 
 struct Block {
   Dim index, size, grid;
+  unsigned rank = 0;  // in its cluster
   unsigned char* shared_begin = nullptr;
+  size_t shared_bytes = 0, left = 0;  // left: threads that have not ended
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
+  Meeting all, some;  // some: of the first threads
+  std::vector<std::shared_ptr<WarpProducts>> products;
+  Cluster* cluster = nullptr;
+};
+
+// Blocks that run side by side; a block by itself is a cluster of one.
+struct Cluster {
+  std::vector<Block> blocks;
   Meeting all;
+  std::vector<std::function<void()>> in_flight;  // happen by themselves, at any moment and in any order
   std::function<void()> body;
   std::mt19937 random;
   ucontext_t scheduler{};
   jmp_buf resume;
 };
 
+inline Cluster* cluster = nullptr;
 inline Block* block = nullptr;
 inline Fiber* fiber = nullptr;
 
+inline unsigned draw() { return static_cast<unsigned>(cluster->random()); }
+
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, block->index.x,
+  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, block ? block->index.x : 0u,
                fiber ? fiber->thread : 0u);
   std::abort();
 }
 
 inline void yield() {
-  if (_setjmp(fiber->resume) == 0) _longjmp(block->resume, 1);
+  if (_setjmp(fiber->resume) == 0) _longjmp(cluster->resume, 1);
 }
 
 inline void run(Fiber& f) {
   fiber = &f;
-  if (_setjmp(block->resume) == 0) {
+  block = f.home;
+  if (_setjmp(cluster->resume) == 0) {
     if (f.started) _longjmp(f.resume, 1);
     f.started = true;
     setcontext(&f.context);
   }
   fiber = nullptr;
+  block = nullptr;
 }
 
-// One stack per thread of a block, kept from block to block.
+// One stack per thread of a cluster, kept from cluster to cluster.
 inline unsigned char* stack_of(size_t thread) {
   static std::vector<std::unique_ptr<unsigned char[]>> stacks;
   while (stacks.size() <= thread) stacks.emplace_back(new unsigned char[kStackBytes]);
   return stacks[thread].get();
 }
 
-// Deposit `mine`, wait for everybody, return all deposits.
-inline const unsigned char* meet(Meeting& meeting, Kind kind, unsigned position, const void* mine,
-                                 size_t bytes) {
+// Deposit `mine`, wait for everybody, return all deposits. The last one to come does `together` before
+// anybody goes on.
+template <class Together>
+const unsigned char* meet(Meeting& meeting, Kind kind, unsigned position, const void* mine, size_t bytes,
+                          const Together& together) {
   if (bytes > kSlotBytes) fail("a deposit is too large");
   const unsigned epoch = meeting.epoch;
   if (meeting.arrived == 0) meeting.kind = kind;
@@ -116,6 +153,7 @@ inline const unsigned char* meet(Meeting& meeting, Kind kind, unsigned position,
   if (++meeting.arrived == meeting.size) {
     meeting.arrived = 0;
     ++meeting.epoch;
+    together(static_cast<const unsigned char*>(slots.data()));
     yield();
   } else {
     fiber->waiting = true;
@@ -123,6 +161,10 @@ inline const unsigned char* meet(Meeting& meeting, Kind kind, unsigned position,
     fiber->waiting = false;
   }
   return slots.data();
+}
+inline const unsigned char* meet(Meeting& meeting, Kind kind, unsigned position, const void* mine,
+                                 size_t bytes) {
+  return meet(meeting, kind, position, mine, bytes, [](const unsigned char*) {});
 }
 
 inline Meeting& own_warp() { return block->warps[fiber->thread / kWarpSize]; }
@@ -134,92 +176,137 @@ inline void land(std::vector<Copy>& copies) {
 }
 
 inline void enter() {
-  block->body();
+  cluster->body();
   for (auto& group : fiber->groups) land(group);
   fiber->done = true;
+  --block->left;
   yield();
 }
 
-// Carry out one block, whose shared memory is there already.
-inline void run_block(Block& b) {
-  block = &b;
-  const size_t threads = b.size.x;
-  b.fibers = std::vector<Fiber>(threads);
-  b.warps = std::vector<Meeting>((threads + kWarpSize - 1) / kWarpSize);
-  const auto prepare = [](Meeting& meeting, size_t size) {
-    meeting.size = static_cast<int>(size);
-    for (auto& slots : meeting.slots) slots.assign(size * kSlotBytes, 0);
-  };
-  for (size_t w = 0; w < b.warps.size(); ++w)
-    prepare(b.warps[w], std::min<size_t>(kWarpSize, threads - w * kWarpSize));
-  prepare(b.all, threads);
-  for (size_t i = 0; i < threads; ++i) {
-    Fiber& f = b.fibers[i];
-    f.thread = static_cast<unsigned>(i);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stack_of(i);
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = &b.scheduler;
-    makecontext(&f.context, &enter, 0);
+inline void prepare(Meeting& meeting, size_t size) {
+  meeting.size = static_cast<int>(size);
+  for (auto& slots : meeting.slots) slots.assign(size * kSlotBytes, 0);
+}
+
+// One of what is in flight, whichever, happens now.
+inline void happen() {
+  const size_t which = draw() % cluster->in_flight.size();
+  const std::function<void()> what = std::move(cluster->in_flight[which]);
+  cluster->in_flight.erase(cluster->in_flight.begin() + static_cast<std::ptrdiff_t>(which));
+  what();
+}
+
+__attribute__((noinline)) inline void make_fiber(Block& b, size_t thread, unsigned char* stack) {
+  Fiber& f = b.fibers[thread];
+  f.home = &b;
+  f.thread = static_cast<unsigned>(thread);
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = stack;
+  f.context.uc_stack.ss_size = kStackBytes;
+  f.context.uc_link = &b.cluster->scheduler;
+  makecontext(&f.context, &enter, 0);
+}
+
+// A fiber for each thread, none started; returns the warps, by block and first thread.
+inline std::vector<std::pair<Block*, size_t>> make_fibers(Cluster& c) {
+  const size_t threads = c.blocks[0].size.x;
+  std::vector<std::pair<Block*, size_t>> warps;
+  for (size_t k = 0; k < c.blocks.size(); ++k) {
+    Block& b = c.blocks[k];
+    b.cluster = &c;
+    b.rank = static_cast<unsigned>(k);
+    b.left = threads;
+    b.fibers = std::vector<Fiber>(threads);
+    b.warps = std::vector<Meeting>((threads + kWarpSize - 1) / kWarpSize);
+    b.products.resize(b.warps.size());
+    for (size_t w = 0; w < b.warps.size(); ++w) {
+      prepare(b.warps[w], std::min<size_t>(kWarpSize, threads - w * kWarpSize));
+      warps.emplace_back(&b, w * kWarpSize);
+    }
+    prepare(b.all, threads);
+    for (size_t i = 0; i < threads; ++i) make_fiber(b, i, stack_of(k * threads + i));
   }
+  prepare(c.all, threads * c.blocks.size());
+  return warps;
+}
+
+// Carry out the blocks of one cluster, whose shared memory is there already.
+inline void run_cluster(Cluster& c) {
+  cluster = &c;
+  const size_t threads = c.blocks[0].size.x;
+  const std::vector<std::pair<Block*, size_t>> warps = make_fibers(c);
   // A warp sprints ahead for a random while, its lanes at random paces; then another.
-  size_t left = threads;
-  const auto step = [&](size_t i) {  // whether the thread got anywhere
-    Fiber& f = b.fibers[i];
+  size_t left = threads * c.blocks.size();
+  const auto step = [&](Fiber& f) {  // whether the thread got anywhere
     if (f.done) return false;
     const bool waited = f.waiting;
     run(f);
     left -= f.done;
     return !(waited && f.waiting && !f.done);
   };
-  std::vector<size_t> order(kWarpSize);
+  std::vector<Fiber*> order;
   for (int idle = 0; left > 0;) {
-    const size_t warp = b.random() % b.warps.size(),
-                 lanes = std::min(threads - warp * kWarpSize, order.size());
-    order.resize(lanes);
-    for (size_t i = 0; i < lanes; ++i) order[i] = warp * kWarpSize + i;
+    const auto [home, first] = warps[draw() % warps.size()];
+    const size_t lanes = std::min<size_t>(threads - first, kWarpSize);
+    order.clear();
+    for (size_t i = 0; i < lanes; ++i) order.push_back(&home->fibers[first + i]);
     bool moved = true;
-    for (unsigned rounds = b.random() % 2 ? 2 : 1 + b.random() % 400; rounds > 0 && moved; --rounds) {
-      std::shuffle(order.begin(), order.end(), b.random);
+    for (unsigned rounds = draw() % 2 ? 2 : 1 + draw() % 400; rounds > 0 && moved; --rounds) {
+      std::shuffle(order.begin(), order.end(), c.random);
       moved = false;
-      const unsigned chosen = b.random() | b.random();
+      const unsigned chosen = draw() | draw();
       for (size_t i = 0; i < lanes; ++i)
-        if (chosen >> i & 1) moved |= step(order[i]);
+        if (chosen >> i & 1) moved |= step(*order[i]);
       if (!moved)
-        for (const size_t i : order) moved |= step(i);
+        for (Fiber* const f : order) moved |= step(*f);
       if (moved) idle = 0;
     }
-    order.resize(kWarpSize);
-    if (++idle > 100 * static_cast<int>(b.warps.size())) fail("threads wait for one another for ever");
+    if (!c.in_flight.empty() && draw() % 8 == 0) happen();
+    if (++idle > 100 * static_cast<int>(warps.size())) {
+      if (c.in_flight.empty()) fail("threads wait for one another for ever");
+      happen();
+      idle = 0;
+    }
   }
-  block = nullptr;
+  if (!c.in_flight.empty()) fail("the blocks ended before their copies");
+  cluster = nullptr;
 }
 
-// kernel<<<blocks, threads, shared_bytes>>>(arguments...), with `seed` choosing the order of the threads.
+// kernel<<<blocks, threads, shared_bytes>>>(arguments...) in clusters of `size` blocks, with `seed` choosing
+// the order of the threads.
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, unsigned blocks, unsigned threads, size_t shared_bytes, unsigned seed,
-            Arguments... arguments) {
+            unsigned size, Arguments... arguments) {
   constexpr size_t kAlignment = 1024;
-  for (unsigned i = 0; i < blocks; ++i) {
-    Block b;
-    b.index.x = i;
-    b.size.x = threads;
-    b.grid.x = blocks;
-    b.random.seed(seed * 7919u + i);
-    // exactly as many bytes as asked for behind the aligned start, so that a sanitizer sees what runs over
-    std::unique_ptr<unsigned char, void (*)(void*)> memory(
-        static_cast<unsigned char*>(std::aligned_alloc(
-            kAlignment, (shared_bytes + kAlignment - 1) / kAlignment * kAlignment + kAlignment)),
-        &std::free);
-    std::memset(memory.get(), 0xFF, shared_bytes + kAlignment);
-    b.shared_begin = memory.get();
-    b.body = [=] { kernel(arguments...); };
-    run_block(b);
-    for (size_t k = 0; k < kAlignment / 2; ++k)
-      if (memory.get()[shared_bytes + k] != 0xFF) {
-        std::fprintf(stderr, "emulator: a write behind the %zu bytes of shared memory\n", shared_bytes);
-        std::abort();
-      }
+  using Memory = std::unique_ptr<unsigned char, void (*)(void*)>;
+  if (blocks % size) fail("the grid is not a multiple of the cluster");
+  for (unsigned first = 0; first < blocks; first += size) {
+    Cluster c;
+    c.random.seed(seed * 7919u + first);
+    c.body = [=] { kernel(arguments...); };
+    c.blocks.resize(size);
+    std::vector<Memory> memories;
+    for (unsigned k = 0; k < size; ++k) {
+      // exactly as many bytes as asked for behind the aligned start, so that a sanitizer sees what runs over
+      memories.emplace_back(
+          static_cast<unsigned char*>(std::aligned_alloc(
+              kAlignment, (shared_bytes + kAlignment - 1) / kAlignment * kAlignment + kAlignment)),
+          &std::free);
+      std::memset(memories[k].get(), 0xFF, shared_bytes + kAlignment);
+      Block& b = c.blocks[k];
+      b.index.x = first + k;
+      b.size.x = threads;
+      b.grid.x = blocks;
+      b.shared_begin = memories[k].get();
+      b.shared_bytes = shared_bytes;
+    }
+    run_cluster(c);
+    for (const Memory& memory : memories)
+      for (size_t k = 0; k < kAlignment / 2; ++k)
+        if (memory.get()[shared_bytes + k] != 0xFF) {
+          std::fprintf(stderr, "emulator: a write behind the %zu bytes of shared memory\n", shared_bytes);
+          std::abort();
+        }
   }
 }
 
@@ -295,6 +382,13 @@ inline float shuffle_xor(float x, int offset) {
   std::memcpy(&out, all + (own_lane() ^ static_cast<unsigned>(offset)) * kSlotBytes, 4);
   return out;
 }
+inline uint32_t shuffle_xor(uint32_t x, int offset) {
+  using namespace emulator;
+  const unsigned char* all = meet(own_warp(), Kind::kShuffle, own_lane(), &x, 4);
+  uint32_t out;
+  std::memcpy(&out, all + (own_lane() ^ static_cast<unsigned>(offset)) * kSlotBytes, 4);
+  return out;
+}
 inline void sync_warp() {
   using namespace emulator;
   meet(own_warp(), Kind::kWarpSync, own_lane(), nullptr, 0);
@@ -311,7 +405,7 @@ inline void copy_async(void* to, const void* from, bool real) {
     fail("a 16-byte copy is not aligned");
   Copy copy{to, {}};
   if (real) std::memcpy(copy.bytes, from, 16);
-  if (block->random() & 1)
+  if (draw() & 1)
     std::memcpy(to, copy.bytes, 16);
   else
     fiber->open.push_back(copy);

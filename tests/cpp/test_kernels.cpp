@@ -6,6 +6,7 @@
 #include "../../csrc/cuda/dropout_mask.cuh"
 #include "../../csrc/cuda/fused_head.cuh"
 #include "../../csrc/cuda/rows.cuh"
+#include "../../csrc/cuda/wgmma_head.cuh"
 #include "reference.h"
 
 namespace {
@@ -15,7 +16,7 @@ using check::expect;
 using check::expect_close;
 using check::Random;
 
-constexpr DeviceLimits kLarge{227 * 1024, 132}, kSmall{99 * 1024, 1};
+constexpr DeviceLimits kLarge{227 * 1024, 132, 90}, kSmall{99 * 1024, 1, 80};
 
 // Aligned device memory whose surroundings are watched.
 template <class T>
@@ -143,7 +144,7 @@ double largest(const std::vector<double>& x) {
 
 template <class T>
 void fused(int images, int units, int samples, int classes, bool with_bias, bool entropy,
-           const DeviceLimits& limits, unsigned seed) {
+           const DeviceLimits& limits, HeadPlan::Kind kernel, unsigned seed) {
   Random random(seed);
   Buffer<T> features(static_cast<size_t>(images) * units),
       weight(static_cast<size_t>(samples) * classes * units), bias(samples * classes),
@@ -152,15 +153,23 @@ void fused(int images, int units, int samples, int classes, bool with_bias, bool
   features.fill(random, 1.);
   weight.fill(random, 2. / std::sqrt(units));
   bias.fill(random, 1.);
-  const HeadPlan plan = plan_head(images, units, classes, samples, false, true, true, limits);
-  const std::string what = std::string("fused ") + name_of<T>() + " B " + std::to_string(images) + " D " +
+  const HeadPlan plan = plan_head(images, units, classes, samples, false, true, true, limits, kernel);
+  const std::string name = kernel == HeadPlan::kWgmma ? "wgmma " : "fused ";
+  const std::string what = name + name_of<T>() + " B " + std::to_string(images) + " D " +
                            std::to_string(units) + " C " + std::to_string(classes) + " T " +
                            std::to_string(samples) + (entropy ? " entropy" : "");
-  if (!plan.fused) return expect(false, what + ": the plan is not fused");
-  ++used["fused " + std::to_string(plan.columns) + " columns, " + std::to_string(plan.classes) +
-         " classes, " + std::to_string(plan.warps) + " warps, " + std::to_string(plan.stages) + " stages"];
-  run_fused_head<T>(seed, features.get(), weight.get(), with_bias ? bias.get() : nullptr, gradient.get(),
-                    value.get(), images, units, {samples, classes, entropy, false}, plan);
+  if (plan.kind != kernel) return expect(false, what + ": the plan is another");
+  ++used[name + std::to_string(plan.columns) + " columns, " + std::to_string(plan.classes) + " classes, " +
+         std::to_string(plan.images) + " images, " + std::to_string(plan.stages) + " stages, clusters of " +
+         std::to_string(plan.cluster)];
+  const RowTask row{samples, classes, entropy, false};
+  const T* const b = with_bias ? bias.get() : nullptr;
+  if (kernel == HeadPlan::kWgmma)
+    run_wgmma_head<T>(seed, features.get(), weight.get(), b, gradient.get(), value.get(), images, units, row,
+                      plan);
+  else
+    run_fused_head<T>(seed, features.get(), weight.get(), b, gradient.get(), value.get(), images, units, row,
+                      plan);
   const Head exact = exact_head(
       images, units, samples, classes, entropy, false,
       [&](int b, int d) { return static_cast<double>(to_float(features[b * units + d])); },
@@ -348,7 +357,24 @@ void all_heads(unsigned seed) {
   for (const auto& s : fused_shapes)
     for (int options = 0; options < 4; ++options) {
       ++seed;
-      fused<T>(s[0], s[1], s[2], s[3], seed % 2, options & 1, options & 2 ? kSmall : kLarge, seed);
+      fused<T>(s[0], s[1], s[2], s[3], seed % 2, options & 1, options & 2 ? kSmall : kLarge, HeadPlan::kFused,
+               seed);
+    }
+}
+
+// Every column count and class padding, clusters of 1, 2 and 4 with blocks that have no images, fewer chunks
+// of units than stages and more, and one chunk.
+template <class T>
+void all_wgmma_heads(unsigned seed) {
+  const int shapes[][4] = {{1, 8, 1, 1},       {70, 72, 3, 2},    {130, 64, 32, 8},  {17, 136, 20, 3},
+                           {5, 200, 16, 16},   {40, 328, 7, 11},  {300, 16, 100, 2}, {9, 64, 9, 4},
+                           {129, 520, 31, 8},  {140, 720, 2, 3},  {50, 16, 64, 8},   {65, 200, 33, 8},
+                           {130, 264, 32, 16}, {200, 80, 200, 2}, {3, 392, 72, 4},   {195, 336, 40, 5},
+                           {70, 136, 18, 13},  {20, 136, 50, 4}};
+  for (const auto& s : shapes)
+    for (int options = 0; options < 2; ++options) {
+      ++seed;
+      fused<T>(s[0], s[1], s[2], s[3], seed % 2, options & 1, kLarge, HeadPlan::kWgmma, seed);
     }
 }
 
@@ -373,6 +399,8 @@ int main(int argc, char** argv) {
   all_rows<BFloat16>(seed + 200);
   all_heads<Half>(seed + 300);
   all_heads<BFloat16>(seed + 400);
+  all_wgmma_heads<Half>(seed + 800);
+  all_wgmma_heads<BFloat16>(seed + 900);
   all_dropout_heads<float>(seed + 500);
   all_dropout_heads<Half>(seed + 600);
   all_dropout_heads<BFloat16>(seed + 700);

@@ -7,6 +7,7 @@ are the things that only a GPU has.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ HEADS = [
     *((1, 8, 1, 1), (70, 72, 3, 2), (130, 512, 8, 32), (20000, 64, 8, 16), (17, 136, 2, 100), (33, 200, 16, 16)),
     *((40, 264, 4, 31), (129, 80, 11, 7), (50, 30, 8, 32), (64, 128, 8, 64), (9, 64, 129, 6), (3, 48, 1000, 40)),
 ]
+# by wgmma_head alone: half of the columns a warpgroup, clusters with and without idle blocks, few and many chunks
+WGMMA_HEADS = [
+    *((1, 8, 1, 1), (130, 512, 8, 32), (5000, 520, 8, 64), (300, 2048, 8, 64), (70, 136, 13, 18), (200, 80, 2, 200)),
+    *((195, 336, 5, 40), (17, 136, 3, 20), (129, 80, 11, 7), (65, 200, 8, 33), (20000, 64, 8, 16), (3, 392, 4, 72)),
+]
+KERNELS = ["fused", "wgmma", "rows"]
 DROPOUT_HEADS = [(1, 1, 1, 1), (33, 512, 8, 32), (17, 130, 2, 7), (40, 2048, 8, 64), (5, 300, 30, 40), (19, 45, 100, 9)]
 
 
@@ -50,6 +57,18 @@ def exact_products() -> object:
     torch.backends.cuda.matmul.allow_tf32 = kept
 
 
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let head_uncertainty take at best this one."""
+    if request.param == "wgmma":
+        from tsynd import _C
+
+        if torch.cuda.get_device_capability() != (9, 0) or "90a" not in _C.build_info()["cuda_architectures"]:
+            pytest.skip("needs a GPU of compute capability 9.0 and a build for sm_90a")
+    monkeypatch.setenv("TSYND_CUDA_HEAD", request.param)
+    return str(request.param)
+
+
 def test_every_operator_has_a_kernel() -> None:
     assert {by["CUDA"] for by in ops.served_by().values()} == {"compiled"}
 
@@ -58,6 +77,34 @@ def test_every_operator_has_a_kernel() -> None:
 @pytest.mark.parametrize("shape", HEADS, ids=str)
 @pytest.mark.parametrize(("objective", "task"), [("mutual_information", "multiclass"), ("entropy", "multilabel")])
 def test_head(shape: tuple[int, int, int, int], dtype: torch.dtype, objective: str, task: str) -> None:
+    _check_head(shape, dtype, objective, task)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", HEADS[:10], ids=str)
+def test_head_by_torch_products(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TSYND_CUDA_HEAD", "rows")
+    _check_head(shape, dtype, "entropy", "multiclass")
+
+
+@pytest.mark.parametrize("kernel", ["wgmma"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", WGMMA_HEADS, ids=str)
+@pytest.mark.parametrize("objective", ["mutual_information", "entropy"])
+def test_head_by(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, objective: str) -> None:
+    from tsynd import _C
+
+    images, units, classes, samples = shape
+    limits: Any = torch.cuda.get_device_properties(0)
+    shared = getattr(limits, "shared_memory_per_block_optin", 227 * 1024)
+    size = (images, units, classes, samples, "multiclass", True, shared, limits.multi_processor_count)
+    assert _C.plan_head(*size, 90)["kernel"] == kernel
+    _check_head(shape, dtype, objective, "multiclass")
+
+
+def _check_head(shape: tuple[int, int, int, int], dtype: torch.dtype, objective: str, task: str) -> None:
     images, units, classes, samples = shape
     features = random(images, units).to(dtype).cuda()
     weight = random(samples, classes, units, seed=1, scale=2 / math.sqrt(units)).to(dtype).cuda()
@@ -109,7 +156,7 @@ def _all_operators(features: Tensor, heads: Tensor, ids: Tensor) -> list[Tensor]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_own_stream(dtype: torch.dtype) -> None:
+def test_own_stream(dtype: torch.dtype, kernel: str) -> None:
     """Work goes to the current stream: what a side stream prepares late is what the operators read."""
     heads = random(8, 4, 64, seed=1).to("cuda", dtype)
     ids = torch.arange(300, device="cuda")
@@ -129,7 +176,7 @@ def test_own_stream(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_graph_capture(dtype: torch.dtype) -> None:
+def test_graph_capture(dtype: torch.dtype, kernel: str) -> None:
     heads = random(8, 4, 64, seed=1).to("cuda", dtype)
     features, ids = random(300, 64).to("cuda", dtype), torch.arange(300, device="cuda")
     _all_operators(features, heads, ids)
@@ -148,8 +195,9 @@ def test_graph_capture(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_no_hidden_synchronisation() -> None:
-    heads, features = random(8, 4, 64, seed=1).float().cuda(), random(300, 64).float().cuda()
+def test_no_hidden_synchronisation(kernel: str) -> None:
+    dtype = torch.float32 if kernel == "rows" else torch.bfloat16
+    heads, features = random(8, 4, 64, seed=1).to("cuda", dtype), random(300, 64).to("cuda", dtype)
     ids = torch.arange(300, device="cuda")
     _all_operators(features, heads, ids)
     torch.cuda.set_sync_debug_mode("error")

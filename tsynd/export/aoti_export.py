@@ -14,7 +14,7 @@ from tsynd.errors import InputError
 from tsynd.export.check import check_results
 from tsynd.export.programs import prepare, write_path
 from tsynd.export.tracing import quiet, record, to_program
-from tsynd.posterior import Posterior
+from tsynd.posteriors.posterior import Posterior
 from tsynd.storage import atomic_path
 
 __all__ = ["AOTI_KINDS", "export_aoti"]

@@ -16,7 +16,7 @@ from tsynd.export.check import check_results
 from tsynd.export.decompositions import decompositions
 from tsynd.export.programs import Program, prepare, write_path
 from tsynd.export.tracing import layer_of, quiet, record, to_program
-from tsynd.posterior import Posterior
+from tsynd.posteriors.posterior import Posterior
 from tsynd.storage import atomic_path
 
 __all__ = ["OPSET", "export_onnx"]

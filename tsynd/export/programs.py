@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from tsynd import ops, reference
 from tsynd.ascent import AscentSettings, ascend_latents
-from tsynd.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
 from tsynd.checks import check_choice
 from tsynd.errors import InputError
-from tsynd.fast import contiguous
-from tsynd.folding import folded_decoder
-from tsynd.mc_dropout import MCDropout, as_posterior
-from tsynd.microbatch import undivided
-from tsynd.posterior import Posterior, frozen
+from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
+from tsynd.models.fast import contiguous
+from tsynd.models.folding import folded_decoder
+from tsynd.posteriors.mc_dropout import MCDropout, as_posterior
+from tsynd.posteriors.microbatch import undivided
+from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.runtime import FORMAT_VERSION, KINDS
 from tsynd.version import __version__
 

@@ -17,8 +17,8 @@ from tsynd.errors import InputError
 from tsynd.export.check import check_results
 from tsynd.export.programs import prepare, write_path
 from tsynd.export.tracing import record
-from tsynd.fast import channels_last
-from tsynd.posterior import Posterior
+from tsynd.models.fast import channels_last
+from tsynd.posteriors.posterior import Posterior
 from tsynd.storage import atomic_path
 
 __all__ = ["export_torchscript"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ MAGIC_AT = 128  # where a DICOM file says DICM
 _CODECS = "pip install 'tsynd[dicom-codecs]'"
 _COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _GREY = ("MONOCHROME1", "MONOCHROME2")
+_JP2 = b"\0\0\0\x0cjP  "
 _OVERRIDE = "window=(centre, width) (--window CENTRE WIDTH) overrides it"
 
 
@@ -118,15 +120,20 @@ class _Frame:
 
 @contextmanager
 def _guarded(where: str) -> Iterator[None]:
-    """Silence pydicom's warnings, which quote the header, and make one error of whatever damage leads to."""
+    """Silence pydicom's warnings and log, which quote the header, and make one error of whatever damage leads to."""
+    logger = logging.getLogger("pydicom")
+    before = logger.disabled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logger.disabled = True
         try:
             yield
         except (InputError, MissingExtraError):
             raise
         except Exception as error:
             raise InputError(f"{where}: damaged description of its pixels ({type(error).__name__})") from None
+        finally:
+            logger.disabled = before
 
 
 def _text(dataset: Any, name: str) -> str:
@@ -155,7 +162,10 @@ def _parse(content: bytes, where: str) -> Any:
 
 def _decode(dataset: Any, count: int, where: str, options: ReadOptions) -> list[_Frame]:
     """The frames of a parsed file."""
-    stored, colour = _stored(dataset, where), str(dataset.PhotometricInterpretation)
+    colour = str(dataset.PhotometricInterpretation)
+    if colour not in _GREY and colour not in _COLOUR:
+        raise InputError(f"{where}: colour that tsynd cannot show; wanted MONOCHROME, RGB, YBR or PALETTE COLOR")
+    stored = _stored(dataset, where)
     stored = stored[None] if count == 1 else stored
     if colour in _GREY:
         return [_Frame(one, _frame_header(dataset, index)) for index, one in enumerate(stored)]
@@ -166,8 +176,6 @@ def _decode(dataset: Any, count: int, where: str, options: ReadOptions) -> list[
         full = 2.0 ** (8 * stored.dtype.itemsize) - 1
     else:
         full = 2.0 ** int(dataset.BitsStored) - 1
-    if stored.ndim != 4 or stored.shape[-1] < 3 or colour not in _COLOUR:
-        raise InputError(f"{where}: colour that tsynd cannot show; wanted MONOCHROME, RGB, YBR or PALETTE COLOR")
     return [_Frame(to_unit(np.moveaxis(one[..., :3], -1, 0).astype(np.float32), 0, full)) for one in stored]
 
 
@@ -186,6 +194,11 @@ def _stored(dataset: Any, where: str) -> Array:
         if not able:
             raise InputError(f"{where}: compressed as {compression}, for which no decoder is installed; {_CODECS}")
     try:
+        if syntax in uid.JPEG2000TransferSyntaxes:
+            count = int(dataset.get("NumberOfFrames") or 1)
+            generate = require("pydicom.encaps", "medical").generate_frames
+            if any(_endless(frame) for frame in generate(dataset.PixelData, number_of_frames=count)):
+                raise ValueError("a box without length")
         return np.asarray(pixels.pixel_array(dataset, raw=False))
     except Exception as error:
         if compression:
@@ -194,6 +207,17 @@ def _stored(dataset: Any, where: str) -> Array:
                 f" or truncated, or of a kind for other decoders; {_CODECS}"
             ) from None
         raise InputError(f"{where}: truncated or damaged pixel data ({type(error).__name__})") from None
+
+
+def _endless(frame: bytes) -> bool:
+    """Whether pydicom would walk the boxes of a JP2 header for ever: one has no length, and the image is not in it."""
+    at = 12
+    while frame.startswith(_JP2) and at < len(frame) and frame[at + 4 : at + 8] != b"jp2c":
+        length = int.from_bytes(frame[at : at + 4], "big")
+        if length == 0:
+            return True
+        at += length
+    return False
 
 
 def _frame_header(dataset: Any, index: int) -> Any:
@@ -272,7 +296,6 @@ def _own_window(values: Array, header: Any, where: str) -> Array:
     # pydicom's result lies between the ends of the stored values; the two infinities show where they are
     both = np.concatenate([values.astype(np.float64).ravel(), [-np.inf, np.inf]])
     with np.errstate(over="ignore"):
-        shown = require("pydicom.pixels", "medical").apply_windowing(both, header)
+        shown: Array = require("pydicom.pixels", "medical").apply_windowing(both, header)
     low, high = shown[-2:]
-    unit: Array = ((shown[:-2] - low) / (high - low)).clip(0, 1).astype(np.float32)
-    return unit.reshape(values.shape)
+    return np.reshape(to_unit((shown[:-2] - low) / (high - low), 0, 1), values.shape)

@@ -37,8 +37,14 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        kind = nibabel.Nifti2Image if content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Image
-        image = kind.from_bytes(content)
+        kinds = {content[344:348]: nibabel.Nifti1Image, content[4:8]: nibabel.Nifti2Image}
+        kind = kinds.get(b"n+1\0") or kinds.get(b"n+2\0")
+        if kind is None:
+            raise InputError(f"{where}: no NIfTI file of header and voxels in one (neither n+1 nor n+2 in its header)")
+        with require("nibabel.imageglobals", "medical").LoggingOutputSuppressor():
+            image = kind.from_bytes(content)
+    except InputError:
+        raise
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{where}: damaged or truncated file ({type(error).__name__})") from None
     except Exception as error:  # the header parser's own kinds
@@ -56,12 +62,12 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
             image.slicer[(...,) + (0,) * (len(image.shape) - len(shape))] if len(image.shape) > len(shape) else image
         )
         values, about = reader.get_data(image)
-        volume, affine = np.asarray(values, np.float32), np.asarray(about["affine"], np.float64)
+        volume, affine = np.ascontiguousarray(values, np.float32), np.asarray(about["affine"], np.float64)
     except Exception as error:
         raise InputError(f"{where}: truncated or damaged voxels ({type(error).__name__})") from None
     if not np.isfinite(volume).all():
         raise InputError(f"{where}: holds a voxel that is not finite")
-    volume = volume.reshape(*shape, *(1,) * (3 - len(shape)))
+    volume = volume.reshape(*volume.shape[: len(shape)], *(1,) * (3 - len(shape)))
     if options.spacing is not None:
         volume = _resampled(volume, affine, options.spacing)
     low, high = np.percentile(volume, PERCENTILES)

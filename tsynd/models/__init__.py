@@ -1,0 +1,1 @@
+"""Autoencoders and networks: adapters, files, folding, stages, memory layouts."""

@@ -1,0 +1,130 @@
+"""Batch norm folded into the convolutions before it while the weights stand still; the given modules stay untouched."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+
+__all__ = ["FoldedGraph", "folded_decoder"]
+
+_TRANSPOSED: dict[type[nn.Module], bool] = {
+    nn.Conv1d: False,
+    nn.Conv2d: False,
+    nn.Conv3d: False,
+    nn.ConvTranspose1d: True,
+    nn.ConvTranspose2d: True,
+    nn.ConvTranspose3d: True,
+}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class FoldedGraph:
+    """A traced network in eval mode with its own copies of the convolutions that a batch norm follows.
+
+    Args:
+        traced: in eval mode; shares its other modules and parameters with the copy.
+
+    Attributes:
+        module: computes what ``traced`` does, with the weights as they were at the last :meth:`refresh`.
+    """
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(traced.graph, {}))
+        self.module = fx.GraphModule(traced, graph)
+        self._folds: list[tuple[nn.Module, nn.Module, nn.Module]] = []
+        for node in list(graph.nodes):
+            before = node.args[0] if node.args else None
+            if node.op != "call_module" or not isinstance(before, fx.Node) or before.op != "call_module":
+                continue
+            conv, norm = self.module.get_submodule(str(before.target)), self.module.get_submodule(str(node.target))
+            if not _foldable(conv, norm) or len(before.users) != 1:
+                continue
+            name = f"folded_{len(self._folds)}"
+            folded = fuse_conv_bn_eval(conv, norm, _TRANSPOSED[type(conv)])  # type: ignore[arg-type, type-var]
+            self.module.add_submodule(name, folded)
+            self._folds.append((folded, conv, norm))
+            before.target = name
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+        self.module.delete_all_unused_submodules()
+        self.module.recompile()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the weights, running statistics, device and layout as they are now."""
+        with torch.no_grad():
+            for folded, conv, norm in self._folds:
+                weight, bias = fuse_conv_bn_weights(
+                    conv.weight,  # type: ignore[arg-type]
+                    conv.bias,  # type: ignore[arg-type]
+                    norm.running_mean,  # type: ignore[arg-type]
+                    norm.running_var,  # type: ignore[arg-type]
+                    norm.eps,  # type: ignore[arg-type]
+                    norm.weight,  # type: ignore[arg-type]
+                    norm.bias,  # type: ignore[arg-type]
+                    _TRANSPOSED[type(conv)],
+                )
+                folded.weight, folded.bias = weight.requires_grad_(False), bias.requires_grad_(False)
+
+
+def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether the pair is one of torch's own, with statistics to fold and nothing hooked in between."""
+    if type(conv) not in _TRANSPOSED or type(norm) not in _NORMS:
+        return False
+    if _TRANSPOSED[type(conv)] and conv.groups != 1:  # the weight's second axis is then not the norm's channels
+        return False
+    hooks = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (conv, norm))
+    return norm.running_mean is not None and norm.running_var is not None and not any(hooks)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves whole what it cannot look into."""
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        stack = OrderedDict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:  # whatever the module's own code raises under tracing
+            self.module_stack = stack
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
+class _Decode(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor) -> Tensor:
+        out: Tensor = self.model.decode(latents)  # type: ignore[operator]
+        return out
+
+
+def folded_decoder(model: Any, latents: Tensor) -> Callable[[Tensor], Tensor]:
+    """``model.decode`` with its batch norms folded; as it is where it cannot be traced or folding changes it.
+
+    Args:
+        model: in eval mode; its weights must stay as they are while the result is used.
+        latents: [B, ...], a few to compare on.
+    """
+    decode: Callable[[Tensor], Tensor] = model.decode
+    if not isinstance(model, nn.Module):
+        return decode
+    try:
+        root = _Decode(model).eval()
+        traced = fx.GraphModule(root, _Tracer().trace(root))
+        traced.graph.eliminate_dead_code()  # what was begun of modules that then stayed whole
+        folded = FoldedGraph(traced).module
+        with torch.no_grad():
+            wanted, got = decode(latents), folded(latents)
+        same = torch.allclose(got, wanted, rtol=1e-2, atol=1e-3, equal_nan=True)
+    except Exception:  # whatever the model's own code raises under tracing
+        return decode
+    return folded if same else decode

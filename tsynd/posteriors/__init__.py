@@ -1,0 +1,1 @@
+"""What samples a classifier: MC dropout, ensembles, sampled heads, and what runs them."""

@@ -1,0 +1,159 @@
+"""What posterior samples of a classifier are to tsynd, the uncertainty they give, and ensembles."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tsynd import ops
+from tsynd.checks import check_choice
+from tsynd.errors import InputError
+from tsynd.models.stages import staged
+from tsynd.posteriors.classifier import as_classifier
+from tsynd.reference import OBJECTIVES, TASKS
+
+__all__ = ["Ensemble", "Posterior", "evaluating", "frozen"]
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode, and every module's own mode again afterwards."""
+    flags = [(part, part.training) for module in modules for part in module.modules()]
+    for part, _ in flags:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for the parameters, both as they were afterwards."""
+    parameters = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    with evaluating(*modules):
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, wanted in parameters:
+                parameter.requires_grad_(wanted)
+
+
+class Posterior(ABC):
+    """T samples from a posterior over classifiers.
+
+    Attributes:
+        samples: T.
+        networks: the modules behind it (moved, frozen and restored by the callers).
+    """
+
+    samples: int
+    networks: tuple[nn.Module, ...]
+
+    @abstractmethod
+    def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+        """Logits of every posterior sample.
+
+        Args:
+            images: [B, C, H, W] in [0, 1].
+            sample_ids: [B] int64, the images' global indices (0 .. B-1 when None).
+
+        Returns:
+            [T, B, classes], differentiable with respect to the images.
+        """
+
+    def uncertainty(
+        self,
+        images: Tensor,
+        sample_ids: Tensor | None = None,
+        objective: str = "mutual_information",
+        task: str = "multiclass",
+    ) -> Tensor:
+        """Uncertainty [B] float32 in nats, differentiable with respect to the images (arguments as `logits`)."""
+        check_choice("objective", objective, OBJECTIVES)
+        check_choice("task", task, TASKS)
+        return ops.logits_uncertainty(self.logits(images, sample_ids), objective, task)[0]
+
+    def probabilities(self, images: Tensor, sample_ids: Tensor | None = None, task: str = "multiclass") -> Tensor:
+        """Mean predicted probabilities [B, classes] (arguments as `logits`)."""
+        check_choice("task", task, TASKS)
+        logits = self.logits(images, sample_ids).float()
+        return (logits.softmax(-1) if task == "multiclass" else logits.sigmoid()).mean(0)
+
+    @contextmanager
+    def frozen(self) -> Iterator[Posterior]:
+        """Inside, the networks are in eval mode, their parameters take no gradient and must not change."""
+        with frozen(*self.networks):
+            yield self
+
+    @contextmanager
+    def folded(self) -> Iterator[Posterior]:
+        """Inside, batch norms are part of the convolutions before them where the posterior can fold them.
+
+        For use inside :meth:`frozen`: the weights must not change.
+        """
+        yield self
+
+    @contextmanager
+    def compiled(self) -> Iterator[Posterior]:
+        """Inside, what runs once per image goes through ``torch.compile`` where the posterior can tell it apart."""
+        yield self
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """Inside, what runs once per image is cut into ``tsynd.models.stages``; gives the heaviest one's bytes.
+
+        Args:
+            image: [1, C, ...] in [0, 1], to measure with.
+        """
+        yield 0
+
+
+class Ensemble(Posterior):
+    """Independently trained classifiers as posterior samples (Lakshminarayanan et al., 2017).
+
+    Args:
+        networks: at least two modules, each giving logits [B, classes] (or what :func:`tsynd.as_classifier` knows).
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        if len(networks) < 2 or not all(isinstance(network, nn.Module) for network in networks):
+            raise InputError(
+                f"networks: got {len(networks)} of {[type(n).__name__ for n in networks]}, "
+                "wanted at least two nn.Module"
+            )
+        self.networks = tuple(networks)
+        self._plain = tuple(as_classifier(network) for network in networks)
+        self._runners: tuple[Callable[[Tensor], Tensor], ...] = self._plain
+        self.samples = len(self.networks)
+
+    def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+        """Logits [T, B, classes], one row of the first axis per network."""
+        with evaluating(*self.networks):
+            return torch.stack([network(images) for network in self._runners])
+
+    @contextmanager
+    def compiled(self) -> Iterator[Posterior]:
+        """See :meth:`Posterior.compiled`."""
+        self._runners = tuple(torch.compile(network, dynamic=False) for network in self._plain)
+        try:
+            yield self
+        finally:
+            self._runners = self._plain
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """See :meth:`Posterior.staged`; every network is one stage."""
+        stages = [staged(network, image) for network in self._plain]
+        self._runners = tuple(stages)
+        try:
+            yield max(stage.heaviest for stage in stages)
+        finally:
+            self._runners = self._plain

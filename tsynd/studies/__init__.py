@@ -1,0 +1,1 @@
+"""Studies with paired seeds: cells, their summary, the report."""
