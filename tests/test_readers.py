@@ -224,6 +224,8 @@ def test_bad_nifti_is_one_error() -> None:
     refused("not finite", nifti(np.full((4, 4, 4), np.nan, np.float32)), "nifti")
     colour = np.zeros((4, 4, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
     refused("colour or complex", nifti(colour), "nifti")
+    refused("colour or complex", nifti(np.zeros((4, 4, 4), np.complex64)), "nifti")
+    refused("neither n\\+1 nor n\\+2", good[:344] + b"what" + good[348:], "nifti")
 
 
 # Folders
