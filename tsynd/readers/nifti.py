@@ -12,6 +12,7 @@ import torch
 from tsynd.errors import InputError, require
 from tsynd.readers.options import ReadOptions
 from tsynd.readers.pixels import Array, to_unit, windowed
+from tsynd.readers.quiet import quietly
 
 __all__ = ["read_nifti"]
 
@@ -33,7 +34,6 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
         MissingExtraError: nibabel or MONAI is not installed.
     """
     nibabel = require("nibabel", "medical")
-    quiet = require("nibabel.imageglobals", "medical").LoggingOutputSuppressor  # it remarks on headers
     reader = require("monai.data", "medical").NibabelReader(as_closest_canonical=True)
     try:
         if content[:2] == b"\x1f\x8b":
@@ -42,7 +42,7 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
         kind = kinds.get(b"n+1\0") or kinds.get(b"n+2\0")
         if kind is None:
             raise InputError(f"{where}: no NIfTI file of header and voxels in one (neither n+1 nor n+2 in its header)")
-        with quiet():
+        with quietly("nibabel.global"):
             image = kind.from_bytes(content)
             shape, dtype = tuple(image.shape), image.get_data_dtype()
     except InputError:
@@ -62,7 +62,7 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
         image = (
             image.slicer[(...,) + (0,) * (len(image.shape) - len(shape))] if len(image.shape) > len(shape) else image
         )
-        with quiet():
+        with quietly("nibabel.global"):
             values, about = reader.get_data(image)
         volume, affine = np.ascontiguousarray(values, np.float32), np.asarray(about["affine"], np.float64)
     except Exception as error:
