@@ -34,7 +34,8 @@ class Attack:
 
     Attributes:
         kind: ``fgsm`` (Goodfellow et al. 2015), ``pgd`` (Madry et al. 2018: 20 steps of 2.5 · budget / 20, one
-            random start) or ``square`` (Andriushchenko et al. 2020: 100 rounds of queries, no gradient).
+            random start) or ``square`` (Andriushchenko et al. 2020: 100 rounds of queries, no gradient; in volumes
+            its squares go through all slices, with a sign for each).
         budget: in units of the intensity range [0, 1].
     """
 
@@ -101,6 +102,18 @@ class _LabelLoss(nn.Module):
         return functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction=self.reduction)
 
 
+class _Sliced(nn.Module):
+    """A classifier of volumes [B, C, D, H, W] that is given them as [B, C · D, H, W]."""
+
+    def __init__(self, classifier: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.classifier, self.channels = classifier, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x.reshape(len(x), self.channels, -1, *x.shape[2:]))
+        return logits
+
+
 def _any_label_wrong(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(((logits > 0) != (labels > 0.5)).any(1))
 
@@ -123,7 +136,7 @@ def perturb(
 
     Args:
         classifier: images → logits [B, K], K of two or more; its modes and parameters' ``requires_grad`` come back.
-        images: [N, C, H, W] in [0, 1], on the classifier's device.
+        images: [N, C, H, W] or [N, C, D, H, W] in [0, 1], on the classifier's device.
         labels: int64 [N], or 0/1 [N, K] for multilabel.
         attack: kind and budget.
         task: "multiclass" or "multilabel".
@@ -132,11 +145,11 @@ def perturb(
         batch_size: images at a time; fewer where they are large.
 
     Returns:
-        [N, C, H, W] in [0, 1], within the budget of the images (to float32 rounding).
+        Of the same shape in [0, 1], within the budget of the images (to float32 rounding).
 
     Raises:
         MissingExtraError: the toolbox is not installed.
-        InputError: one logit only.
+        InputError: one logit only, or Square on images that are far from square.
     """
     check_robustness()
     batch_size = at_once(images[:1].numel() or 1, batch_size)
@@ -151,17 +164,23 @@ def perturb(
             classes = classifier(images[:1]).shape[1]
         if classes < 2:
             raise InputError(f"classifier: gives {classes} logit, wanted 2 or more for an attack")
+        height, width = images.shape[-2:]
+        if attack.kind == "square" and round((0.8 * height * width) ** 0.5) >= min(height, width):
+            raise InputError(f"attacks: square on {height} x {width} images, wanted sides within a factor of 1.25")
+        # the toolbox's squares lie in pictures: a volume is one with a channel for each slice
+        sliced = images.ndim == 5 and attack.kind == "square"
+        shown = images.flatten(1, 2) if sliced else images
         network = wrapper(
-            classifier,
+            _Sliced(classifier, images.shape[1]) if sliced else classifier,
             loss=nn.CrossEntropyLoss() if multiclass else _LabelLoss(),
-            input_shape=tuple(images.shape[1:]),
+            input_shape=tuple(shown.shape[1:]),
             nb_classes=classes,
             clip_values=(0.0, 1.0),
             preprocessing=None,
             device_type="gpu" if images.is_cuda else "cpu",
         )
         truth = functional.one_hot(labels.long(), classes) if multiclass else labels
-        pixels, answers = images.detach().cpu().numpy(), truth.float().cpu().numpy()
+        pixels, answers = shown.detach().cpu().numpy(), truth.float().cpu().numpy()
         shared: dict[str, Any] = dict(eps=attack.budget, batch_size=batch_size)
         method: Any
         if attack.kind != "square":
@@ -180,6 +199,6 @@ def perturb(
 
                 own = dict(adv_criterion=_any_label_wrong, loss=margin)
             method = evasion.SquareAttack(network, max_iter=steps or SQUARE_STEPS, verbose=False, **shared, **own)
-        found = torch.from_numpy(method.generate(pixels, answers)).to(images)
+        found = torch.from_numpy(method.generate(pixels, answers)).to(images).reshape(images.shape)
     # rounding in float32 may lead an ulp outside
     return torch.minimum(torch.maximum(found, images - attack.budget), images + attack.budget).clamp(0, 1)

@@ -4,7 +4,8 @@ Patches around one nodule in four classes by what it is made of: calcified, grou
 core, margin and spicules overlap between the classes; vessels run past or into the nodule, some lie at the pleura, and
 dose, blur, size and place vary.
 
-Measured at size 28 (MEASURED), balanced test accuracy: MEASURED.
+Measured at size 28 (``SmallResNet`` of volumes, 200 steps, mean of 2 runs), balanced accuracy on the 200 test volumes:
+49 % from 50 training volumes, 55 % from 100, 67 % from 200, 73 % from 400.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class ShardSettings:
         reading: how its files are read.
         shard_size: images per shard.
         image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W] or, of volumes, [C, D, H, W]).
-        objective, samples, masks, steps, radius, label_consistency, seed, batch_size, precision: see
-            :func:`tsynd.synthesize`. Sample ids are positions in the data.
+        objective, samples, masks, steps, radius, label_consistency, seed, batch_size, checkpointing, memory_limit,
+            precision: see :func:`tsynd.synthesize`. Sample ids are positions in the data.
         device: of each worker; None takes a GPU where there is one.
         threads: CPU threads of each worker; None leaves torch's choice.
     """
@@ -59,12 +59,17 @@ class ShardSettings:
     label_consistency: float | None = None
     seed: int = 0
     batch_size: int | None = None
+    checkpointing: bool | None = None
+    memory_limit: float | None = None
     precision: str = "float32"
     device: str | None = None
     threads: int | None = None
 
 
-_NOT_THE_RESULT = ("data", "autoencoder", "classifier", "output", "batch_size", "device", "threads")
+_NOT_THE_RESULT = (
+    *("data", "autoencoder", "classifier", "output"),
+    *("batch_size", "checkpointing", "memory_limit", "device", "threads"),
+)
 
 
 def _fingerprint(settings: ShardSettings, source: RangeSource, latent_std: float) -> dict[str, Any]:
@@ -132,6 +137,8 @@ class ShardWorker:
             device=device,
             precision="float32" if look_only else settings.precision,
             compile=False,
+            checkpointing=settings.checkpointing,
+            memory_limit=settings.memory_limit,
         )
         latent_std = self.stream.known_latent_std
         if latent_std is None:

@@ -126,7 +126,8 @@ class _Weighing(fx.Interpreter):
         super().__init__(module)
         self.given: dict[fx.Node, int] = {}
         self.kept: dict[fx.Node, int] = {}
-        self._ledger = _Kept({x.untyped_storage()._cdata: 0 for x in module.state_dict().values()})
+        weights = [*module.parameters(), *module.buffers()]
+        self._ledger = _Kept({x.untyped_storage()._cdata: 0 for x in weights})
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""

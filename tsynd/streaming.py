@@ -32,7 +32,7 @@ Part: TypeAlias = tuple[Batch, Tensor, Ascent]
 # arithmetic in any batch; the ascent would amplify a last-digit difference. A tile of large images is smaller, down to
 # one image, so that it keeps within _TILE_BYTES; that depends on the image's shape and the networks alone.
 _TILE = 16
-_TILE_BYTES = 2**29
+_TILE_BYTES = 2**27
 
 CPU_BYTES = 2**31
 """What a batch's activations may take on a CPU unless told otherwise."""
@@ -170,6 +170,8 @@ class AscentStream:
         """Choose how many images at once and whether to make activations again, by what one image keeps."""
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
         objective, task = self._settings.objective, self._settings.task
+        with torch.no_grad():  # what a posterior keeps of its first call must not be made of tensors without values
+            self.posterior.uncertainty(image, ids, objective, task)
 
         def kept(decode: Callable[[Tensor], Tensor]) -> int:
             def run(latents: Tensor) -> Tensor:

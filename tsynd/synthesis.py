@@ -160,7 +160,7 @@ def synthesize(
         latent_std: standard deviation of the latents; None takes the autoencoder's ``latent_std`` or else measures
             it over the images.
         batch_size: images at once, on a CPU rounded up to a multiple of 16 (of fewer where 16 would keep more than
-            half a GiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
+            128 MiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
         seed: of the posterior samples.
         sample_ids: [N] integers in [0, 2^32) that name the images for the masks; their positions when None.
         device: where to work (the models are moved there); None is where the classifier is.
