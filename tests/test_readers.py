@@ -214,7 +214,7 @@ def test_values_by_percentiles_a_window_and_the_files_slope() -> None:
     assert shown(nifti(values), "nifti", image_size=5).shape == (1, 5, 5, 5)
 
 
-def test_bad_nifti_is_one_error() -> None:
+def test_bad_nifti_is_one_error(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     good = nifti(RNG.integers(0, 9, (6, 6, 6)).astype(np.int16))
     packed = gzip.compress(good)
     junk = [b"", b"text", bytes(400), b"\x1f\x8b" + bytes(60)]
@@ -224,6 +224,11 @@ def test_bad_nifti_is_one_error() -> None:
     refused("not finite", nifti(np.full((4, 4, 4), np.nan, np.float32)), "nifti")
     colour = np.zeros((4, 4, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
     refused("colour or complex", nifti(colour), "nifti")
+    refused("colour or complex", nifti(np.zeros((4, 4, 4), np.complex64)), "nifti")
+    shown(good[:252] + b"\x99\x99" + good[254:], "nifti")  # a strange qform code is no harm
+    assert not capfd.readouterr().err
+    assert not caplog.text
+    refused("neither n\\+1 nor n\\+2", good[:344] + b"what" + good[348:], "nifti")
 
 
 # Folders

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import logging
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import numpy as np
 from tsynd.errors import InputError, MissingExtraError, require
 from tsynd.readers.options import ReadOptions
 from tsynd.readers.pixels import Array, to_unit, windowed
+from tsynd.readers.quiet import quietly
 
 __all__ = ["MAGIC_AT", "is_dicom", "read_dicom", "read_series"]
 
@@ -120,20 +119,14 @@ class _Frame:
 
 @contextmanager
 def _guarded(where: str) -> Iterator[None]:
-    """Silence pydicom's warnings and log, which quote the header, and make one error of whatever damage leads to."""
-    logger = logging.getLogger("pydicom")
-    before = logger.disabled
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.disabled = True
+    """Silence pydicom, whose warnings quote the header, and make one error of whatever damage leads to."""
+    with quietly("pydicom"):
         try:
             yield
         except (InputError, MissingExtraError):
             raise
         except Exception as error:
             raise InputError(f"{where}: damaged description of its pixels ({type(error).__name__})") from None
-        finally:
-            logger.disabled = before
 
 
 def _text(dataset: Any, name: str) -> str:

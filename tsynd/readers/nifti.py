@@ -12,6 +12,7 @@ import torch
 from tsynd.errors import InputError, require
 from tsynd.readers.options import ReadOptions
 from tsynd.readers.pixels import Array, to_unit, windowed
+from tsynd.readers.quiet import quietly
 
 __all__ = ["read_nifti"]
 
@@ -41,16 +42,16 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
         kind = kinds.get(b"n+1\0") or kinds.get(b"n+2\0")
         if kind is None:
             raise InputError(f"{where}: no NIfTI file of header and voxels in one (neither n+1 nor n+2 in its header)")
-        with require("nibabel.imageglobals", "medical").LoggingOutputSuppressor():
+        with quietly("nibabel.global"):
             image = kind.from_bytes(content)
+            shape, dtype = tuple(image.shape), image.get_data_dtype()
     except InputError:
         raise
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{where}: damaged or truncated file ({type(error).__name__})") from None
     except Exception as error:  # the header parser's own kinds
         raise InputError(f"{where}: no NIfTI file, or a damaged one ({type(error).__name__})") from None
-    shape = tuple(image.shape)
-    if image.get_data_dtype().fields is not None:
+    if dtype.kind not in "iuf":
         raise InputError(f"{where}: colour or complex values; wanted one number per voxel")
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -61,7 +62,8 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
         image = (
             image.slicer[(...,) + (0,) * (len(image.shape) - len(shape))] if len(image.shape) > len(shape) else image
         )
-        values, about = reader.get_data(image)
+        with quietly("nibabel.global"):
+            values, about = reader.get_data(image)
         volume, affine = np.ascontiguousarray(values, np.float32), np.asarray(about["affine"], np.float64)
     except Exception as error:
         raise InputError(f"{where}: truncated or damaged voxels ({type(error).__name__})") from None
@@ -69,7 +71,10 @@ def read_nifti(content: bytes, where: str, options: ReadOptions) -> list[Array]:
         raise InputError(f"{where}: holds a voxel that is not finite")
     volume = volume.reshape(*volume.shape[: len(shape)], *(1,) * (3 - len(shape)))
     if options.spacing is not None:
-        volume = _resampled(volume, affine, options.spacing)
+        try:
+            volume = _resampled(volume, affine, options.spacing)
+        except Exception as error:
+            raise InputError(f"{where}: its affine cannot be resampled ({type(error).__name__})") from None
     low, high = np.percentile(volume, PERCENTILES)
     unit = windowed(volume, options.window) if options.window is not None else to_unit(volume, low, high)
     unit = unit.transpose(2, 1, 0)[:, ::-1, ::-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from tsynd.errors import InputError, require
 from tsynd.readers.options import ReadOptions
 from tsynd.readers.pixels import Array, to_unit, windowed
+from tsynd.readers.quiet import quietly
 
 __all__ = ["read_picture"]
 
@@ -33,16 +33,14 @@ def read_picture(content: bytes, where: str, options: ReadOptions) -> list[Array
     """
     pillow, sequence = require("PIL.Image", "data"), require("PIL.ImageSequence", "data")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of them becomes an error
-            with pillow.open(io.BytesIO(content)) as image:
-                count = getattr(image, "n_frames", 1)
-                if count > 1 and options.frames is None and not options.volumes:
-                    raise InputError(
-                        f"{where}: {count} pages; frames='split' (--frames split) takes each as an image, volumes=True"
-                        " (--volumes) all as one volume"
-                    )
-                pages = [_pixels(page, where, options) for page in sequence.Iterator(image)]
+        with quietly("PIL"), pillow.open(io.BytesIO(content)) as image:
+            count = getattr(image, "n_frames", 1)
+            if count > 1 and options.frames is None and not options.volumes:
+                raise InputError(
+                    f"{where}: {count} pages; frames='split' (--frames split) takes each as an image, volumes=True"
+                    " (--volumes) all as one volume"
+                )
+            pages = [_pixels(page, where, options) for page in sequence.Iterator(image)]
     except InputError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
