@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tsynd
+from tsynd.arms import parse_arm
 from tsynd.attacks import parse_attacks, perturb
 from tsynd.cli import app
 from tsynd.data import load_data
@@ -28,6 +29,7 @@ from tsynd.planes import centre, focus, slices, views
 from tsynd.saliency import grad_cam
 from tsynd.shifts import SHIFTS, blur
 from tsynd.storage import save_class_folders
+from tsynd.study import StudySettings, check_study
 from tsynd.synthesis import load_result
 
 SIZE = 16
@@ -285,6 +287,15 @@ def test_a_volume_export_equals_torch(tmp_path: Path) -> None:
     assert torch.jit.load(path)(given)[0].shape == given.shape
     with pytest.raises(InputError, match=r"wanted \[C, H, W\] or \[C, D, H, W\]"):
         export_torchscript(classifier, autoencoder, tmp_path / "s.pt", image_shape=[8, 8], latent_std=0.5)
+
+
+def test_a_study_of_volumes_refuses_what_is_for_pictures(npz: Path) -> None:
+    source = load_data(npz, train_size=12)
+    arms = [parse_arm(name) for name in ("real", "adversarial", "mutual_information")]
+    settings = StudySettings(autoencoder_widths=(4, 4), latent_channels=2, conditions=("clean", "jpeg:2"))
+    check_study(settings, source, arms)
+    with pytest.raises(InputError, match="arms: got randaugment for volumes"):
+        check_study(settings, source, [*arms, parse_arm("randaugment")])
 
 
 # The job
