@@ -15,7 +15,7 @@ from tsynd.ascent import AscentSettings
 from tsynd.models.autoencoder import as_autoencoder
 from tsynd.models.folding import folded_decoder
 from tsynd.models.stages import Staged, kept_per_image, staged
-from tsynd.posteriors.posterior import MCDropout
+from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.streaming import AscentStream
 
 OPTIONS: dict[str, Any] = {"samples": 8, "steps": 3, "latent_std": 0.5, "progress": False}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import tsynd
-from tsynd.arms import parse_arm
 from tsynd.attacks import parse_attacks, perturb
 from tsynd.cli import app
 from tsynd.data import load_data
@@ -29,7 +28,8 @@ from tsynd.planes import centre, focus, slices, views
 from tsynd.saliency import grad_cam
 from tsynd.shifts import SHIFTS, blur
 from tsynd.storage import save_class_folders
-from tsynd.study import StudySettings, check_study
+from tsynd.studies.arms import parse_arm
+from tsynd.studies.settings import StudySettings, check_study
 from tsynd.synthesis import load_result
 
 SIZE = 16
