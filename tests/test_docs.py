@@ -38,7 +38,7 @@ def test_every_block_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch
     if not any(block.language in ("python", "bash") and block.reason is None for block in blocks_of(page.read_text())):
         pytest.skip("no code to run")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(data._PHANTOMS, "phantom", lambda size: phantom(size, 200, 40, 40))
+    monkeypatch.setitem(data._PHANTOMS, "phantom", lambda size: phantom(size, 200, 40, 80))
     own = re.search(r"tsynd run .*--output out\b", page.read_text()) is not None
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out") if own else None)
     before = os.environ.copy()

@@ -1,5 +1,5 @@
 """The command line; `main` is its entry."""
 
-from tsynd.cli.app import main
+from tsynd.cli.commands import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

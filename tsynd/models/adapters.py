@@ -72,7 +72,7 @@ class Adapter(nn.Module):
     def _cast(self, x: Tensor) -> Tensor:
         """As the model's weights are; one loaded in half precision takes no float32."""
         weight = next(self.parameters(), None)
-        return x if weight is None or weight.dtype == x.dtype else x.to(weight.dtype)
+        return x if weight is None else x.to(weight.dtype)  # no question of x: it may be a tracer's
 
     def _to_latents(self, pixels: Tensor) -> Tensor:
         """Latents of pixels in the model's range."""
