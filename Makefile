@@ -92,7 +92,7 @@ wheel: $(VENV)/.torch $(SOURCES)
 	  $(VENV)-wheel/bin/pip install -q --no-deps dist/tsynd-*.whl && $(VENV)-wheel/bin/pip check && \
 	  (cd "$$(mktemp -d)" && "$(abspath $(VENV)-wheel)/bin/python" "$(abspath tests/smoke.py)") || exit 1; \
 	done
-	for extra in all onnx-gpu docs; do \
+	for extra in all onnx-gpu dicom-codecs docs; do \
 	  $(VENV)-wheel/bin/pip install -q --dry-run "$$(ls dist/tsynd-*.whl)[$$extra]" || exit 1; \
 	done
 	rm -rf $(VENV)-wheel

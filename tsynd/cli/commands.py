@@ -284,6 +284,9 @@ def info(
         "pydicom",
         "nibabel",
         "datasets",
+        "transformers",
+        "diffusers",
+        "laplace-torch",
     ):
         try:
             extras.add_row(package, importlib.metadata.version(package))
