@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tsynd import ops
 from tsynd.batches import Batches
 from tsynd.checks import check_choice
 from tsynd.errors import InputError, MissingExtraError, require
@@ -24,6 +23,7 @@ from tsynd.models.folding import FoldedGraph
 from tsynd.models.stages import staged
 from tsynd.posteriors.classifier import as_classifier
 from tsynd.posteriors.posterior import Posterior, evaluating
+from tsynd.posteriors.sampled import heads_logits, heads_uncertainty
 from tsynd.posteriors.trunks import trunk_to
 from tsynd.reference import OBJECTIVES, TASKS
 from tsynd.storage import atomic_path
@@ -164,11 +164,7 @@ class SampledHead(Posterior):
 
     def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """Logits [T, B, C], see :meth:`Posterior.logits`; the same samples for every image."""
-        features = self.features(images)
-        weight, bias = self._weights(images.device)
-        flat = features @ weight.flatten(0, 1).t().to(features.dtype)
-        logits = flat.reshape(flat.shape[0], *weight.shape[:2]).transpose(0, 1)
-        return logits if bias is None else logits + bias[:, None]
+        return heads_logits(self.features(images), *self._weights(images.device))
 
     def uncertainty(
         self,
@@ -180,12 +176,7 @@ class SampledHead(Posterior):
         """Uncertainty [B], see :meth:`Posterior.uncertainty`; always fused."""
         check_choice("objective", objective, OBJECTIVES)
         check_choice("task", task, TASKS)
-        features = self.features(images)
-        weight, bias = self._weights(images.device)
-        kind = features.dtype
-        return ops.head_uncertainty(
-            features, weight.to(kind), None if bias is None else bias.to(kind), objective, task
-        )[0]
+        return heads_uncertainty(self.features(images), *self._weights(images.device), objective, task)
 
     def features(self, images: Tensor) -> Tensor:
         """What enters the last layer, [B, D], of images [B, C, ...].

@@ -21,6 +21,7 @@ from tsynd.posteriors.classifier import as_classifier
 from tsynd.posteriors.dropout import MaskSource
 from tsynd.posteriors.microbatch import Passes, images_at_once, passes_logits, passes_uncertainty
 from tsynd.posteriors.posterior import Posterior, evaluating
+from tsynd.posteriors.sampled import heads_logits, heads_uncertainty
 from tsynd.posteriors.splitting import LinearHead, NoDropoutError, Split, split_at_dropout
 from tsynd.posteriors.trunks import may_have_head, split_at_hook
 from tsynd.posteriors.whole_network import AddressedDropoutMode, WholeNetwork, attending
@@ -99,11 +100,7 @@ class MCDropout(Posterior):
             self._check_split(images)
             if self._split is None or not self._split.head or self.masks != "shared":
                 return passes_logits(*self._passes(images, sample_ids))
-            weight, bias = self._sampled_weights(self._split.head)
-            features = self.features(images)
-            flat = features @ weight.flatten(0, 1).t().to(features.dtype)
-            logits = flat.reshape(flat.shape[0], *weight.shape[:2]).transpose(0, 1)
-            return logits if bias is None else logits + bias[:, None]
+            return heads_logits(self.features(images), *self._sampled_weights(self._split.head))
 
     def uncertainty(
         self,
@@ -122,12 +119,10 @@ class MCDropout(Posterior):
                 return passes_uncertainty(*self._passes(images, sample_ids), objective, task)
             features = self.features(images)
             if self.masks == "shared":
-                weight, bias = self._sampled_weights(head)
-                kind = features.dtype
-                bias = None if bias is None else bias.to(kind)
-                return ops.head_uncertainty(features, weight.to(kind), bias, objective, task)[0]
-            weight, bias = head.linear.weight.detach(), head.linear.bias
-            bias = None if bias is None else bias.detach().to(features.dtype)
+                return heads_uncertainty(features, *self._sampled_weights(head), objective, task)
+            weight, bias = head.linear.weight.detach(), None
+            if head.linear.bias is not None:
+                bias = head.linear.bias.detach().to(features.dtype)
             ids = self._address(images, sample_ids).sample_ids
             return ops.dropout_head_uncertainty(
                 features,
