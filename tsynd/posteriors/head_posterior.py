@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tsynd.batches import Batches
-from tsynd.checks import check_choice
 from tsynd.errors import InputError, MissingExtraError, require
 from tsynd.models.folding import FoldedGraph
 from tsynd.models.stages import staged
@@ -25,7 +24,6 @@ from tsynd.posteriors.classifier import as_classifier
 from tsynd.posteriors.posterior import Posterior, evaluating
 from tsynd.posteriors.sampled import heads_logits, heads_uncertainty
 from tsynd.posteriors.trunks import trunk_to
-from tsynd.reference import OBJECTIVES, TASKS
 from tsynd.storage import atomic_path
 
 __all__ = ["HeadGaussian", "SampledHead", "find_layer", "training_features"]
@@ -166,16 +164,8 @@ class SampledHead(Posterior):
         """Logits [T, B, C], see :meth:`Posterior.logits`; the same samples for every image."""
         return heads_logits(self.features(images), *self._weights(images.device))
 
-    def uncertainty(
-        self,
-        images: Tensor,
-        sample_ids: Tensor | None = None,
-        objective: str = "mutual_information",
-        task: str = "multiclass",
-    ) -> Tensor:
-        """Uncertainty [B], see :meth:`Posterior.uncertainty`; always fused."""
-        check_choice("objective", objective, OBJECTIVES)
-        check_choice("task", task, TASKS)
+    def _uncertainty(self, images: Tensor, sample_ids: Tensor | None, objective: str, task: str) -> Tensor:
+        """Always fused."""
         return heads_uncertainty(self.features(images), *self._weights(images.device), objective, task)
 
     def features(self, images: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from tsynd.posteriors.sampled import heads_logits, heads_uncertainty
 from tsynd.posteriors.splitting import LinearHead, NoDropoutError, Split, split_at_dropout
 from tsynd.posteriors.trunks import may_have_head, split_at_hook
 from tsynd.posteriors.whole_network import AddressedDropoutMode, WholeNetwork, attending
-from tsynd.reference import OBJECTIVES, TASKS, keep_count
+from tsynd.reference import keep_count
 
 __all__ = ["MCDropout", "as_posterior"]
 
@@ -102,16 +102,8 @@ class MCDropout(Posterior):
                 return passes_logits(*self._passes(images, sample_ids))
             return heads_logits(self.features(images), *self._sampled_weights(self._split.head))
 
-    def uncertainty(
-        self,
-        images: Tensor,
-        sample_ids: Tensor | None = None,
-        objective: str = "mutual_information",
-        task: str = "multiclass",
-    ) -> Tensor:
-        """Uncertainty [B], see :meth:`Posterior.uncertainty`; fused where the tail is dropout -> linear."""
-        check_choice("objective", objective, OBJECTIVES)
-        check_choice("task", task, TASKS)
+    def _uncertainty(self, images: Tensor, sample_ids: Tensor | None, objective: str, task: str) -> Tensor:
+        """Fused where the tail is dropout -> linear."""
         with evaluating(self.classifier):
             self._check_split(images)
             head = self._split.head if self._split else None
