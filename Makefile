@@ -73,7 +73,7 @@ sanitize: build
 	  set -- $$run; echo "threads $$1, TSYND_ISA=$$2"; \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSYND_TEST_THREADS=$$1 TSYND_ISA=$$2 \
-	  $(BIN)/python tests/sanitize.py $(SANITIZED) tests/test_ops.py || exit 1; \
+	  $(BIN)/python tests/sanitize.py $(SANITIZED) tests/ops/test_operators.py || exit 1; \
 	done
 
 docs: build

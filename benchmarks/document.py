@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from benchmarks.harness import Row, table
-from tsynd.errors import InputError, require
-from tsynd.storage import atomic_path
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.errors import InputError, require
 
 __all__ = ["between", "plot", "suite_lines", "update"]
 

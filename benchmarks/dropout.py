@@ -10,7 +10,8 @@ import torch
 from benchmarks import peers
 from benchmarks.harness import Row, check, measure_shapes, tolerance
 from benchmarks.head import DROP, FLOOR, SHAPES
-from tsynd import ops, reference
+from tsynd.ops import operators as ops
+from tsynd.ops import reference
 
 __all__ = ["SHAPES", "run", "summary"]
 

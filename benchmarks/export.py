@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Row, label, measure
-from tsynd.ascent import AscentSettings, ascend_latents
-from tsynd.export import export_onnx, export_torchscript
-from tsynd.models.fast import contiguous
+from tsynd.export.onnx import export_onnx
+from tsynd.export.runtime import OnnxSynthesizer
+from tsynd.export.torchscript import export_torchscript
+from tsynd.models.layout import contiguous
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import frozen
-from tsynd.runtime import OnnxSynthesizer
-from tsynd.synthesis import synthesize
+from tsynd.synthesis.api import synthesize
+from tsynd.synthesis.ascent import AscentSettings, ascend_latents
 
 __all__ = ["SHAPES", "run", "summary"]
 

@@ -45,7 +45,7 @@ def _steps(parts: Path, device: str) -> list[Step]:
         Step("GPU tests", [python, "-m", "pytest", "-x", "tests/gpu", "-rs", "-k", "not wgmma"], 120),
         # a kernel that no default takes: in a process of its own, so that its failure is its own
         Step("GPU tests of wgmma_head", [python, "-m", "pytest", "-x", "tests/gpu", "-rs", "-k", "wgmma"], 60),
-        Step("operator tests on every device", [python, "-m", "pytest", "tests/test_ops.py"], 180),
+        Step("operator tests on every device", [python, "-m", "pytest", "tests/ops/test_operators.py"], 180),
     ]
     # a step a shape: what one of them costs to compile and measure is not lost with another
     shapes = [("bfloat16", "G1"), ("bfloat16", "G2"), ("bfloat16", "G3"), ("float32", "G1")]

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tsynd.version import __version__
+from tsynd.utils.version import __version__
 
 __all__ = [
     "Pair",
@@ -73,7 +73,7 @@ def describe_machine(device: str) -> str:
 
 def _isa() -> str:
     with contextlib.suppress(ImportError):
-        from tsynd import _C
+        from tsynd.ops import _C  # type: ignore[attr-defined]
 
         return f"{_C.build_info()['cpu_kernels']} kernels, "
     return "no compiled kernels, "

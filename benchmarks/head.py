@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.harness import Row, check, measure_shapes, tolerance
-from tsynd import ops, reference
+from tsynd.ops import operators as ops
+from tsynd.ops import reference
 
 __all__ = ["SHAPES", "inputs", "run", "summary"]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks.harness import Row, check, measure_shapes, tolerance
 from benchmarks.head import FLOOR, SHAPES, inputs
-from tsynd import ops, reference
+from tsynd.ops import operators as ops
+from tsynd.ops import reference
 
 __all__ = ["KERNELS", "SHAPES", "chosen", "run", "summary"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tsynd.distributed.ray_engine import run_on_ray
-from tsynd.distributed.sharded import ShardSettings, ShardWorker
+from tsynd.distributed.ray import run_on_ray
 from tsynd.distributed.shards import Sample, ShardFolder, Unit, plan_units
+from tsynd.distributed.worker import ShardSettings, ShardWorker
 from tsynd.models.checkpoint import save_model
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
 

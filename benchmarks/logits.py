@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import peers
 from benchmarks.harness import Pair, Row, check, measure_shapes, tolerance
-from tsynd import ops, reference
+from tsynd.ops import operators as ops
+from tsynd.ops import reference
 
 __all__ = ["SHAPES", "run", "summary"]
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import peak_bytes
-from tsynd.errors import require
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
-from tsynd.synthesis import SynthesisResult, synthesize
+from tsynd.synthesis.api import synthesize
+from tsynd.synthesis.result import SynthesisResult
+from tsynd.utils.errors import require
 
 __all__ = ["main"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.document import between, suite_lines
 from benchmarks.harness import read_json
-from tsynd.storage import atomic_path
-from tsynd.studies.summary import sizes_of
-from tsynd.studies.tables import difference_tables, quality_table, score_table, to_markdown
+from tsynd.study.score_tables import difference_tables, quality_table, score_table, to_markdown
+from tsynd.study.summary import sizes_of
+from tsynd.utils.atomic import atomic_path
 
 __all__ = ["benchmark_page", "study_page"]
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd import ops, reference
+from tsynd.ops import operators as ops
+from tsynd.ops import reference
 from tsynd.posteriors.dropout import dropout_kind
 from tsynd.posteriors.posterior import Posterior
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.harness import Row, check, measure, tolerance
-from tsynd import ops
-from tsynd.errors import require
-from tsynd.models.folding import FoldedGraph
+from tsynd.fx.folding import FoldedGraph
 from tsynd.models.networks import SmallResNet
-from tsynd.posteriors.head_posterior import SampledHead
+from tsynd.ops import operators as ops
 from tsynd.posteriors.laplace import LaplaceHead
+from tsynd.posteriors.last_layer import SampledHead
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Ensemble, Posterior
 from tsynd.posteriors.swag import SWAGHead
+from tsynd.utils.errors import require
 
 __all__ = ["SHAPES", "run", "summary"]
 

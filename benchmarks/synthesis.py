@@ -19,13 +19,13 @@ from torch import Tensor, fx, nn
 
 from benchmarks import peers
 from benchmarks.harness import Row, check, describe_machine, measure
-from tsynd import reference
-from tsynd.ascent import AscentSettings, ascend_latents
-from tsynd.models.fast import channels_last
-from tsynd.models.folding import FoldedGraph, folded_decoder
+from tsynd.fx.folding import FoldedGraph, folded_decoder
+from tsynd.models.layout import channels_last
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.ops import reference
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Posterior, frozen
+from tsynd.synthesis.ascent import AscentSettings, ascend_latents
 
 __all__ = ["SHAPES", "run", "summary"]
 

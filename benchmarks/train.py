@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from benchmarks import peers
 from benchmarks.harness import Row, measure
-from tsynd.augmentation import TargetedAugmentation
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis import uncertainty
+from tsynd.synthesis.api import uncertainty
+from tsynd.training.augmentation import TargetedAugmentation
 
 __all__ = ["SHAPES", "run", "summary"]
 

@@ -1,4 +1,4 @@
-// The module tsynd._C: importing it registers the operators; it tells how they were built.
+// The module tsynd.ops._C: importing it registers the operators; it tells how they were built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>

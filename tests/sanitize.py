@@ -20,18 +20,18 @@ def main() -> int:
     sys.meta_path = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]
     sys.path.insert(0, str(root))
     (extension,) = folder.glob("_C*.so")
-    spec = importlib.util.spec_from_file_location("tsynd._C", extension)
+    spec = importlib.util.spec_from_file_location("tsynd.ops._C", extension)
     assert spec is not None
     assert spec.loader is not None
     import torch  # the extension's symbols
 
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tsynd._C"] = module
+    sys.modules["tsynd.ops._C"] = module
     spec.loader.exec_module(module)
     from tsynd import ops
 
     assert ops.compiled
-    assert Path(sys.modules["tsynd._C"].__file__ or "").parent == folder
+    assert Path(sys.modules["tsynd.ops._C"].__file__ or "").parent == folder
     print(
         f"{extension.name} of {folder}, {torch.get_num_threads()} threads, {module.build_info()['cpu_kernels']} kernels"
     )

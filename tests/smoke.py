@@ -3,7 +3,8 @@
 import torch
 
 import tsynd
-from tsynd import ops, reference
+from tsynd import ops
+from tsynd.ops import reference
 
 assert ops.compiled, "the wheel's extension did not load"
 torch.manual_seed(0)

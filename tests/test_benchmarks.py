@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks import __main__, ascend, document, dropout, harness, logits, peers, posteriors, registers
-from tsynd import ops, reference
-from tsynd.errors import InputError
+from tsynd import ops
+from tsynd.ops import reference
+from tsynd.utils.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from doc_blocks import blocks_of, run_page
 
-from tsynd import data
-from tsynd.phantom import phantom
+from tsynd.data import load as data
+from tsynd.data.phantom import phantom
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages take for granted: `images.npz`, `images.npy`, and the models of a run of it in `out`."""
-    from tsynd.pipeline import RunSettings, run
+    from tsynd.jobs.run import RunSettings, run
 
     folder = tmp_path_factory.mktemp("trained")
     np.savez(folder / "images.npz", **phantom(28, 40, 12, 12))

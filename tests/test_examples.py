@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsynd.synthesis import SynthesisResult
+from tsynd.synthesis.result import SynthesisResult
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 # the scripts; a program with options of its own (def main) is no example of ten lines

@@ -9,68 +9,73 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from tsynd.version import __version__
+from tsynd.utils.version import __version__
 
 _HOME = {
-    "Ascent": "ascent",
-    "AscentSettings": "ascent",
+    "Ascent": "synthesis.ascent",
+    "AscentSettings": "synthesis.ascent",
     "Autoencoder": "models.autoencoder",
-    "DataSource": "data",
+    "DataSource": "data.dataset",
     "Ensemble": "posteriors.posterior",
-    "InputError": "errors",
-    "LabelledImages": "data",
+    "InputError": "utils.errors",
+    "LabelledImages": "data.dataset",
     "LaplaceHead": "posteriors.laplace",
     "MCDropout": "posteriors.mc_dropout",
-    "OnnxSynthesizer": "runtime",
+    "OnnxSynthesizer": "export.runtime",
     "Posterior": "posteriors.posterior",
-    "ReadOptions": "readers.options",
-    "RoundsReport": "rounds",
+    "ReadOptions": "data.readers.options",
+    "RoundsReport": "training.rounds",
     "SWAGHead": "posteriors.swag",
-    "SampledHead": "posteriors.head_posterior",
+    "SampledHead": "posteriors.last_layer",
     "SmallAutoencoder": "models.networks",
     "SmallResNet": "models.networks",
-    "Status": "ascent",
-    "SynthesisResult": "synthesis",
-    "TargetedAugmentation": "augmentation",
+    "Status": "synthesis.ascent",
+    "SynthesisResult": "synthesis.result",
+    "TargetedAugmentation": "training.augmentation",
     "as_autoencoder": "models.autoencoder",
-    "as_classifier": "posteriors.classifier",
-    "evaluate": "evaluation",
-    "export_aoti": "export",
-    "export_onnx": "export",
-    "export_torchscript": "export",
-    "fit_autoencoder": "training",
-    "fit_classifier": "training",
-    "fit_rounds": "rounds",
-    "load_data": "data",
+    "as_classifier": "models.classifier",
+    "evaluate": "evaluation.evaluate",
+    "export_aoti": "export.aoti",
+    "export_onnx": "export.onnx",
+    "export_torchscript": "export.torchscript",
+    "fit_autoencoder": "training.autoencoder",
+    "fit_classifier": "training.classifier",
+    "fit_rounds": "training.rounds",
+    "load_data": "data.load",
     "load_model": "models.checkpoint",
     "save_model": "models.checkpoint",
-    "synthesize": "synthesis",
-    "uncertainty": "synthesis",
+    "synthesize": "synthesis.api",
+    "uncertainty": "synthesis.api",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from tsynd.ascent import Ascent, AscentSettings, Status
-    from tsynd.augmentation import TargetedAugmentation
-    from tsynd.data import DataSource, LabelledImages, load_data
-    from tsynd.errors import InputError
-    from tsynd.evaluation import evaluate
-    from tsynd.export import export_aoti, export_onnx, export_torchscript
+    from tsynd.data.dataset import DataSource, LabelledImages
+    from tsynd.data.load import load_data
+    from tsynd.data.readers.options import ReadOptions
+    from tsynd.evaluation.evaluate import evaluate
+    from tsynd.export.aoti import export_aoti
+    from tsynd.export.onnx import export_onnx
+    from tsynd.export.runtime import OnnxSynthesizer
+    from tsynd.export.torchscript import export_torchscript
     from tsynd.models.autoencoder import Autoencoder, as_autoencoder
     from tsynd.models.checkpoint import load_model, save_model
+    from tsynd.models.classifier import as_classifier
     from tsynd.models.networks import SmallAutoencoder, SmallResNet
-    from tsynd.posteriors.classifier import as_classifier
-    from tsynd.posteriors.head_posterior import SampledHead
     from tsynd.posteriors.laplace import LaplaceHead
+    from tsynd.posteriors.last_layer import SampledHead
     from tsynd.posteriors.mc_dropout import MCDropout
     from tsynd.posteriors.posterior import Ensemble, Posterior
     from tsynd.posteriors.swag import SWAGHead
-    from tsynd.readers.options import ReadOptions
-    from tsynd.rounds import RoundsReport, fit_rounds
-    from tsynd.runtime import OnnxSynthesizer
-    from tsynd.synthesis import SynthesisResult, synthesize, uncertainty
-    from tsynd.training import fit_autoencoder, fit_classifier
+    from tsynd.synthesis.api import synthesize, uncertainty
+    from tsynd.synthesis.ascent import Ascent, AscentSettings, Status
+    from tsynd.synthesis.result import SynthesisResult
+    from tsynd.training.augmentation import TargetedAugmentation
+    from tsynd.training.autoencoder import fit_autoencoder
+    from tsynd.training.classifier import fit_classifier
+    from tsynd.training.rounds import RoundsReport, fit_rounds
+    from tsynd.utils.errors import InputError
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@
 #include <optional>
 
 #include "../checks.h"
-#include "row.cuh"
+#include "image_row.cuh"
 
 // CPU-only builds of torch lack it: declared weak, so that one module loads beside either.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,

@@ -3,8 +3,8 @@
 // for float32.
 #pragma once
 
-#include "mask.cuh"
-#include "row.cuh"
+#include "mask_bits.cuh"
+#include "image_row.cuh"
 
 namespace tsynd {
 

@@ -2,7 +2,7 @@
 // transpose.
 #pragma once
 
-#include "mask.cuh"
+#include "mask_bits.cuh"
 
 namespace tsynd {
 

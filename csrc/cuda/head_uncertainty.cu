@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "common.h"
-#include "fused_head.cuh"
+#include "head_mma.cuh"
 #include "rows.h"
 #include "wgmma_head.h"
 

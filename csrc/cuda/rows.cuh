@@ -2,7 +2,7 @@
 // fits.
 #pragma once
 
-#include "row.cuh"
+#include "image_row.cuh"
 #include "rows.h"
 
 namespace tsynd {

@@ -1,7 +1,7 @@
 // From logits in memory to value and logit gradient; defined in rows.cuh, compiled in logits_uncertainty.cu.
 #pragma once
 
-#include "row.cuh"
+#include "image_row.cuh"
 
 namespace tsynd {
 

@@ -1,10 +1,10 @@
 // head_uncertainty in one kernel for narrow dtypes on sm_90a: the products by wgmma, features and weights
 // brought by the bulk copy engine, weights to a whole cluster of blocks at once. Also serves up to 512
-// columns T * C, twice what fused_head.cuh does.
+// columns T * C, twice what head_mma.cuh does.
 #pragma once
 
 #include "hopper.h"
-#include "row.cuh"
+#include "image_row.cuh"
 #include "wgmma_head.h"
 
 namespace tsynd {

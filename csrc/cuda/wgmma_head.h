@@ -1,7 +1,7 @@
 // head_uncertainty by sm_90a's wgmma; defined in wgmma_head.cuh, compiled in wgmma_head.cu.
 #pragma once
 
-#include "row.cuh"
+#include "image_row.cuh"
 
 namespace tsynd {
 

@@ -1,6 +1,6 @@
 // Philox, the byte thresholds and the row arithmetic as every CPU runs them, against known answers and double
 // precision.
-#include "../../csrc/cuda/mask.cuh"
+#include "../../csrc/cuda/mask_bits.cuh"
 #include "reference.h"
 
 namespace {

@@ -4,7 +4,7 @@
 #include "../../csrc/cuda/ascend.cuh"
 #include "../../csrc/cuda/dropout_head.cuh"
 #include "../../csrc/cuda/dropout_mask.cuh"
-#include "../../csrc/cuda/fused_head.cuh"
+#include "../../csrc/cuda/head_mma.cuh"
 #include "../../csrc/cuda/rows.cuh"
 #include "../../csrc/cuda/wgmma_head.cuh"
 #include "reference.h"

@@ -1,7 +1,7 @@
 """The CUDA kernels on a GPU: every plan, streams, graphs, autocast, many rows. Skipped where there is none.
 
-``tests/test_ops.py`` holds every operator against its float64 twin over random shapes on every device there is; here
-are the things that only a GPU has.
+``tests/ops/test_operators.py`` holds every operator against its float64 twin over random shapes on every device
+there is; here are the things that only a GPU has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from conftest import TinyAutoencoder, TinyClassifier
 from torch import Tensor
 
 import tsynd
-from tsynd import ops, reference
+from tsynd import ops
+from tsynd.ops import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -61,7 +62,7 @@ def exact_products() -> object:
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let head_uncertainty take at best this one."""
     if request.param == "wgmma":
-        from tsynd import _C
+        from tsynd.ops import _C
 
         if torch.cuda.get_device_capability() != (9, 0) or "90a" not in _C.build_info()["cuda_architectures"]:
             pytest.skip("needs a GPU of compute capability 9.0 and a build for sm_90a")
@@ -94,7 +95,7 @@ def test_head_by_torch_products(
 @pytest.mark.parametrize("shape", WGMMA_HEADS, ids=str)
 @pytest.mark.parametrize("objective", ["mutual_information", "entropy"])
 def test_head_by(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, objective: str) -> None:
-    from tsynd import _C
+    from tsynd.ops import _C
 
     images, units, classes, samples = shape
     limits: Any = torch.cuda.get_device_properties(0)

@@ -1,5 +1,5 @@
 """The command line; `main` is its entry."""
 
-from tsynd.cli.commands import app, main
+from tsynd.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tsynd.cli.options import Data, Device, Objective, Radius, Samples, Seed, Steps, TrainSize
-from tsynd.errors import InputError
-from tsynd.readers.options import ReadOptions
+from tsynd.data.readers.options import ReadOptions
+from tsynd.utils.errors import InputError
 
 __all__ = ["export", "run_model"]
 
@@ -31,7 +31,9 @@ def export(
     radius: Radius = 0.5,
 ) -> None:
     """Write models saved by a run as a file that needs no training code, and check it against torch."""
-    from tsynd import export as exporters
+    from tsynd.export.aoti import export_aoti
+    from tsynd.export.onnx import export_onnx
+    from tsynd.export.torchscript import export_torchscript
     from tsynd.models.checkpoint import load_model, read_card
 
     if format not in _SUFFIXES:
@@ -53,7 +55,7 @@ def export(
     if format != "aoti":
         shared |= {"objective": objective, "samples": samples, "seed": seed, "steps": steps, "radius": radius}
         shared |= {"task": card.task or "multiclass", "class_names": card.class_names}
-    write = {"onnx": exporters.export_onnx, "torchscript": exporters.export_torchscript, "aoti": exporters.export_aoti}
+    write = {"onnx": export_onnx, "torchscript": export_torchscript, "aoti": export_aoti}
     write[format](models.get("classifier"), models.get("autoencoder"), output, kind, **shared)
     size = output.stat().st_size
     typer.echo(f"{kind} as {format}, equal to torch on random images: {output} ({size / 2**20:.1f} MiB)")
@@ -71,8 +73,8 @@ def run_model(
     reading: ReadOptions,
 ) -> None:
     """``tsynd synthesize --model``: targeted images from an exported synthesizer."""
-    from tsynd.data import load_data
-    from tsynd.runtime import OnnxSynthesizer
+    from tsynd.data.load import load_data
+    from tsynd.export.runtime import OnnxSynthesizer
 
     if output.suffix != ".npz":
         raise InputError(f"output: got {output}, wanted an .npz file with --model")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tsynd.readers.options import ReadOptions
+from tsynd.data.readers.options import ReadOptions
 
 Data = Annotated[
     str,

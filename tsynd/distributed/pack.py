@@ -12,12 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from tsynd.data.formats import folder_names
+from tsynd.data.sources import decode_image
 from tsynd.distributed.shards import image_bytes
-from tsynd.distributed.sources import decode_image
-from tsynd.errors import InputError
-from tsynd.files import hash_file
-from tsynd.progress import progress_bar
-from tsynd.storage import atomic_path, folder_names
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.errors import InputError
+from tsynd.utils.fingerprint import hash_file
+from tsynd.utils.progress import progress_bar
 
 __all__ = ["pack", "read_manifest"]
 

@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tsynd.errors import InputError, require
-from tsynd.files import hash_file
-from tsynd.storage import atomic_path, check_writable
+from tsynd.utils.atomic import atomic_path, check_writable
+from tsynd.utils.errors import InputError, require
+from tsynd.utils.fingerprint import hash_file
 
 __all__ = ["Sample", "ShardFolder", "Unit", "image_bytes", "plan_units"]
 

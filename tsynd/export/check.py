@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsynd.errors import InputError
 from tsynd.export.programs import Program
+from tsynd.utils.errors import InputError
 
 __all__ = ["check_results"]
 

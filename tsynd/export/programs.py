@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd import ops, reference
-from tsynd.ascent import AscentSettings, ascend_latents
-from tsynd.checks import check_choice
-from tsynd.errors import InputError
+from tsynd.export.runtime import FORMAT_VERSION, KINDS
+from tsynd.fx.folding import folded_decoder
 from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
-from tsynd.models.fast import contiguous
-from tsynd.models.folding import folded_decoder
+from tsynd.models.layout import contiguous
+from tsynd.ops import operators as ops
+from tsynd.ops import reference
 from tsynd.posteriors.mc_dropout import MCDropout, as_posterior
-from tsynd.posteriors.microbatch import undivided
+from tsynd.posteriors.passes import undivided
 from tsynd.posteriors.posterior import Posterior, frozen
-from tsynd.runtime import FORMAT_VERSION, KINDS
-from tsynd.version import __version__
+from tsynd.synthesis.ascent import AscentSettings, ascend_latents
+from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.version import __version__
 
 __all__ = ["Program", "prepare", "write_path"]
 

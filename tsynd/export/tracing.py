@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsynd.errors import InputError
+from tsynd.utils.errors import InputError
 
 __all__ = ["layer_of", "quiet", "record", "to_program"]
 

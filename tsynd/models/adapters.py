@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.models.pixel_map import PixelMap, make_pixel_map
+from tsynd.models.pixel_range import PixelMap, make_pixel_map
 
 __all__ = [
     "Adapter",

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from tsynd.errors import InputError
-from tsynd.global_batch import batch_variance
 from tsynd.models.adapters import (
     Adapter,
     CodebookAutoencoder,
@@ -21,16 +18,10 @@ from tsynd.models.adapters import (
     PairAutoencoder,
     VariationalAutoencoder,
 )
-from tsynd.models.pixel_map import Numbers, PixelMap, make_pixel_map
+from tsynd.models.pixel_range import Numbers, PixelMap, make_pixel_map
+from tsynd.utils.errors import InputError
 
-__all__ = [
-    "Autoencoder",
-    "ReconstructionLoss",
-    "as_autoencoder",
-    "check_autoencoder",
-    "check_pixel_range",
-    "measure_latent_std",
-]
+__all__ = ["Autoencoder", "as_autoencoder", "check_autoencoder", "check_pixel_range", "measure_latent_std"]
 
 
 @runtime_checkable
@@ -265,28 +256,3 @@ def measure_latent_std(batches: Iterable[Tensor]) -> Tensor:
         raise InputError(f"latents: got {count} images, wanted two or more to measure a deviation")
     variance = (squares - total.square() / count) / (count - 1)
     return variance.clamp_min(0).mean().sqrt().float()
-
-
-class ReconstructionLoss(nn.Module):
-    """Training loss of an autoencoder: mean squared error of what disturbed latents decode to.
-
-    Args:
-        autoencoder: a module with ``encode`` and ``decode``.
-        noise: largest disturbance, in deviations of the latents; each image draws its own level below it.
-    """
-
-    def __init__(self, autoencoder: nn.Module, noise: float) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.noise = noise
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scalar loss of images [B, C, H, W] in [0, 1], B of two or more."""
-        model: Any = self.autoencoder
-        latents: Tensor = model.encode(images)
-        # The deviation carries a gradient: without it, ever larger latents would be a way out of the noise.
-        deviation = (batch_variance(latents.flatten(1).float()).mean() + 1e-12).sqrt()
-        level = self.noise * torch.rand([len(latents)] + [1] * (latents.ndim - 1), device=latents.device)
-        decoded: Tensor = model.decode(latents + level * deviation * torch.randn_like(latents))
-        # So the scale of the latents is free; this light spring keeps it near one.
-        return functional.mse_loss(decoded.float(), images) + 1e-4 * deviation.log().square()

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsynd.errors import InputError, require
 from tsynd.models import networks
-from tsynd.storage import atomic_path
-from tsynd.version import __version__
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.errors import InputError, require
+from tsynd.utils.version import __version__
 
 __all__ = ["ModelCard", "load_model", "read_card", "save_model"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.errors import InputError, require
+from tsynd.utils.errors import InputError, require
 
 __all__ = ["SmallAutoencoder", "SmallResNet"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd import ops
-from tsynd.reference import keep_count
+from tsynd.ops import operators as ops
+from tsynd.ops.reference import keep_count
 
 __all__ = ["AddressedDropout", "MaskSource", "addressed", "dropout_kind", "expand_passes", "path_dropout"]
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.checks import check_choice
-from tsynd.errors import InputError, require
-from tsynd.posteriors.head_posterior import HeadGaussian, SampledHead, training_features
+from tsynd.posteriors.last_layer import HeadGaussian, SampledHead, training_features
+from tsynd.utils.errors import InputError, check_choice, require
 
 __all__ = ["STRUCTURES", "LaplaceHead"]
 

@@ -12,20 +12,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from tsynd import ops
-from tsynd.checks import check_choice
-from tsynd.errors import InputError
-from tsynd.models.folding import FoldedGraph
-from tsynd.models.stages import staged
-from tsynd.posteriors.classifier import as_classifier
+from tsynd.fx.checkpointing import staged
+from tsynd.fx.folding import FoldedGraph
+from tsynd.models.classifier import as_classifier
+from tsynd.ops import operators as ops
+from tsynd.ops.reference import keep_count
 from tsynd.posteriors.dropout import MaskSource
-from tsynd.posteriors.microbatch import Passes, images_at_once, passes_logits, passes_uncertainty
+from tsynd.posteriors.passes import Passes, images_at_once, passes_logits, passes_uncertainty
 from tsynd.posteriors.posterior import Posterior, evaluating
 from tsynd.posteriors.sampled import heads_logits, heads_uncertainty
 from tsynd.posteriors.splitting import LinearHead, NoDropoutError, Split, split_at_dropout
 from tsynd.posteriors.trunks import may_have_head, split_at_hook
 from tsynd.posteriors.whole_network import AddressedDropoutMode, WholeNetwork, attending
-from tsynd.reference import keep_count
+from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["MCDropout", "as_posterior"]
 

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tsynd import ops
-from tsynd.checks import check_choice
-from tsynd.errors import InputError
-from tsynd.models.stages import staged
-from tsynd.posteriors.classifier import as_classifier
-from tsynd.reference import OBJECTIVES, TASKS
+from tsynd.fx.checkpointing import staged
+from tsynd.models.classifier import as_classifier
+from tsynd.ops import operators as ops
+from tsynd.ops.reference import OBJECTIVES, TASKS
+from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["Ensemble", "Posterior", "evaluating", "frozen"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tsynd import ops
+from tsynd.ops import operators as ops
 
 __all__ = ["heads_logits", "heads_uncertainty"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tsynd.errors import InputError
-from tsynd.posteriors.head_posterior import HeadGaussian, SampledHead, find_layer, training_features
+from tsynd.posteriors.last_layer import HeadGaussian, SampledHead, find_layer, training_features
+from tsynd.utils.errors import InputError
 
 __all__ = ["SWAGHead"]
 

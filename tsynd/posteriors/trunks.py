@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tsynd.errors import InputError
 from tsynd.posteriors.dropout import AddressedDropout, MaskSource, dropout_kind
 from tsynd.posteriors.splitting import LinearHead, Split, active_dropouts
 from tsynd.posteriors.whole_network import AddressedDropoutMode, WholeNetwork
+from tsynd.utils.errors import InputError
 
 __all__ = ["HookedTrunk", "may_have_head", "split_at_hook", "trunk_to"]
 

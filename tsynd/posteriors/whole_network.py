@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from tsynd.errors import InputError
 from tsynd.posteriors.dropout import MaskSource, addressed, dropout_kind, path_dropout
+from tsynd.utils.errors import InputError
 
 __all__ = ["AddressedDropoutMode", "WholeNetwork", "attending", "attention_dropouts"]
 

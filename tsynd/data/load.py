@@ -1,0 +1,220 @@
+"""Labelled images in their splits, from MedMNIST-style files, folders, tables, datasets objects and names."""
+
+from __future__ import annotations
+
+import difflib
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tsynd.data import medmnist
+from tsynd.data.checks import channels_first, check_labels, shape_of
+from tsynd.data.dataset import DataSource, LabelledImages
+from tsynd.data.filetree import FileTree
+from tsynd.data.phantom import phantom
+from tsynd.data.phantom3d import phantom3d
+from tsynd.data.readers.folders import list_folder
+from tsynd.data.readers.huggingface import is_dataset, read_dataset
+from tsynd.data.readers.listing import SPLITS, Listing, gather, read_entries
+from tsynd.data.readers.options import ReadOptions
+from tsynd.data.readers.tables import SUFFIXES as TABLES
+from tsynd.data.readers.tables import list_table
+from tsynd.data.splits import check_apart, split, stratified_order
+from tsynd.utils.errors import InputError
+
+__all__ = ["find_class_names", "load_data"]
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+_PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
+
+
+def load_data(
+    source: str | Path | Any,
+    *,
+    train_size: int | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+    channels: int | None = None,
+    window: tuple[float, float] | None = None,
+    frames: str | None = None,
+    volumes: bool = False,
+    slices: str | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    path_column: str = "path",
+    label_column: str = "label",
+    split_column: str = "split",
+    group_column: str = "patient",
+    group: str = "auto",
+) -> DataSource:
+    """Load a data set.
+
+    Args:
+        source: one of
+            - a MedMNIST-style .npz: `{train,val,test}_{images,labels}`, or `images` and `labels` alone; uint8
+              images [N, H, W] or [N, H, W, 3], or volumes [N, D, H, W]; labels [N] or [N, 1], or [N, L] of 0 and 1
+              (multilabel); optionally `class_names`, strings;
+            - a folder: train/ val/ test/ with class folders, or class folders alone, with PNG, JPEG, BMP, TIFF (8 or
+              16 bits), DICOM or NIfTI files at any depth below; classes are numbered in the sorted order of their
+              names;
+            - a table, .csv, .tsv or .parquet, with the columns `path`, `label`, optionally `split` and `patient`;
+            - a Hugging Face `datasets.Dataset` or `DatasetDict` with an image and a label column;
+            - a MedMNIST set, as `pneumoniamnist`, `bloodmnist_64` or `nodulemnist3d`: downloaded once, into the folder
+              that the variable TSYND_DATA names or the user's cache;
+            - `phantom` or `phantom:SIZE`, pictures of cells; `phantom3d` or `phantom3d:SIZE`, volumes of nodules.
+
+            Without a val split 15 % of train becomes it; without any split the shares are 70/15/15. Where the source
+            tells patients apart, none has images in two splits. Images are held in 8 bits.
+        train_size: how many labelled training images to draw, with the class shares kept and at least one of
+            every class; a smaller draw of the same seed is contained in a larger one. Of a class, every patient gives
+            one image before any gives a second. None: all.
+        seed: seeds that draw and any splitting, never the images themselves.
+        image_size: how folders, tables and `datasets` objects are read, like all that follow; see
+            :class:`tsynd.ReadOptions`. This: make every image this square (or cube).
+        channels: 1 or 3.
+        window: (centre, width) of grey values.
+        frames: "split" takes multi-frame files apart.
+        volumes: multi-frame files and DICOM series are volumes.
+        slices: volumes become their slices in this plane.
+        spacing: (x, y, z) in mm.
+        path_column: of a table.
+        label_column: of a table.
+        split_column: of a table.
+        group_column: of a table; whose images stay in one split.
+        group: "auto" or "none".
+
+    Raises:
+        InputError: the source or an argument cannot be used.
+        MissingExtraError: a package is not installed: pillow (pictures), pydicom, nibabel, pyarrow (Parquet), pooch
+            (downloads).
+    """
+    options = ReadOptions(
+        image_size, channels, window, frames, volumes, slices, spacing,
+        path_column, label_column, split_column, group_column, group,
+    )  # fmt: skip
+    if seed < 0:
+        raise InputError(f"seed: {seed}; wanted 0 or more")
+    if is_dataset(source):
+        read, names, name = read_dataset(source, options)
+        return _assemble(gather(read, names, options), name, "source", train_size, seed)
+    text = str(source)
+    known, path = text.lower(), Path(source).expanduser()
+    kind, _, size = known.partition(":")
+    is_name = isinstance(source, str)
+    listed = path.is_dir() or (path.is_file() and path.suffix.lower() in TABLES)
+    if not listed and (given := options.given()):
+        name = next(iter(given))
+        raise InputError(f"{name}: {given[name]!r}; wanted only with a folder of image files, a table or a Dataset")
+    if is_name and kind in _PHANTOMS:
+        if size and not size.isdecimal():
+            raise InputError(f"source: {text!r}; wanted '{kind}' or '{kind}:SIZE', such as '{kind}:64'")
+        return _assemble(_PHANTOMS[kind](int(size or 28)), text, text, train_size, seed)
+    if is_name and known in medmnist.MD5:
+        path = medmnist.download(known)
+        return _assemble(_read_npz(path), known, str(path), train_size, seed)
+    if listed:
+        listing = list_folder(FileTree(str(path), tars=False), options) if path.is_dir() else list_table(path, options)
+        _check_listing(listing, text)
+        arrays = gather(read_entries(listing, options), listing.class_names, options)
+        name = path.resolve().name if path.is_dir() else path.stem
+        return _assemble(arrays, name, text, train_size, seed)
+    if path.is_file():
+        return _assemble(_read_npz(path), path.stem, text, train_size, seed)
+    close = difflib.get_close_matches(known, [*_PHANTOMS, *medmnist.MD5], n=3)
+    raise InputError(
+        f"source: {text!r} is no file, folder or known name"
+        + (f"; did you mean {' or '.join(close)}?" if close else "")
+        + "; wanted an .npz, a folder of class folders, a table (.csv, .tsv, .parquet), phantom[:SIZE],"
+        " phantom3d[:SIZE] or one of " + ", ".join(medmnist.CLASS_NAMES)
+    )
+
+
+def _check_listing(listing: Listing, where: str) -> None:
+    """What a whole data set needs: two classes, and a train and a test split or none."""
+    splits = {entry.split for entry in listing.entries}
+    if splits != {""} and not {"train", "test"} <= splits:
+        raise InputError(f"{where}: holds {', '.join(sorted(splits))}; wanted train and test (and val), or no splits")
+    if len(listing.class_names) < 2:
+        raise InputError(f"{where}: {len(listing.class_names)} class folders or labels; wanted 2 or more")
+
+
+def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, seed: int) -> DataSource:
+    """Check the arrays of a MedMNIST-style file and make the splits."""
+    held = set(arrays)
+    splits = [s for s in SPLITS if s != "val" or {"val_images", "val_labels"} & held]
+    if {"images", "labels"} & held and not {"train_images", "train_labels"} & held:
+        splits = [""]
+    keys = [(f"{s}_images".lstrip("_"), f"{s}_labels".lstrip("_")) for s in splits]
+    grouped = any(key.endswith("groups") for key in held)
+    if missing := [key for pair in keys for key in pair if key not in arrays]:
+        raise InputError(f"{where}: holds {', '.join(arrays) or 'nothing'}; missing {', '.join(missing)}")
+    images = [torch.from_numpy(channels_first(arrays[key], f"{where}: {key}")).contiguous() for key, _ in keys]
+    if len({x.shape[1:] for x in images}) > 1:
+        raise InputError(f"{where}: images of {[shape_of(x) for x in images]}; wanted one size in all splits")
+    first = arrays[keys[0][1]]
+    task = "multilabel" if first.ndim == 2 and first.shape[1] > 1 else "multiclass"
+    base = check_labels(first, len(images[0]), task, name=f"{where}: {keys[0][1]}")
+    count = base.shape[1] if task == "multilabel" else int(base.max()) + 1
+    present = set(base.tolist()) if task == "multiclass" else set(range(count))
+    if len(present) < count and "class_names" not in arrays:
+        gap = next(number for number in range(count) if number not in present)
+        raise InputError(f"{where}: class {gap} has no training image; number the classes from 0 without gaps")
+    names = find_class_names(arrays, name, count, where)
+    if len(names) < 2:
+        raise InputError(f"{where}: one class only; wanted 2 or more")
+    parts = [
+        LabelledImages(x, check_labels(arrays[key], len(x), task, len(names), name=f"{where}: {key}"))
+        for x, (_, key) in zip(images, keys, strict=True)
+    ]
+    patients = [torch.from_numpy(arrays[key.replace("images", "groups")]) for key, _ in keys] if grouped else []
+    check_apart(patients, where)
+    first_patients = patients[0] if grouped else None
+    if len(parts) < 3:  # val and, where missing, test are cut from train
+        pieces = split(parts[0].labels, seed, 4 - len(parts), where, first_patients)
+        parts = [parts[0].subset(piece) for piece in pieces] + parts[1:]
+        first_patients = first_patients[pieces[0]] if first_patients is not None else None
+    train, val, test = parts
+    if train_size is None:
+        return DataSource(name, task, names, train, train, val, test, torch.arange(len(train)))
+    least = len(names) if task == "multiclass" else 1
+    if not least <= train_size <= len(train):
+        raise InputError(f"train_size: {train_size}; wanted {least} (one per class) to {len(train)} (all)")
+    chosen = stratified_order(train.labels, seed, first_patients)[:train_size].msort()
+    return DataSource(name, task, names, train.subset(chosen), train, val, test, chosen)
+
+
+def find_class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple[str, ...]:
+    """Names of at least `count` classes: the file's own, MedMNIST's by the file's name, or numbers."""
+    if "class_names" in arrays:
+        given = arrays["class_names"]
+        if given.dtype.kind != "U" or given.ndim != 1 or not count <= len(given) == len(set(given.tolist())):
+            raise InputError(f"{where}: class_names {given.dtype} {list(given.shape)}; wanted {count} distinct strings")
+        return tuple(given.tolist())
+    known = medmnist.CLASS_NAMES.get(name.split("_")[0], ())
+    return known if len(known) == count else tuple(str(i) for i in range(count))
+
+
+def _read_npz(path: Path) -> Arrays:
+    """The arrays of a MedMNIST-style file that we know the names of."""
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: damaged or no .npz file (tsynd never loads pickle)")
+    keys = ["images", "labels", "class_names", *(f"{s}_{k}" for s in SPLITS for k in ("images", "labels"))]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in keys if key in archive.files}
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        if "pickle" in str(error):
+            raise InputError(f"{path}: holds Python objects; wanted plain arrays (tsynd never loads pickle)") from error
+        raise InputError(f"{path}: damaged .npz file ({error})") from error

@@ -1,0 +1,248 @@
+"""Labelled images that need not fit in memory, read by ranges of their ids: npz, folders, tables, WebDataset, fsspec.
+
+A source knows its images by position: sample id i is always the same image. It is opened anew in every worker.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsynd.data import filetree as files
+from tsynd.data.checks import channels_first, check_labels, unit_pixels
+from tsynd.data.dataset import Batch, LabelledImages
+from tsynd.data.filetree import FileTree, Record
+from tsynd.utils.fingerprint import hash_parts
+from tsynd.data.load import find_class_names, load_data
+from tsynd.data.readers.folders import list_folder
+from tsynd.data.readers.image_file import read_image
+from tsynd.data.readers.listing import SPLITS, Listing, read_entry
+from tsynd.data.readers.options import ReadOptions
+from tsynd.data.readers.tables import SUFFIXES as TABLES
+from tsynd.data.readers.tables import list_table
+from tsynd.utils.errors import InputError
+
+__all__ = ["RangeSource", "decode_image", "open_source"]
+
+
+class RangeSource(ABC):
+    """Images by id.
+
+    Attributes:
+        count: number of images; ids are 0 .. count - 1.
+        task: ``multiclass`` or ``multilabel``.
+        class_names: one per class or label; empty where the source has no labels.
+        identity: hash of what the source holds, see ``tsynd.files``.
+    """
+
+    count: int
+    task: str = "multiclass"
+    class_names: tuple[str, ...] = ()
+    identity: str
+
+    @abstractmethod
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Images uint8 [n, C, H, W] or [n, C, D, H, W] and labels."""
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Images ``start`` to ``stop`` (exclusive), their labels and ids.
+
+        Raises:
+            InputError: an image that cannot be read, or is not as the first.
+        """
+        images, labels = self._read(start, stop)
+        return Batch(unit_pixels(images), labels, torch.arange(start, stop))
+
+
+def open_source(source: str, split: str = "train", options: ReadOptions | None = None) -> RangeSource:
+    """Open a source without reading its images.
+
+    Args:
+        source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones unpacked once
+            into the cache folder, see ``tsynd.files``); a folder or a table of image files as there; a WebDataset tar,
+            a folder of tars, or a pattern with ``*`` or ``{000..099}``; any of these but tables behind an fsspec
+            address such as ``s3://bucket/images.npz``; a MedMNIST name, ``phantom`` or ``phantom3d``.
+        split: which of the source's own splits to take; a source without splits is taken whole.
+        options: how the files of a folder or table are read; every file must be one image.
+
+    Raises:
+        InputError: no such source, or one that cannot be used.
+        MissingExtraError: fsspec or the package for a kind of file is needed and not installed.
+    """
+    options = options or ReadOptions()
+    if split not in SPLITS:
+        raise InputError(f"split: got {split!r}, wanted {', '.join(SPLITS)}")
+    tree = FileTree(source)
+    table = tree.is_file and not tree.remote and tree.name.lower().endswith(TABLES)
+    if (tree.is_folder and not tree.tars) or table:
+        if options.frames is not None or options.slices in ("axial", "coronal", "sagittal"):
+            name = "frames" if options.frames is not None else "slices"
+            raise InputError(
+                f"{name}: not in shards, where every file is one image; wanted volumes, or slices 'PLANE:middle'"
+            )
+        return _Listed(
+            list_table(Path(source).expanduser(), options) if table else list_folder(tree, options), split, options
+        )
+    if given := options.given():
+        name = next(iter(given))
+        raise InputError(f"{name}: {given[name]!r}; wanted only with a folder of image files or a table")
+    if tree.tars:
+        return _Tars(tree)
+    if tree.is_file and tree.name.endswith(".npz"):
+        return _Npz(tree, split)
+    if tree.remote:
+        raise InputError(f"source: {source!r} was not found, wanted an .npz, a folder of class folders or .tar files")
+    data = load_data(source)
+    return _Memory(getattr(data, split), data.task, data.class_names, f"{source} {split}")
+
+
+class _Memory(RangeSource):
+    """A set that is loaded whole: a MedMNIST name or the phantom."""
+
+    def __init__(self, data: LabelledImages, task: str, names: tuple[str, ...], text: str) -> None:
+        self._data, self.count, self.task, self.class_names = data, len(data), task, names
+        content = (data.images.contiguous().numpy().data, data.labels.contiguous().numpy().data)
+        self.identity = hash_parts(text, *content)
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self._data.images[start:stop], self._data.labels[start:stop]
+
+
+class _Npz(RangeSource):
+    """The arrays of an .npz, mapped."""
+
+    def __init__(self, tree: FileTree, split: str) -> None:
+        where = tree.text
+        try:
+            with tree.open() as file, zipfile.ZipFile(file) as archive:
+                held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+                prefix = f"{split}_" if f"{split}_images" in held else ""
+                if not prefix and any(f"{name}_images" in held for name in SPLITS):
+                    raise InputError(f"{where}: has no {split} split, wanted one of {', '.join(sorted(held))}")
+                if missing := [k for k in (f"{prefix}images", f"{prefix}labels") if k not in held]:
+                    raise InputError(f"{where}: holds {', '.join(held) or 'nothing'}; missing {', '.join(missing)}")
+                used = [held[key] for key in (f"{prefix}images", f"{prefix}labels", "class_names") if key in held]
+                # a zip holds the checksum of every array
+                self.identity = hash_parts(*(f"{i.filename} {i.file_size} {i.CRC:08x}" for i in used))
+                self._images = files.map_member(tree, archive, held[f"{prefix}images"], self.identity)
+                labels = np.load(io.BytesIO(archive.read(held[f"{prefix}labels"])), allow_pickle=False)
+                names = held.get("class_names")
+                given = None if names is None else np.load(io.BytesIO(archive.read(names)), allow_pickle=False)
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{where}: damaged or no .npz of plain arrays ({error})") from error
+        x = self._images
+        channels_first(x, f"{where}: images")
+        self.count = len(x)
+        self.task = "multilabel" if labels.ndim == 2 and labels.shape[1] > 1 else "multiclass"
+        self._labels = check_labels(labels, self.count, self.task, name=f"{where}: labels")
+        classes = self._labels.shape[1] if self.task == "multilabel" else int(self._labels.max()) + 1
+        arrays = {} if given is None else {"class_names": given}
+        self.class_names = find_class_names(arrays, Path(tree.name).stem, classes, where)
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        part = np.array(self._images[start:stop])  # a copy: the map is read-only
+        pages: Any = getattr(self._images, "_mmap", None)
+        if hasattr(pages, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)  # what was read is not held in this process
+        return torch.from_numpy(channels_first(part, "images")), self._labels[start:stop]
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray[Any, Any]:
+    """An image file's bytes as uint8 [C, H, W]; an .npy may also hold a volume [C, D, H, W], and float32."""
+    if name.endswith(".npy"):
+        try:
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{name}: damaged .npy ({error})") from None
+        if array.ndim == 2:
+            array = array[None]
+        if array.ndim not in (3, 4) or array.dtype.kind not in "uf":
+            raise InputError(
+                f"{name}: {array.dtype} {list(array.shape)}; wanted [H, W], [C, H, W] or [C, D, H, W], uint8 or float"
+            )
+        return np.asarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
+    return read_image(content, "picture", name, ReadOptions())[0][0]
+
+
+def _stack(images: Sequence[np.ndarray[Any, Any]], names: Sequence[str]) -> Tensor:
+    for image, name in zip(images, names, strict=True):
+        if image.shape != images[0].shape or image.dtype != images[0].dtype:
+            raise InputError(
+                f"{name}: {list(image.shape)}, while {names[0]} is {list(images[0].shape)}; wanted one size"
+            )
+    pixels = torch.from_numpy(np.stack(images))
+    if pixels.is_floating_point() and not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise InputError(f"{names[0]} .. {names[-1]}: values outside [0, 1]; wanted uint8, or float in [0, 1]")
+    return pixels
+
+
+class _Listed(RangeSource):
+    """Image files of a folder or a table; only their names are kept."""
+
+    def __init__(self, listing: Listing, split: str, options: ReadOptions) -> None:
+        tree, splits = listing.tree, {entry.split for entry in listing.entries}
+        if splits != {""} and split not in splits:
+            raise InputError(f"{tree.text}: has no {split} split, wanted one of {', '.join(sorted(splits))}")
+        self._entries = [entry for entry in listing.entries if entry.split in ("", split)]
+        self._tree, self._options, self.count = tree, options, len(self._entries)
+        self.class_names = listing.class_names
+        self.task = "multilabel" if isinstance(self._entries[0].label, list) else "multiclass"
+        labels = np.array([entry.label for entry in self._entries])
+        self._labels = check_labels(labels, self.count, self.task, name=f"{tree.text}: labels")
+        self.identity = tree.identity([name for entry in self._entries for name in entry.names])
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        entries = self._entries[start:stop]
+        images = [image for entry in entries for image in read_entry(self._tree, entry, self._options)[0]]
+        return _stack(images, [entry.names[0] for entry in entries]), self._labels[start:stop]
+
+
+class _Tars(RangeSource):
+    """WebDataset shards: files that share a name up to its first dot are a sample."""
+
+    def __init__(self, tree: FileTree) -> None:
+        self._tree = tree
+        self._records: list[Record] = [record for name in tree.tars for record in files.index_tar(tree, name)]
+        if not self._records:
+            raise InputError(f"{tree.text}: no sample with an image (.png, .jpg, .npy) in the tars")
+        self.count = len(self._records)
+        self.identity = tree.identity(tree.tars)
+        label, names = self._label(self._records[0])
+        self._has_labels = label is not None
+        self.task = "multilabel" if isinstance(label, list) else "multiclass"
+        self.class_names = names
+
+    def _label(self, record: Record) -> tuple[int | list[int] | None, tuple[str, ...]]:
+        if record.cls is not None:
+            return int(self._tree.read_at(record.tar, *record.cls)), ()
+        if record.json is not None:
+            try:
+                content = json.loads(self._tree.read_at(record.tar, *record.json))
+            except ValueError:
+                raise InputError(f"{record.tar}: {record.key}.json is no JSON") from None
+            return content.get("label"), tuple(content.get("class_names", ()))
+        return None, ()
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        records = self._records[start:stop]
+        names = [f"{record.tar}/{record.key}{record.suffix}" for record in records]
+        contents = (self._tree.read_at(record.tar, *record.image) for record in records)
+        images = _stack([decode_image(content, name) for content, name in zip(contents, names, strict=True)], names)
+        if not self._has_labels:
+            return images, None
+        labels = [self._label(record)[0] for record in records]
+        if missing := [name for name, label in zip(names, labels, strict=True) if label is None]:
+            raise InputError(f"{missing[0]}: has no label, while the first sample has one")
+        return images, check_labels(labels, len(labels), self.task, name=f"{names[0]} ..: labels")

@@ -1,0 +1,207 @@
+"""One worker of a synthesis of more images than memory holds: models loaded once, then shard after shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsynd.data.checks import check_labels
+from tsynd.data.dataset import Batch
+from tsynd.data.formats import to_uint8
+from tsynd.data.readers.options import ReadOptions
+from tsynd.data.sources import RangeSource, open_source
+from tsynd.distributed.shards import FORMATS, Sample, ShardFolder, Unit
+from tsynd.models.checkpoint import load_model, read_card
+from tsynd.synthesis.ascent import AscentSettings, Status
+from tsynd.synthesis.synthesizer import AscentStream
+from tsynd.utils.errors import InputError, check_choice, require
+from tsynd.utils.fingerprint import plain_settings
+from tsynd.utils.version import __version__
+
+__all__ = ["ShardSettings", "ShardWorker"]
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """A sharded job.
+
+    Attributes:
+        data: see ``tsynd.distributed.sources.open_source``.
+        autoencoder, classifier: files of :func:`tsynd.save_model`; with Ray, paths that every machine sees.
+        output: folder, one that every machine sees.
+        split: of the data.
+        reading: how its files are read.
+        shard_size: images per shard.
+        image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W] or, of volumes, [C, D, H, W]).
+        objective, samples, masks, steps, radius, label_consistency, seed, batch_size, checkpointing, memory_limit,
+            precision: see :func:`tsynd.synthesize`. Sample ids are positions in the data.
+        device: of each worker; None takes a GPU where there is one.
+        threads: CPU threads of each worker; None leaves torch's choice.
+    """
+
+    data: str
+    autoencoder: str
+    classifier: str
+    output: str
+    split: str = "train"
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    shard_size: int = 4096
+    image_format: str = "png"
+    objective: str = "mutual_information"
+    samples: int = 32
+    masks: str = "shared"
+    steps: int = 5
+    radius: float = 0.5
+    label_consistency: float | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    checkpointing: bool | None = None
+    memory_limit: float | None = None
+    precision: str = "float32"
+    device: str | None = None
+    threads: int | None = None
+
+
+# what may differ between two starts of a job; the files count by their contents
+_NOT_THE_RESULT = {"data", "autoencoder", "classifier", "output", "device", "threads"}
+_NOT_THE_RESULT |= {"batch_size", "checkpointing", "memory_limit"}
+
+
+def _fingerprint(settings: ShardSettings, source: RangeSource, latent_std: float) -> dict[str, Any]:
+    """Everything that decides the samples; not where they are made."""
+    return {
+        "tsynd": __version__,
+        "data": source.identity,
+        "images": source.count,
+        "autoencoder": read_card(settings.autoencoder).sha256,
+        "classifier": read_card(settings.classifier).sha256,
+        "latent_std": latent_std,
+        **{key: value for key, value in plain_settings(settings).items() if key not in _NOT_THE_RESULT},
+    }
+
+
+class ShardWorker:
+    """Models and source, opened once; makes one unit after the other.
+
+    Args:
+        settings: the job.
+        expected: the job's fingerprint as its driver took it; None to trust one's own.
+        look_only: for a driver: check everything on the CPU and leave GPUs alone; :meth:`make` is not to be called.
+
+    Raises:
+        InputError: an argument, a file or the folder cannot be used; also where this machine sees other models or
+            data than the driver.
+    """
+
+    def __init__(
+        self, settings: ShardSettings, expected: dict[str, Any] | None = None, look_only: bool = False
+    ) -> None:
+        check_choice("image_format", settings.image_format, FORMATS)
+        require("pyarrow.parquet", "big")
+        if settings.image_format == "png":
+            require("PIL.Image", "data")
+        if settings.threads is not None:
+            if settings.threads < 1:
+                raise InputError(f"threads: got {settings.threads}, wanted 1 or more")
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        autoencoder, classifier = load_model(settings.autoencoder), load_model(settings.classifier)
+        self.source = open_source(settings.data, settings.split, settings.reading)
+        names = read_card(settings.classifier).class_names or ()
+        if names and self.source.class_names and tuple(names) != self.source.class_names:
+            raise InputError(
+                f"classifier: was trained for {', '.join(names)}, but the data have "
+                f"{', '.join(self.source.class_names)}"
+            )
+        ascent = AscentSettings(
+            objective=settings.objective,
+            task=self.source.task,
+            steps=settings.steps,
+            radius=settings.radius,
+            label_consistency=settings.label_consistency,
+        )
+        device = "cpu" if look_only else settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.stream = AscentStream(
+            autoencoder,
+            classifier,
+            ascent,
+            samples=settings.samples,
+            masks=settings.masks,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            device=device,
+            precision="float32" if look_only else settings.precision,
+            compile=False,
+            checkpointing=settings.checkpointing,
+            memory_limit=settings.memory_limit,
+        )
+        latent_std = self.stream.known_latent_std
+        if latent_std is None:
+            raise InputError(
+                "autoencoder: has no latent_std, which every shard must share; fit_autoencoder measures it"
+            )
+        first = self.source.read(0, 1)
+        if settings.image_format == "png" and first.images.ndim == 5:
+            raise InputError("image_format: png holds pictures, the data are volumes; use npy")
+        if settings.image_format == "png" and first.images.shape[1] not in (1, 3):
+            raise InputError(
+                f"image_format: png holds 1 or 3 channels, the images have {first.images.shape[1]}; use npy"
+            )
+        if settings.label_consistency is not None and first.labels is None:
+            raise InputError("label_consistency: got a limit, but the data have no labels")
+        self.stream.__enter__()
+        self._classes = self.stream.check(first.images)
+        self.stream.prepare(latent_std, first.images)
+        fingerprint = _fingerprint(settings, self.source, latent_std)
+        facts = {
+            "task": self.source.task,
+            "class_names": list(names or self.source.class_names),
+            "image_shape": list(first.images.shape[1:]),
+        }
+        self.folder = ShardFolder(Path(settings.output), fingerprint, facts)
+        if expected is not None and expected != fingerprint:
+            differ = [key for key in fingerprint if expected.get(key) != fingerprint[key]]
+            raise InputError(
+                f"worker: sees another {', '.join(differ)} than the driver; wanted the same files everywhere"
+            )
+
+    def close(self) -> None:
+        """Give the models their modes back."""
+        self.stream.__exit__(None, None, None)
+
+    def make(self, unit: Unit) -> dict[str, Any]:
+        """Make one unit; its receipt without the fingerprint, and ``seconds``."""
+        start = time.perf_counter()
+        receipt = self.folder.write(unit, self._samples(unit), self.settings.image_format)
+        del receipt["fingerprint"]
+        return receipt | {"seconds": time.perf_counter() - start}
+
+    def _batches(self, unit: Unit) -> Iterator[Batch]:
+        for start in range(unit.start, unit.stop, self.stream.size):
+            batch = self.source.read(start, min(start + self.stream.size, unit.stop))
+            if batch.labels is not None:
+                check_labels(batch.labels, len(batch.images), self.source.task, self._classes)
+            yield batch
+
+    def _samples(self, unit: Unit) -> Iterator[Sample]:
+        png = self.settings.image_format == "png"
+        for batch, _, climbed in self.stream.run(self._batches(unit)):
+            ids = batch.sample_ids.tolist()
+            images = to_uint8(climbed.images.float()) if png else climbed.images.float().numpy()
+            labels = [None] * len(ids) if batch.labels is None else batch.labels.long().tolist()
+            rows = zip(
+                ids,
+                images,
+                labels,
+                climbed.trajectory[0].tolist(),
+                climbed.uncertainty.tolist(),
+                (Status(code).name.lower() for code in climbed.status.tolist()),
+                strict=True,
+            )
+            for row in rows:
+                yield Sample(*row)

@@ -1,0 +1,1 @@
+"""Scores of classifiers and of images: metrics, shifts, attacks, quality."""

@@ -1,0 +1,204 @@
+"""Attacks on the deterministic classifier, by the Adversarial Robustness Toolbox; budgets in [0, 1] pixel units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tsynd.data.dataset import at_once
+from tsynd.posteriors.posterior import frozen
+from tsynd.utils.errors import InputError, require
+
+__all__ = ["BUDGETS", "KINDS", "PGD_STEPS", "Attack", "check_robustness", "parse_attacks", "perturb"]
+
+BUDGETS = (1, 2, 4, 8)
+"""Default budgets of FGSM and PGD, in 1/255."""
+
+PGD_STEPS = 20
+SQUARE_STEPS = 100
+KINDS = ("fgsm", "pgd", "square")
+_DEFAULTS = {"fgsm": BUDGETS, "pgd": BUDGETS, "square": (4,)}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack in the ball ‖x* − x‖∞ ≤ budget, cut to [0, 1].
+
+    Attributes:
+        kind: ``fgsm`` (Goodfellow et al. 2015), ``pgd`` (Madry et al. 2018: 20 steps of 2.5 · budget / 20, one
+            random start) or ``square`` (Andriushchenko et al. 2020: 100 rounds of queries, no gradient; in volumes
+            its squares go through all slices, with a sign for each).
+        budget: in units of the intensity range [0, 1].
+    """
+
+    kind: str
+    budget: float
+
+    @property
+    def name(self) -> str:
+        """``KIND:N/255``, or the plain number where that is no multiple of 1/255."""
+        steps = self.budget * 255
+        whole = abs(steps - round(steps)) < 1e-6
+        return f"{self.kind}:{round(steps)}/255" if whole else f"{self.kind}:{self.budget:g}"
+
+
+def parse_attacks(texts: Sequence[str]) -> list[Attack]:
+    """Attacks from ``KIND:BUDGET`` (as ``pgd:2/255`` or ``pgd:0.01``), or ``KIND`` for its default budgets.
+
+    Raises:
+        InputError: an unknown kind, or a budget outside (0, 1].
+    """
+    found = []
+    for text in texts:
+        kind, _, budget = str(text).partition(":")
+        if kind not in KINDS:
+            raise InputError(f"attacks: got {text!r}, wanted KIND or KIND:BUDGET with KIND one of {', '.join(KINDS)}")
+        if not budget:
+            found += [Attack(kind, n / 255) for n in _DEFAULTS[kind]]
+            continue
+        parts = re.fullmatch(r"([0-9]*\.?[0-9]+)(?:/([0-9]+))?", budget)
+        value = float(parts[1]) / float(parts[2] or 1) if parts and float(parts[2] or 1) else 0.0
+        if not 0 < value <= 1:
+            raise InputError(f"attacks: got {text!r}, wanted a budget in (0, 1], as pgd:2/255")
+        found.append(Attack(kind, value))
+    return list(dict.fromkeys(found))
+
+
+def check_robustness() -> None:
+    """Ask for what attacks need before work starts.
+
+    Raises:
+        MissingExtraError: the toolbox is not installed.
+    """
+    require("art.attacks.evasion", "robustness")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The toolbox draws from numpy's global generator (its loaders from torch's): seeded, and then as before."""
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(state)
+
+
+class _LabelLoss(nn.Module):
+    """Binary cross-entropy over all labels; torch's own class would make the toolbox reduce labels to one."""
+
+    reduction = "mean"
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction=self.reduction)
+
+
+class _Sliced(nn.Module):
+    """A classifier of volumes [B, C, D, H, W] that is given them as [B, C · D, H, W]."""
+
+    def __init__(self, classifier: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.classifier, self.channels = classifier, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x.reshape(len(x), self.channels, -1, *x.shape[2:]))
+        return logits
+
+
+def _any_label_wrong(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.asarray(((logits > 0) != (labels > 0.5)).any(1))
+
+
+def perturb(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    *,
+    task: str = "multiclass",
+    seed: int = 0,
+    steps: int | None = None,
+    batch_size: int = 128,
+) -> Tensor:
+    """Attacked copies of images; the network attacked is the deterministic one (eval mode, no dropout).
+
+    Untargeted: FGSM and PGD raise the cross-entropy of the true labels, Square lowers the margin of the true class
+    (multilabel: of the least certain label) and leaves alone what is already wrong.
+
+    Args:
+        classifier: images → logits [B, K], K of two or more; its modes and parameters' ``requires_grad`` come back.
+        images: [N, C, H, W] or [N, C, D, H, W] in [0, 1], on the classifier's device.
+        labels: int64 [N], or 0/1 [N, K] for multilabel.
+        attack: kind and budget.
+        task: "multiclass" or "multilabel".
+        seed: of PGD's start and Square's squares; the global random states are left as they were.
+        steps: of PGD or Square; 20 and 100 by default.
+        batch_size: images at a time; fewer where they are large.
+
+    Returns:
+        Of the same shape in [0, 1], within the budget of the images (to float32 rounding).
+
+    Raises:
+        MissingExtraError: the toolbox is not installed.
+        InputError: one logit only, or Square on images that are far from square.
+    """
+    check_robustness()
+    batch_size = at_once(images[:1].numel() or 1, batch_size)
+    evasion = require("art.attacks.evasion", "robustness")
+    projected = require(
+        "art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch", "robustness"
+    )
+    wrapper = require("art.estimators.classification", "robustness").PyTorchClassifier
+    multiclass = task == "multiclass"
+    with frozen(classifier), _seeded(seed):
+        with torch.no_grad():
+            classes = classifier(images[:1]).shape[1]
+        if classes < 2:
+            raise InputError(f"classifier: gives {classes} logit, wanted 2 or more for an attack")
+        height, width = images.shape[-2:]
+        if attack.kind == "square" and round((0.8 * height * width) ** 0.5) >= min(height, width):
+            raise InputError(f"attacks: square on {height} x {width} images, wanted sides within a factor of 1.25")
+        # the toolbox's squares lie in pictures: a volume is one with a channel for each slice
+        sliced = images.ndim == 5 and attack.kind == "square"
+        shown = images.flatten(1, 2) if sliced else images
+        network = wrapper(
+            _Sliced(classifier, images.shape[1]) if sliced else classifier,
+            loss=nn.CrossEntropyLoss() if multiclass else _LabelLoss(),
+            input_shape=tuple(shown.shape[1:]),
+            nb_classes=classes,
+            clip_values=(0.0, 1.0),
+            preprocessing=None,
+            device_type="gpu" if images.is_cuda else "cpu",
+        )
+        truth = functional.one_hot(labels.long(), classes) if multiclass else labels
+        pixels, answers = shown.detach().cpu().numpy(), truth.float().cpu().numpy()
+        shared: dict[str, Any] = dict(eps=attack.budget, batch_size=batch_size)
+        method: Any
+        if attack.kind != "square":
+            # FGSM is one whole step without a random start; the toolbox's own class would rescale multilabel truth
+            count = 1 if attack.kind == "fgsm" else steps or PGD_STEPS
+            step = attack.budget if attack.kind == "fgsm" else 2.5 * attack.budget / count
+            options = dict(eps_step=step, max_iter=count, num_random_init=int(attack.kind == "pgd"), verbose=False)
+            method = projected.ProjectedGradientDescentPyTorch(network, **options, **shared)
+        else:
+            own: dict[str, Any] = {}
+            if not multiclass:
+
+                def margin(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+                    logits = network.predict(x, batch_size=batch_size)
+                    return np.asarray(np.where(y > 0.5, logits, -logits).min(1))
+
+                own = dict(adv_criterion=_any_label_wrong, loss=margin)
+            method = evasion.SquareAttack(network, max_iter=steps or SQUARE_STEPS, verbose=False, **shared, **own)
+        found = torch.from_numpy(method.generate(pixels, answers)).to(images).reshape(images.shape)
+    # rounding in float32 may lead an ulp outside
+    return torch.minimum(torch.maximum(found, images - attack.budget), images + attack.budget).clamp(0, 1)

@@ -1,0 +1,110 @@
+"""Scores of predictions, by torchmetrics: how right, how calibrated, and how telling the uncertainty is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tsynd.utils.errors import require
+
+__all__ = ["COVERAGE", "SCORES", "errors", "scores", "uncertainty_scores"]
+
+SCORES = ("balanced_accuracy", "accuracy", "auroc", "ece", "nll")
+"""The keys of :func:`scores`."""
+
+COVERAGE = tuple(round(0.05 * k, 2) for k in range(1, 21))
+"""Shares of the images, the least uncertain first, at which selective accuracy is given."""
+
+_BINS = 15
+
+
+def scores(logits: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str, float]:
+    """Balanced accuracy, accuracy, area under the ROC curve, calibration error and negative log-likelihood.
+
+    Multiclass: balanced accuracy is the mean recall and ``auroc`` the mean one-vs-rest area over the classes
+    that occur; ``ece`` is the expected calibration error of the predicted class's probability (15 bins of equal
+    width, mean absolute gap weighted by the bins' counts); ``nll`` is the mean of −log p(label) in nats.
+    Multilabel: balanced accuracy is the mean over labels of (sensitivity + specificity) / 2 at probability 0.5,
+    accuracy the share of right 0/1 answers, ``auroc`` the mean area over the labels; labels with one value only
+    are left out of both. ``ece`` is that of the probability of "present" over all answers, ``nll`` the mean binary
+    one over all answers. A score that is defined nowhere is NaN.
+
+    Args:
+        logits: [N, C].
+        labels: int64 [N], or 0/1 [N, C] for multilabel.
+        task: "multiclass" or "multilabel".
+    """
+    metrics = require("torchmetrics.functional.classification", "train")
+    logits, count = logits.float(), logits.shape[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchmetrics warns of absent classes, which are left out below
+        if task == "multiclass":
+            chances = logits.softmax(1)
+            present = torch.bincount(labels, minlength=count) > 0
+            judged = present & (present.sum() > 1)  # an area needs images outside the class too
+            recalls = metrics.multiclass_accuracy(logits, labels, num_classes=count, average=None)
+            areas = metrics.multiclass_auroc(chances, labels, num_classes=count, average=None)
+            accuracy = metrics.multiclass_accuracy(logits, labels, num_classes=count, average="micro")
+            ece = metrics.multiclass_calibration_error(chances, labels, num_classes=count, n_bins=_BINS)
+            nll = functional.cross_entropy(logits, labels)
+        else:
+            truth, chances = labels.long(), logits.sigmoid()
+            present = judged = truth.amin(0) != truth.amax(0)
+            recalls = metrics.multilabel_recall(chances, truth, num_labels=count, average=None)
+            recalls = (recalls + metrics.multilabel_specificity(chances, truth, count, average=None)) / 2
+            areas = metrics.multilabel_auroc(chances, truth, num_labels=count, average=None)
+            accuracy = metrics.multilabel_accuracy(chances, truth, num_labels=count, average="micro")
+            ece = metrics.binary_calibration_error(chances.flatten(), truth.flatten(), n_bins=_BINS)
+            nll = functional.binary_cross_entropy_with_logits(logits, truth.float())
+    return {
+        "balanced_accuracy": float(recalls.reshape(-1)[present].mean()),
+        "accuracy": float(accuracy),
+        "auroc": float(areas.reshape(-1)[judged].mean()) if bool(judged.any()) else math.nan,
+        "ece": float(ece),
+        "nll": float(nll),
+    }
+
+
+def errors(logits: Tensor, labels: Tensor, task: str = "multiclass") -> Tensor:
+    """Which predictions are wrong, bool [N]; of several labels, whether any is (arguments as :func:`scores`)."""
+    if task == "multiclass":
+        return logits.argmax(1) != labels
+    return ((logits > 0) != (labels > 0.5)).any(1)
+
+
+def uncertainty_scores(uncertainty: Tensor, wrong: Tensor) -> dict[str, Any]:
+    """How well an uncertainty tells wrong predictions from right ones.
+
+    Args:
+        uncertainty: [N], finite, higher for what should be mistrusted.
+        wrong: bool [N].
+
+    Returns:
+        ``error_auroc``: area under the ROC curve of finding the wrong predictions by their uncertainty (0.5 is
+        chance; NaN where all or none are wrong). ``coverage``: :data:`COVERAGE`, and ``selective_accuracy`` the
+        accuracy on that share of the images, the least uncertain first. ``aurc``: area under the risk-coverage
+        curve, the mean over k of the error rate among the k least uncertain images (Geifman & El-Yaniv, 2017); lower
+        is better. ``mean_uncertainty`` and ``error_rate``.
+    """
+    metrics = require("torchmetrics.functional.classification", "train")
+    uncertainty, wrong = uncertainty.detach().cpu().double(), wrong.detach().cpu()
+    count = len(wrong)
+    area = math.nan
+    if 0 < int(wrong.sum()) < count:
+        # torchmetrics takes scores outside [0, 1] for logits; the area knows no scale
+        area = float(metrics.binary_auroc(uncertainty / uncertainty.max().clamp_min(1e-30), wrong.long()))
+    risk = wrong[uncertainty.argsort(stable=True)].double().cumsum(0) / torch.arange(1, count + 1)
+    at = [min(max(round(share * count), 1), count) - 1 for share in COVERAGE]
+    return {
+        "error_auroc": area,
+        "aurc": float(risk.mean()),
+        "mean_uncertainty": float(uncertainty.mean()),
+        "error_rate": float(wrong.double().mean()),
+        "coverage": list(COVERAGE),
+        "selective_accuracy": [1 - float(risk[k]) for k in at],
+    }

@@ -1,0 +1,222 @@
+"""Disturbed test images: seven kinds of shift in five severities, each image's draw fixed by (seed, index).
+
+Volumes [B, C, D, H, W] are turned and moved in the plane of H and W, as a patient lies on the table; JPEG codes them
+slice by slice, as files of slices are; the other kinds see the whole volume.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsynd.utils.errors import require
+
+__all__ = [
+    "SEVERITIES",
+    "SHIFTS",
+    "Condition",
+    "blur",
+    "brightness",
+    "contrast",
+    "gaussian_noise",
+    "jpeg",
+    "rotation",
+    "shifts",
+    "translation",
+]
+
+Condition: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+"""(images [B, C, H, W] or [B, C, D, H, W] in [0, 1], their indices [B], seed) → images of that shape in [0, 1]."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+def _generators(indices: Tensor, seed: int) -> Iterator[torch.Generator]:
+    """One random stream per image, addressed by (seed, index): a batch's make-up cannot matter."""
+    generator = torch.Generator()
+    for index in indices.tolist():
+        # torch's CPU engine uses 32 bits of its seed; the odd constant keeps streams of two seeds apart.
+        yield generator.manual_seed((seed * 0x9E3779B1 + index) & 0xFFFFFFFF)
+
+
+def _uniform(indices: Tensor, seed: int, count: int) -> Tensor:
+    """Draws in [−1, 1), [B, count]; the first ones of an image's stream."""
+    draws = torch.stack([torch.rand(count, generator=generator) for generator in _generators(indices, seed)])
+    return 2 * draws - 1
+
+
+def _up_or_down(indices: Tensor, seed: int, up: float, down: float) -> Tensor:
+    """A factor [B] for each image, one of two with equal chance."""
+    return torch.where(_uniform(indices, seed, 1)[:, 0] < 0, down, up)
+
+
+def _slices(images: Tensor) -> Tensor:
+    """Volumes as pictures [B, C · D, H, W] with a channel for each slice; pictures as they are."""
+    return images.flatten(1, 2) if images.ndim == 5 else images
+
+
+def _sheets(images: Tensor) -> Tensor:
+    """Volumes as pictures [B, C, D · H, W], which keep their channels' meaning; pictures as they are."""
+    return images.flatten(2, 3) if images.ndim == 5 else images
+
+
+def gaussian_noise(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 0.05) -> Tensor:
+    """Add Gaussian noise and clip to [0, 1].
+
+    Args:
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
+        indices: [B], the images' numbers in their data set; with ``seed`` they fix the noise.
+        seed: any integer.
+        sigma: standard deviation, in units of the intensity range.
+    """
+    shape = images.shape[1:]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in _generators(indices, seed)])
+    return (images + sigma * noise.to(images)).clamp(0, 1)
+
+
+def rotation(images: Tensor, indices: Tensor, seed: int, *, degrees: float = 15.0) -> Tensor:
+    """Rotate each image about its centre by its own angle, uniform in ±``degrees``.
+
+    Corners that come into view repeat the border: the test is the turn, not black triangles.
+
+    Args:
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
+        indices: [B], the images' numbers in their data set; with ``seed`` they fix the angle.
+        seed: any integer.
+        degrees: largest angle.
+    """
+    rotate = require("kornia.geometry.transform", "train").rotate
+    angles = (_uniform(indices, seed, 1)[:, 0] * degrees).to(images)
+    rotated: Tensor = rotate(_slices(images), angles, mode="bilinear", padding_mode="border")
+    return rotated.reshape(images.shape).clamp(0, 1)
+
+
+def translation(images: Tensor, indices: Tensor, seed: int, *, share: float = 0.1) -> Tensor:
+    """Move each image by its own vector, uniform in ±``share`` of the width and of the height.
+
+    What comes into view repeats the border.
+
+    Args:
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
+        indices: [B], the images' numbers in their data set; with ``seed`` they fix the vector.
+        seed: any integer.
+        share: largest move, as a share of the side.
+    """
+    translate = require("kornia.geometry.transform", "train").translate
+    height, width = images.shape[-2:]
+    vectors = _uniform(indices, seed, 2) * share * torch.tensor([width, height])
+    moved: Tensor = translate(_slices(images), vectors.to(images), mode="bilinear", padding_mode="border")
+    return moved.reshape(images.shape).clamp(0, 1)
+
+
+def blur(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 1.0 / 28) -> Tensor:
+    """Blur with a Gaussian, the same for all images; borders are mirrored.
+
+    Args:
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
+        indices: not used.
+        seed: not used.
+        sigma: standard deviation as a share of the shorter side, so that it means the same at every resolution.
+    """
+    gaussian = require("kornia.filters", "train").gaussian_blur2d
+    side = min(images.shape[2:])
+    pixels = sigma * side
+    # three deviations either side, but mirroring needs a kernel narrower than the image
+    width = 2 * min(int(np.ceil(3 * pixels)), side // 2 - 1) + 1
+    blurred: Tensor = gaussian(_slices(images), (width, width), (pixels, pixels))
+    if images.ndim == 5:  # a Gaussian is separable: what is left is the depth
+        columns = blurred.reshape(images.shape).flatten(3, 4)
+        blurred = gaussian(columns, (width, 1), (pixels, pixels))
+    return blurred.reshape(images.shape).clamp(0, 1)
+
+
+def brightness(images: Tensor, indices: Tensor, seed: int, *, up: float = 1.3, down: float = 0.7) -> Tensor:
+    """Multiply each image by ``up`` or ``down``, which of them by an even chance, and clip to [0, 1].
+
+    Args:
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
+        indices: [B], the images' numbers in their data set; with ``seed`` they fix the choice.
+        seed: any integer.
+        up: factor above 1.
+        down: factor below 1.
+    """
+    adjust = require("kornia.enhance", "train").adjust_brightness_accumulative
+    changed: Tensor = adjust(_sheets(images), _up_or_down(indices, seed, up, down).to(images))
+    return changed.reshape(images.shape)
+
+
+def contrast(images: Tensor, indices: Tensor, seed: int, *, up: float = 1.3, down: float = 0.7) -> Tensor:
+    """Stretch each image around its mean grey by ``up`` or ``down``, by an even chance, and clip to [0, 1].
+
+    Args:
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
+        indices: [B], the images' numbers in their data set; with ``seed`` they fix the choice.
+        seed: any integer.
+        up: factor above 1.
+        down: factor below 1.
+    """
+    adjust = require("kornia.enhance", "train").adjust_contrast_with_mean_subtraction
+    changed: Tensor = adjust(_sheets(images), _up_or_down(indices, seed, up, down).to(images))
+    return changed.reshape(images.shape)
+
+
+def jpeg(images: Tensor, indices: Tensor, seed: int, *, quality: int = 30) -> Tensor:
+    """Compress as JPEG with Pillow and decompress; channels other than three are compressed one by one, as grey.
+
+    Args:
+        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1]; rounded to 8 bits.
+        indices: not used.
+        seed: not used.
+        quality: Pillow's, 1 to 95.
+    """
+    pillow = require("PIL.Image", "data")
+
+    def code(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        file = io.BytesIO()
+        pillow.fromarray(picture).save(file, format="JPEG", quality=quality)
+        return np.asarray(pillow.open(file))
+
+    # the slices of volumes are pictures of their own
+    pictures = images.movedim(2, 1).flatten(0, 1) if images.ndim == 5 else images
+    pixels = (pictures * 255).round().byte().cpu().numpy()
+    if images.shape[1] == 3:
+        rows = [code(np.ascontiguousarray(image.transpose(1, 2, 0))).transpose(2, 0, 1) for image in pixels]
+    else:
+        rows = [np.stack([code(channel) for channel in image]) for image in pixels]
+    coded = torch.from_numpy(np.stack(rows)).to(images) / 255
+    return coded.reshape(len(images), -1, *coded.shape[1:]).movedim(1, 2) if images.ndim == 5 else coded
+
+
+def _severities(shift: Callable[..., Tensor], **values: tuple[float, ...]) -> tuple[Condition, ...]:
+    rows = zip(*values.values(), strict=True)
+    return tuple(functools.partial(shift, **dict(zip(values, row, strict=True))) for row in rows)
+
+
+# Noise, brightness, contrast and JPEG quality are those of MedMNIST-C for PneumoniaMNIST (Di Salvo et al. 2024, arXiv
+# 2406.17536; its separate "up" and "down" are one shift here). Its blur is made for 224 pixels and does nothing at
+# 28, and it has no geometry: those three series are our own.
+SHIFTS: Mapping[str, tuple[Condition, ...]] = {
+    "noise": _severities(gaussian_noise, sigma=(0.04, 0.05, 0.06, 0.07, 0.08)),
+    "blur": _severities(blur, sigma=(0.5 / 28, 0.75 / 28, 1.0 / 28, 1.5 / 28, 2.0 / 28)),
+    "rotation": _severities(rotation, degrees=(3.0, 6.0, 9.0, 12.0, 15.0)),
+    "translation": _severities(translation, share=(0.03, 0.06, 0.09, 0.12, 0.15)),
+    "contrast": _severities(contrast, up=(1.1, 1.2, 1.3, 1.4, 1.6), down=(0.9, 0.8, 0.7, 0.6, 0.4)),
+    "brightness": _severities(brightness, up=(1.1, 1.2, 1.3, 1.4, 1.5), down=(0.9, 0.8, 0.7, 0.6, 0.5)),
+    "jpeg": _severities(jpeg, quality=(50, 30, 15, 10, 7)),
+}
+"""Kind → its conditions of severity 1 to 5."""
+
+
+def shifts() -> dict[str, Condition]:
+    """All of :data:`SHIFTS` as ``KIND:SEVERITY`` → condition, as in ``noise:3``."""
+    return {
+        f"{kind}:{severity}": condition
+        for kind, conditions in SHIFTS.items()
+        for severity, condition in zip(SEVERITIES, conditions, strict=True)
+    }

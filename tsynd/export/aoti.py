@@ -1,0 +1,73 @@
+"""``tsynd.export_aoti``: encoder, decoder or features compiled ahead of time (AOTInductor)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsynd.export.check import check_results
+from tsynd.export.programs import prepare, write_path
+from tsynd.export.tracing import quiet, record, to_program
+from tsynd.posteriors.posterior import Posterior
+from tsynd.synthesis.ascent import AscentSettings
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.errors import InputError
+
+__all__ = ["AOTI_KINDS", "export_aoti"]
+
+AOTI_KINDS = ("encoder", "decoder", "features")
+
+
+def export_aoti(
+    classifier: nn.Module | Posterior | None,
+    autoencoder: Any,
+    path: str | Path,
+    kind: str,
+    *,
+    image_shape: Sequence[int],
+) -> Path:
+    """Write a compiled ``.pt2`` package that gives what eager torch gives, and check that it does.
+
+    ``torch._inductor.aoti_load_package(path)`` loads it in Python, ``torch::inductor::AOTIModelPackageLoader`` in
+    C++. The package is for processors like this one's and needs a C++ compiler to be made, none to be run. Give it
+    contiguous tensors (``x.contiguous()``): compiled code takes the strides for granted and reads channels-last
+    ones, as torch's convolutions often return them, wrongly and without a word.
+
+    Args:
+        classifier: for ``features``, see :func:`tsynd.export_onnx`; else None.
+        autoencoder: for ``encoder`` and ``decoder``; else None.
+        path: the ``.pt2`` file to write; replaced if it exists.
+        kind: ``encoder``: images [B, C, H, W] -> latents. ``decoder``: latents -> images in [0, 1]. ``features``:
+            images -> [B, D], what enters the classifier's first dropout. Any batch size B.
+        image_shape: [C, H, W].
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: an argument does not fit, the model cannot be compiled, or the results differ from eager torch's.
+    """
+    target = write_path(path, ".pt2")
+    inductor = torch._inductor
+    with prepare(kind, classifier, autoencoder, image_shape, AscentSettings(), 1, 0, None, None, AOTI_KINDS) as program:
+        shapes = list(program.inputs.values())
+        exported = to_program(record(program.run, shapes, {}), shapes)
+        with atomic_path(target) as temporary:
+            try:
+                with quiet():
+                    inductor.aoti_compile_and_package(exported, package_path=str(temporary))
+            except Exception as error:  # the compiler's errors share no class
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise InputError(f"model: cannot be compiled: {reason}") from error
+            loaded = inductor.aoti_load_package(str(temporary))
+
+            def run(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+                out: Sequence[Tensor] = loaded(*given.values())
+                return out
+
+            check_results(program, run)
+    return target

@@ -1,0 +1,163 @@
+"""``tsynd.export_onnx``: classifier, autoencoder, one step or the whole synthesis as an ONNX file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsynd.export.check import check_results
+from tsynd.export.onnx_operators import decompositions
+from tsynd.export.programs import Program, prepare, write_path
+from tsynd.export.tracing import layer_of, quiet, record, to_program
+from tsynd.posteriors.posterior import Posterior
+from tsynd.synthesis.ascent import AscentSettings
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.errors import InputError, require
+
+__all__ = ["OPSET", "export_onnx"]
+
+OPSET = 18
+_IR_VERSION = 10  # the exporter's for this opset; onnxruntime reads it from 1.18 on
+
+
+def export_onnx(
+    classifier: nn.Module | Posterior | None,
+    autoencoder: Any,
+    path: str | Path,
+    kind: str = "synthesizer",
+    *,
+    image_shape: Sequence[int],
+    objective: str = "mutual_information",
+    task: str = "multiclass",
+    samples: int = 32,
+    steps: int = 5,
+    radius: float = 0.5,
+    step_size: float | None = None,
+    rule: str = "l2",
+    latent_std: float | None = None,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """Write an ONNX file that gives what torch gives, and check that it does.
+
+    The kinds, all for any batch size B:
+
+    - ``classifier``: images -> probabilities [B, classes] (mean over the posterior samples),
+      mutual_information [B] and entropy [B] in nats.
+    - ``encoder``: images -> latents. ``decoder``: latents -> images in [0, 1].
+    - ``step``: latents, origins -> next_latents, value [B] (the uncertainty of the given latents).
+    - ``synthesizer``: images -> targeted [B, C, H, W], latents, initial_uncertainty [B], uncertainty [B] in nats and
+      status [B] int8 (:class:`tsynd.Status`): :func:`tsynd.synthesize` with the same seed, all steps in the file.
+      :class:`tsynd.OnnxSynthesizer` runs it without torch.
+
+    The file is deterministic: the posterior samples are constants in it, no random node is. onnx.checker and a run in
+    onnxruntime against torch belong to the export; where they fail, no file is left.
+
+    Args:
+        classifier: a module with active dropout or a :class:`tsynd.Posterior` with masks shared by all images (then
+            ``samples`` and ``seed`` are its own), on the CPU; None for ``encoder`` and ``decoder``.
+        autoencoder: as for :func:`tsynd.synthesize`, on the CPU; None for ``classifier``.
+        path: the ``.onnx`` file to write; replaced if it exists.
+        kind: see above.
+        image_shape: [C, H, W]; the file is for this one.
+        objective: ``mutual_information`` or ``entropy``.
+        task: ``multiclass`` or ``multilabel``.
+        samples: T.
+        steps: K.
+        radius: see :func:`tsynd.synthesize`.
+        step_size: see :func:`tsynd.synthesize`.
+        rule: ``l2`` or ``linf``.
+        latent_std: standard deviation of the latents; None takes the autoencoder's.
+        seed: of the posterior samples.
+        class_names: kept in the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: an argument does not fit, a layer has no counterpart (it and its operator are named), or the
+            file's results differ from torch's.
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    settings = AscentSettings(objective, task, steps, radius, step_size, rule)
+    target = write_path(path, ".onnx")
+    onnx, runtime = require("onnx", "onnx"), require("onnxruntime", "onnx")
+    require("onnxscript", "onnx")
+    with prepare(
+        kind, classifier, autoencoder, image_shape, settings, samples, seed, latent_std, class_names
+    ) as program:
+        file = _convert(program)
+        properties = {f"tsynd.{key}": json.dumps(value) for key, value in program.metadata.items()}
+        onnx.helper.set_model_props(file, properties)
+        file.producer_name, file.producer_version = "tsynd", program.metadata["version"]
+        with atomic_path(target) as temporary:
+            onnx.save(file, temporary)
+            try:
+                onnx.checker.check_model(str(temporary), full_check=True)
+                session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+            except Exception as error:  # both raise classes of their own
+                reason = str(error).strip().splitlines()[0]
+                raise InputError(f"model: the exported file is not valid, it was deleted: {reason}") from error
+            check_results(program, _runner(session, program.outputs))
+    return target
+
+
+def _convert(program: Program) -> Any:
+    """The program as an ``onnx.ModelProto``."""
+    shapes = list(program.inputs.values())
+    try:
+        module = record(program.run, shapes, decompositions())
+        exported = to_program(module, shapes)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model: cannot be recorded for export: {reason}") from error
+    axes = tuple({0: "batch"} for _ in shapes)
+    try:
+        with quiet():
+            converted = torch.onnx.export(
+                exported,
+                tuple(program.examples(2).values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(program.inputs),
+                output_names=list(program.outputs),
+                dynamic_shapes=axes,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(_unsupported(error, program)) from error
+    assert converted is not None
+    file = converted.model_proto
+    file.ir_version = _IR_VERSION
+    return file
+
+
+def _unsupported(error: BaseException, program: Program) -> str:
+    """Which layer and which operator of it stopped the exporter."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for word in str(cause).replace("'", " ").split():
+            if word.startswith(("aten.", "prims.", "tsynd.")) or word.startswith("OpOverload(op="):
+                return _name_layer(word, program)
+        cause = cause.__cause__
+    return f"model: cannot be written as ONNX: {str(error).strip().splitlines()[0]}"
+
+
+def _name_layer(operator: str, program: Program) -> str:
+    layer = layer_of(operator, program.warm, program.modules)
+    return f"model: layer {layer} uses the operator {operator}, wanted one that can be written as ONNX"
+
+
+def _runner(session: Any, outputs: Sequence[str]) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+    def run(given: Mapping[str, Tensor]) -> list[Tensor]:
+        arrays = {name: x.contiguous().numpy() for name, x in given.items()}
+        return [torch.from_numpy(array) for array in session.run(list(outputs), arrays)]
+
+    return run

@@ -1,0 +1,1 @@
+"""Surgery on traced graphs: parts of networks, folded normalisation, checkpointing."""

@@ -1,0 +1,387 @@
+"""The main job: train on real images, synthesise, train again with targeted augmentation, test both, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsynd.data.dataset import DataSource, LabelledImages, at_once
+from tsynd.data.load import load_data
+from tsynd.data.readers.options import ReadOptions
+from tsynd.evaluation.evaluate import evaluate
+from tsynd.jobs.job import Job
+from tsynd.models.checkpoint import load_model, save_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.report.pictures import draw_examples
+from tsynd.report.run_report import write_report
+from tsynd.synthesis.api import synthesize, uncertainty
+from tsynd.synthesis.ascent import AscentSettings, Status
+from tsynd.synthesis.result import SynthesisResult, load_result
+from tsynd.training.augmentation import TargetedAugmentation
+from tsynd.training.autoencoder import fit_autoencoder
+from tsynd.training.classifier import fit_classifier
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.device import resolve_device
+from tsynd.utils.errors import InputError, require
+from tsynd.utils.fingerprint import plain_settings
+from tsynd.utils.timing import Phases
+from tsynd.utils.version import __version__
+
+__all__ = ["RunSettings", "run"]
+
+# far from the ascent's seed, so that the reported uncertainty is not that of the samples climbed on
+_FRESH = 1_000_003
+_NEEDED = (
+    "monai.networks.nets",
+    "safetensors.torch",
+    "accelerate",
+    "torchmetrics",
+    "kornia",
+    "matplotlib.figure",
+    "PIL",
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides the result of :func:`run`, besides the data and the version.
+
+    Attributes:
+        train_size: labelled training images; None takes all.
+        seed: of the subset, the networks, the batches and the posterior samples.
+        autoencoder_data: ``train`` (the labelled subset) or ``all`` (every training image, without labels).
+        autoencoder_iterations: optimiser steps.
+        iterations: optimiser steps of each classifier.
+        batch_size: real images per step.
+        dropout: ``head`` or ``stages``, see :class:`tsynd.SmallResNet`.
+        objective: ``mutual_information`` or ``entropy``.
+        samples: T, posterior samples of the synthesis; a quarter of them in the training loop.
+        masks: ``shared`` or ``independent``.
+        steps: K, ascent steps of the synthesis.
+        augmentation_steps: K in the training loop.
+        radius: see :func:`tsynd.synthesize`.
+        label_consistency: see :func:`tsynd.synthesize`.
+        augmentation_weight: weight of the targeted images' loss.
+        reading: how the files of a folder or table are read.
+    """
+
+    train_size: int | None = None
+    seed: int = 0
+    autoencoder_data: str = "train"
+    autoencoder_iterations: int = 800
+    iterations: int = 300
+    batch_size: int = 64
+    dropout: str = "head"
+    objective: str = "mutual_information"
+    samples: int = 32
+    masks: str = "shared"
+    steps: int = 5
+    augmentation_steps: int = 3
+    radius: float = 0.5
+    label_consistency: float | None = None
+    augmentation_weight: float = 1.0
+    reading: ReadOptions = field(default_factory=ReadOptions)
+
+
+def run(
+    data: str | Path,
+    output: str | Path,
+    settings: RunSettings | None = None,
+    *,
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
+
+    A run that was interrupted goes on behind its last finished stage when started again with the same arguments.
+
+    Args:
+        data: anything :func:`tsynd.load_data` takes.
+        output: a new or empty folder, or that of the same run interrupted.
+        settings: see :class:`RunSettings`.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
+        progress: show bars where rich is installed.
+
+    Returns:
+        The contents of ``metrics.json``.
+
+    Raises:
+        InputError: an argument, the data or the output folder cannot be used; raised before training starts.
+    """
+    settings = settings or RunSettings()
+    _check(settings)
+    for module in _NEEDED:  # now, not after the training
+        require(module, "cli")
+    where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    job = Job(Path(output).expanduser(), _fingerprint(source, settings))
+
+    def train_autoencoder(path: Path) -> dict[str, Any]:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            model = SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
+        images = source.unlabelled if settings.autoencoder_data == "all" else source.train
+        fit_autoencoder(
+            model,
+            images,
+            iterations=settings.autoencoder_iterations,
+            seed=settings.seed,
+            device=where,
+            progress=progress,
+        )
+        save_model(model, path, image_shape=source.image_shape)
+        return {}
+
+    job.stage("autoencoder", "autoencoder.safetensors", train_autoencoder)
+    autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
+
+    def train_classifier(path: Path, augmentation: TargetedAugmentation | None) -> dict[str, Any]:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            model = SmallResNet(
+                source.channels, source.num_classes, dropout=settings.dropout, spatial_dims=source.spatial_dims
+            )
+        report = fit_classifier(
+            model,
+            source.train,
+            task=source.task,
+            iterations=settings.iterations,
+            batch_size=settings.batch_size,
+            augmentation=augmentation,
+            augmentation_weight=settings.augmentation_weight,
+            seed=settings.seed,
+            device=where,
+            progress=progress,
+        )
+        save_model(model, path, class_names=source.class_names, image_shape=source.image_shape, task=source.task)
+        return {"augmentation_share": round(report.augmentation_share, 3)}
+
+    job.stage("classifier_real", "classifier_real.safetensors", lambda path: train_classifier(path, None))
+    real = load_model(job.folder / "classifier_real.safetensors", device=where)
+
+    synthesis = job.stage(
+        "synthesis",
+        "synthetic.npz",
+        lambda path: _synthesise(path, autoencoder, real, source, settings, where, progress),
+    )
+    augmentation = TargetedAugmentation(
+        autoencoder,
+        objective=settings.objective,
+        task=source.task,
+        samples=max(1, settings.samples // 4),
+        masks=settings.masks,
+        steps=settings.augmentation_steps,
+        radius=settings.radius,
+        label_consistency=settings.label_consistency,
+        seed=settings.seed,
+    )
+    job.stage("classifier", "classifier.safetensors", lambda path: train_classifier(path, augmentation))
+    targeted = load_model(job.folder / "classifier.safetensors", device=where)
+    return _finish(job, source, settings, synthesis, autoencoder, real, targeted, where)
+
+
+def _check(settings: RunSettings) -> None:
+    """What the stages would only refuse after training has begun."""
+    AscentSettings(
+        objective=settings.objective,
+        steps=settings.steps,
+        radius=settings.radius,
+        label_consistency=settings.label_consistency,
+    )
+    for name in ("autoencoder_iterations", "iterations", "batch_size", "samples", "augmentation_steps"):
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
+    choices = {
+        "autoencoder_data": ("train", "all"),
+        "dropout": ("head", "stages"),
+        "masks": ("shared", "independent"),
+    }
+    for name, wanted in choices.items():
+        if getattr(settings, name) not in wanted:
+            raise InputError(f"{name}: got {getattr(settings, name)!r}, wanted one of {', '.join(wanted)}")
+    if not settings.augmentation_weight >= 0:
+        raise InputError(f"augmentation_weight: got {settings.augmentation_weight!r}, wanted at least 0")
+
+
+def _fingerprint(source: DataSource, settings: RunSettings) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for part in (source.train, source.unlabelled, source.test):
+        digest.update(part.images.contiguous().numpy().tobytes())
+        digest.update(part.labels.contiguous().numpy().tobytes())
+    return {"tsynd": __version__, "data": digest.hexdigest()[:16], **plain_settings(settings)}
+
+
+def _synthesise(
+    path: Path,
+    autoencoder: Any,
+    classifier: nn.Module,
+    source: DataSource,
+    settings: RunSettings,
+    device: str,
+    progress: bool,
+) -> dict[str, Any]:
+    start, phases = time.perf_counter(), Phases()
+    result = synthesize(
+        autoencoder,
+        classifier,
+        source.train.pixels(),
+        source.train.labels,
+        objective=settings.objective,
+        task=source.task,
+        samples=settings.samples,
+        masks=settings.masks,
+        steps=settings.steps,
+        radius=settings.radius,
+        label_consistency=settings.label_consistency,
+        seed=settings.seed,
+        device=device,
+        progress=progress,
+        phases=phases,
+    )
+    speed = len(result) / (time.perf_counter() - start)
+    with phases("save"):
+        result.save(path, class_names=source.class_names)
+    return {"images_per_second": round(speed, 2), "phases": phases.rounded()}
+
+
+def _decode(autoencoder: Any, latents: Tensor, device: str, values: int) -> Tensor:
+    with torch.no_grad():
+        parts = [autoencoder.decode(z.to(device)).clamp(0, 1).cpu() for z in latents.split(at_once(values))]  # type: ignore[no-untyped-call]
+    return torch.cat(parts)
+
+
+def _finish(
+    job: Job,
+    source: DataSource,
+    settings: RunSettings,
+    synthesis: dict[str, Any],
+    autoencoder: Any,
+    real: nn.Module,
+    targeted: nn.Module,
+    device: str,
+) -> dict[str, Any]:
+    """Measure under fresh posterior samples, test both classifiers, write metrics and report."""
+    phases = Phases()
+    with phases("reconstructions"):
+        result = load_result(job.folder / "synthetic.npz")
+        reconstructions = _decode(autoencoder, result.source_latents, device, math.prod(source.image_shape))
+
+    def fresh(images: Tensor) -> Tensor:
+        return uncertainty(
+            real,
+            images,
+            objective=settings.objective,
+            task=source.task,
+            samples=4 * settings.samples,
+            masks=settings.masks,
+            seed=settings.seed + _FRESH,
+        )
+
+    with phases("fresh_uncertainty"):
+        before, after = fresh(reconstructions), fresh(result.images)
+    with phases("evaluation"):
+        scores = {
+            name: evaluate(model, source.test, task=source.task, seed=settings.seed)
+            for name, model in (("real", real), ("targeted", targeted))
+        }
+    status = result.status.long().bincount(minlength=len(Status)).tolist()
+    metrics: dict[str, Any] = {
+        "version": __version__,
+        "data": {
+            "name": source.name,
+            "task": source.task,
+            "class_names": list(source.class_names),
+            "train": len(source.train),
+            "test": len(source.test),
+            "image_shape": list(source.image_shape),
+        },
+        "settings": plain_settings(settings),
+        "synthesis": {
+            "images": len(result),
+            "uncertainty_before": float(before.mean()),
+            "uncertainty_after": float(after.mean()),
+            "raised_fraction": float((after > before).double().mean()),
+            "images_per_second": synthesis["images_per_second"],
+            "status": {kind.name.lower(): status[kind] for kind in Status},
+        },
+        "evaluation": scores,
+        "seconds": {
+            **job.seconds,
+            **{f"synthesis_{name}": seconds for name, seconds in synthesis.get("phases", {}).items()},
+            **phases.rounded(),
+        },
+        "machine": _machine(device),
+    }
+    with phases("report"):
+        sources = source.train.pixels()
+        write_report(
+            job.folder / "report.html",
+            metrics,
+            result,
+            sources,
+            reconstructions,
+            source.class_names,
+            before,
+            after,
+        )
+        _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
+    metrics["seconds"]["report"] = phases.rounded()["report"]
+    with atomic_path(job.folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    return metrics
+
+
+def _draw(
+    path: Path,
+    train: LabelledImages,
+    result: SynthesisResult,
+    reconstructions: Tensor,
+    before: Tensor,
+    after: Tensor,
+    source: DataSource,
+) -> None:
+    """Examples of typical gain, one class after another: four pictures, or two volumes."""
+    count = 4 if source.spatial_dims == 2 else 2
+    if source.task == "multiclass":
+        typical = []
+        for number in range(count):
+            members = (train.labels == number % source.num_classes).nonzero()[:, 0]
+            members = members if len(members) else torch.arange(len(train))
+            order = members[(after - before)[members].argsort()]
+            typical.append(int(order[min(len(order) - 1, len(order) * (5 + number // source.num_classes) // 10)]))
+        labels = [source.class_names[int(train.labels[i])] for i in typical]
+    else:
+        typical = np.linspace(0, len(train) - 1, count).astype(int).tolist()
+        labels = [""] * count
+    pick = torch.tensor(typical)
+    draw_examples(
+        path,
+        train.pixels()[pick],
+        reconstructions[pick],
+        result.images[pick],
+        before[pick],
+        after[pick],
+        labels,
+    )
+
+
+def _machine(device: str) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    return {
+        "device": device,
+        "processor": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

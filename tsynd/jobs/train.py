@@ -1,0 +1,149 @@
+"""``tsynd train``: one model into one folder, alone or as a process of torchrun, resumed after a kill."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsynd.data.dataset import DataSource
+from tsynd.data.load import load_data
+from tsynd.data.readers.options import ReadOptions
+from tsynd.jobs.job import Job
+from tsynd.models.checkpoint import load_model, read_card, save_model
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.training.augmentation import TargetedAugmentation
+from tsynd.training.autoencoder import fit_autoencoder
+from tsynd.training.classifier import fit_classifier
+from tsynd.training.loop import Checkpoint
+from tsynd.utils.errors import InputError, check_choice, require
+from tsynd.utils.fingerprint import hash_parts, plain_settings
+from tsynd.utils.version import __version__
+
+__all__ = ["TrainSettings", "train_model"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides the trained model, besides the data and the version.
+
+    Attributes:
+        model: ``classifier`` or ``autoencoder``.
+        autoencoder: file of a trained one: the classifier is then trained with targeted images
+            (:class:`tsynd.TargetedAugmentation`).
+        iterations: optimiser steps.
+        batch_size: real images per step, over all processes.
+        train_size: labelled training images; None takes all.
+        seed: of the subset, the network, the batches and the posterior samples.
+        samples, steps, radius, label_consistency: of the targeted images.
+        reading: how the files of a folder or table are read.
+    """
+
+    model: str = "classifier"
+    autoencoder: str | None = None
+    iterations: int = 300
+    batch_size: int = 64
+    train_size: int | None = None
+    seed: int = 0
+    samples: int = 8
+    steps: int = 3
+    radius: float = 0.5
+    label_consistency: float | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
+
+
+def _fingerprint(source: DataSource, settings: TrainSettings) -> dict[str, Any]:
+    content = (source.train.images.contiguous().numpy().data, source.train.labels.contiguous().numpy().data)
+    given = plain_settings(settings)
+    if settings.autoencoder is not None:
+        given["autoencoder"] = read_card(settings.autoencoder).sha256
+    return {"tsynd": __version__, "data": hash_parts(*content), **given}
+
+
+def train_model(
+    data: str | Path,
+    output: str | Path,
+    settings: TrainSettings,
+    *,
+    device: str | None = None,
+    checkpoint_every: int = 100,
+    progress: bool = True,
+) -> tuple[Path | None, float]:
+    """Train a model and save it in ``output``, beside ``training.safetensors``, the state to go on from.
+
+    Args:
+        data: anything :func:`tsynd.load_data` takes.
+        output: a new or empty folder, or that of the same training interrupted.
+        settings: what to train.
+        device: of every process; None takes GPUs where there are any, each process its own.
+        checkpoint_every: steps between two states.
+        progress: show a bar where rich is installed.
+
+    Returns:
+        The model's file (None in all processes but the first) and the last loss.
+
+    Raises:
+        InputError: an argument, the data or the folder cannot be used; or a loss that is not finite.
+    """
+    check_choice("model", settings.model, ("classifier", "autoencoder"))
+    if settings.autoencoder is not None and settings.model == "autoencoder":
+        raise InputError("autoencoder: got a file together with model autoencoder, wanted it for a classifier")
+    require("safetensors.torch", "train")
+    state = require("accelerate", "train").PartialState(cpu=device == "cpu")
+    if state.num_processes > 1 and device == "cuda":
+        device = None
+    source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    folder = Path(output).expanduser()
+    try:
+        with state.main_process_first():
+            Job(folder, _fingerprint(source, settings))
+        checkpoint = Checkpoint(folder / "training.safetensors", checkpoint_every)
+        network, losses = _fit(source, settings, device, checkpoint, progress)
+        path = folder / f"{settings.model}.safetensors"
+        if state.is_main_process:
+            names = source.class_names if settings.model == "classifier" else None
+            task = source.task if settings.model == "classifier" else None
+            save_model(network, path, class_names=names, image_shape=source.image_shape, task=task)
+        state.wait_for_everyone()  # a process that leaves while others talk to it can abort them
+        return (path if state.is_main_process else None), losses[-1]
+    finally:
+        if torch.distributed.is_initialized():
+            gc.collect()  # what still holds the group, as the traceback of a failed step, goes before it
+            torch.distributed.destroy_process_group()
+
+
+def _fit(
+    source: DataSource, settings: TrainSettings, device: str | None, checkpoint: Checkpoint, progress: bool
+) -> tuple[torch.nn.Module, tuple[float, ...]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        network: torch.nn.Module = (
+            SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
+            if settings.model == "autoencoder"
+            else SmallResNet(source.channels, source.num_classes, spatial_dims=source.spatial_dims)
+        )
+    shared: dict[str, Any] = {
+        "iterations": settings.iterations,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "device": device,
+        "progress": progress,
+        "checkpoint": checkpoint,
+    }
+    if settings.model == "autoencoder":
+        return network, fit_autoencoder(network, source.train, **shared).losses
+    augmentation = None
+    if settings.autoencoder is not None:
+        augmentation = TargetedAugmentation(
+            load_model(settings.autoencoder),
+            task=source.task,
+            samples=settings.samples,
+            steps=settings.steps,
+            radius=settings.radius,
+            label_consistency=settings.label_consistency,
+            seed=settings.seed,
+        )
+    return network, fit_classifier(network, source.train, task=source.task, augmentation=augmentation, **shared).losses

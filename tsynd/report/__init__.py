@@ -1,0 +1,1 @@
+"""Pages, pictures and plots of a run."""

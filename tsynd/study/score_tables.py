@@ -1,0 +1,188 @@
+"""The tables of a study, once as HTML and once as Markdown, from the same cells."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tsynd.study.plots import label_of
+from tsynd.study.statistics import mean_interval, smallest_p
+from tsynd.study.summary import Measure, Row, all_measures, arms_of, difference, headline, quality_of, sizes_of, values
+
+__all__ = [
+    "Table",
+    "difference_tables",
+    "masked_gradients",
+    "quality_table",
+    "score_table",
+    "signed",
+    "to_html",
+    "to_markdown",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain text cells; ``marks`` colours some of them.
+
+    Attributes:
+        title: of the table.
+        head: column titles, the first that of the row names.
+        rows: of as many texts.
+        marks: (row, column) → ``up`` or ``down``.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    marks: dict[tuple[int, int], str]
+
+
+def _minus(text: str) -> str:
+    return "±0.0" + text[4:] if text[:4] in ("-0.0", "+0.0") else text.replace("-", "−")
+
+
+def signed(share: float) -> str:
+    """Percentage points with their sign; ±0.0 for what rounds to nothing."""
+    return _minus(f"{100 * share:+.1f}")
+
+
+def _value(mean: float, half: float, measure: Measure) -> str:
+    if math.isnan(mean):
+        return "–"
+    scale, digits = (100, 1) if measure.percent else (1, 3)
+    text = f"{scale * mean:.{digits}f}"
+    return _minus(text if math.isnan(half) else f"{text} ± {scale * half:.{digits}f}")
+
+
+def score_table(rows: Sequence[Row], size: int, brief: bool = False) -> Table:
+    """Mean ± 95 % interval over the seeds, and what the training cost; ``brief`` keeps the headline's scores."""
+    measures, lines = (headline if brief else all_measures)(rows), []
+    for arm in arms_of(rows):
+        cells = [row for row in rows if row["arm"] == arm and row["size"] == size]
+        if not cells:
+            continue
+        texts = [_value(*mean_interval(list(values(rows, arm, size, m.key).values())), m) for m in measures]
+        seconds = sum(row["seconds"]["training"] for row in cells) / len(cells)
+        share = sum(row["training"]["augmentation_share"] for row in cells) / len(cells)
+        lines.append((label_of(arm), str(len(cells)), *texts, f"{seconds:.0f} s", f"{100 * share:.0f} %"))
+    units = [m.title + (" %" if m.percent else "") + (" ↓" if not m.up else "") for m in measures]
+    head = ("Arm", "Seeds", *units, "Training", "of it extra images")
+    return Table(f"{size} labelled images", head, tuple(lines), {})
+
+
+def difference_tables(rows: Sequence[Row]) -> list[Table]:
+    """Paired differences against ``real`` and ``random``, by size and, with several sizes, over all of them."""
+    sizes = sizes_of(rows)
+    groups = [([size], f"{size} labelled images") for size in sizes]
+    groups += [(sizes, f"all sizes together ({', '.join(map(str, sizes))})")] if len(sizes) > 1 else []
+    arms, tables = arms_of(rows), []
+    for against in [arm for arm in ("real", "random") if arm in arms]:
+        for chosen, name in groups:
+            table = _differences(rows, against, chosen, name)
+            tables += [table] if table.rows else []
+    return tables
+
+
+def _differences(rows: Sequence[Row], against: str, sizes: Sequence[int], name: str) -> Table:
+    measures = headline(rows)
+    lines: list[tuple[str, ...]] = []
+    marks: dict[tuple[int, int], str] = {}
+    for arm in arms_of(rows):
+        found = [difference(rows, arm, against, sizes, measure.key) for measure in measures]
+        if arm == against or not found or not found[0].pairs:
+            continue
+        line = [label_of(arm), str(found[0].pairs)]
+        for one in found:
+            text = "–" if math.isnan(one.mean) else signed(one.mean)
+            text += "" if math.isnan(one.half_width) else f" ± {100 * one.half_width:.1f}"
+            if one.half_width < abs(one.mean):
+                marks[len(lines), len(line)] = "up" if one.mean > 0 else "down"
+            line += [_minus(text), _p(one.p, one.pairs)]
+        lines.append(tuple(line))
+    head = ("Arm", "Pairs", *(text for m in measures for text in (m.title, "p")))
+    return Table(f"Less {label_of(against)}, {name}", head, tuple(lines), marks)
+
+
+def _p(p: float, pairs: int) -> str:
+    if math.isnan(p):
+        return "–"
+    text = f"{p:.2g}" if p >= 0.001 else "< .001"
+    return f"{text}*" if p <= smallest_p(pairs) * (1 + 1e-9) and pairs > 1 else text
+
+
+def quality_table(rows: Sequence[Row], size: int) -> Table:
+    """Synthetic images against the finished classifiers, mean over seeds."""
+    lines: list[tuple[str, ...]] = []
+    for arm in arms_of(rows):
+        found = quality_of(rows, arm, size)
+        if found:
+            held_out = found["nearest"] / found["nearest_held_out"] if found["nearest_held_out"] else math.nan
+            lines.append(
+                (
+                    label_of(arm),
+                    f"{found['uncertainty']:.4f}",
+                    f"{found['uncertainty_reconstruction']:.4f}",
+                    f"{100 * found['label_kept']:.0f}",
+                    f"{found['to_source']:.3f}",
+                    f"{found['nearest']:.3f}",
+                    f"{held_out:.2f}",
+                    f"{100 * found['source_is_nearest']:.0f}",
+                    _minus(f"{found['kid']:.3f}"),
+                    f"{found['fid']:.2f}",
+                )
+            )
+    head = (
+        "Arm",
+        "MI, nats",
+        "MI of recon­structions",
+        "Label kept %",
+        "To source",
+        "To nearest",
+        "of held-out",
+        "Source nearest %",
+        "KID",
+        "FID",
+    )
+    return Table(f"{size} labelled images", head, tuple(lines), {})
+
+
+def masked_gradients(rows: Sequence[Row], margin: float = 0.02) -> list[str]:
+    """Arms that Square, which needs no gradient, hurts clearly more than PGD does on the same images."""
+    found = []
+    for arm in arms_of(rows):
+        gaps = [
+            scores["gradient_accuracy"] - scores["accuracy"]
+            for row in rows
+            if row["arm"] == arm
+            for scores in row["scores"].values()
+            if scores.get("gradient_accuracy") is not None
+        ]
+        if gaps and sum(gaps) / len(gaps) > margin:
+            found.append(arm)
+    return found
+
+
+def to_html(table: Table) -> str:
+    """The table in a card."""
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.head)
+    lines = []
+    for i, row in enumerate(table.rows):
+        cells = f'<th scope="row">{html.escape(row[0])}</th>'
+        for j, text in enumerate(row[1:], 1):
+            mark = table.marks.get((i, j))
+            cells += f"<td{f' class={mark!r}' if mark else ''}>{html.escape(text)}</td>"
+        lines.append(f"<tr>{cells}</tr>")
+    return (
+        f'<figure class="card wide"><figcaption><b>{html.escape(table.title)}</b></figcaption><table class="cells">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></figure>"
+    )
+
+
+def to_markdown(table: Table) -> str:
+    """The table as GitHub reads it."""
+    lines = [f"**{table.title}**", "", "| " + " | ".join(table.head) + " |", "|---" * len(table.head) + "|"]
+    lines += ["| " + " | ".join(text.replace("*", "\\*") for text in row) + " |" for row in table.rows]
+    return "\n".join(lines).replace("­", "") + "\n"

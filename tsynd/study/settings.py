@@ -1,0 +1,296 @@
+"""What a study is: its settings, its arms and its cells."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsynd.data.dataset import DataSource
+from tsynd.data.readers.options import ReadOptions
+from tsynd.evaluation.attacks import parse_attacks
+from tsynd.evaluation.evaluate import choose_conditions
+from tsynd.models.autoencoder import check_autoencoder
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.study.arms import Arm, augmentation_of, parse_arm
+from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.fingerprint import plain_settings
+from tsynd.utils.version import __version__
+
+__all__ = [
+    "DEFAULT_ARMS",
+    "Cell",
+    "StudySettings",
+    "Workplace",
+    "autoencoder_path",
+    "by_class",
+    "cell_path",
+    "cells_of",
+    "check_study",
+    "classifier_path",
+    "fingerprint",
+    "make_augmentation",
+    "samples_path",
+]
+
+DEFAULT_ARMS = (
+    "real",
+    "reconstruction",
+    "random",
+    "entropy",
+    "mutual_information",
+    "adversarial",
+    "randaugment",
+)
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Everything that decides a cell's result, besides its size, seed and arm, the data and the version.
+
+    Attributes:
+        autoencoder_data: ``train`` (the labelled subset) or ``all`` (every training image, without labels).
+        autoencoder_iterations: optimiser steps.
+        autoencoder_widths: see :class:`tsynd.SmallAutoencoder`.
+        latent_channels: see :class:`tsynd.SmallAutoencoder`.
+        iterations: optimiser steps of every classifier, the same in all arms.
+        batch_size: real images per step.
+        learning_rate: of the classifiers.
+        dropout: ``head`` or ``stages``, see :class:`tsynd.SmallResNet`.
+        dropout_rate: see :class:`tsynd.SmallResNet`.
+        augmentation_weight: λ, weight of the extra images' loss.
+        warmup_fraction: part of the steps before extra images are added.
+        samples: T in the training loop.
+        masks: ``shared`` or ``independent``.
+        steps: K in the training loop.
+        radius: see :class:`tsynd.TargetedAugmentation`; also of the random arm.
+        step_size: see :class:`tsynd.TargetedAugmentation`.
+        rule: ``l2`` or ``linf``.
+        label_consistency: see :class:`tsynd.TargetedAugmentation`.
+        ratio: extra images per real image.
+        every: extra images at every n-th step.
+        typicality: see :class:`tsynd.TargetedAugmentation`.
+        diversity: see :class:`tsynd.TargetedAugmentation`.
+        adversarial_budget: of the adversarial arm, in [0, 1] pixel units.
+        adversarial_steps: of the adversarial arm.
+        split: what is scored: ``test``, or ``val`` to choose settings on.
+        conditions: see :func:`tsynd.evaluate`.
+        attacks: see :func:`tsynd.evaluate`.
+        attack_images: see :func:`tsynd.evaluate`.
+        query_images: see :func:`tsynd.evaluate`.
+        uncertainty_samples: T of the measured uncertainty.
+        reading: how the files of a folder or table are read.
+    """
+
+    autoencoder_data: str = "train"
+    autoencoder_iterations: int = 800
+    autoencoder_widths: tuple[int, int] = (32, 64)
+    latent_channels: int = 8
+    iterations: int = 300
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    dropout: str = "head"
+    dropout_rate: float = 0.5
+    augmentation_weight: float = 1.0
+    warmup_fraction: float = 0.3
+    samples: int = 8
+    masks: str = "shared"
+    steps: int = 3
+    radius: float = 0.5
+    step_size: float | None = None
+    rule: str = "l2"
+    label_consistency: float | None = None
+    ratio: float = 1.0
+    every: int = 1
+    typicality: float = 0.0
+    diversity: float = 0.0
+    adversarial_budget: float = 4 / 255
+    adversarial_steps: int = 5
+    split: str = "test"
+    conditions: tuple[str, ...] = ("clean", "shifts")
+    attacks: tuple[str, ...] = ("fgsm", "pgd", "square")
+    attack_images: int | None = 128
+    query_images: int | None = 32
+    uncertainty_samples: int = 32
+    reading: ReadOptions = field(default_factory=ReadOptions)
+
+    def augmentation(self) -> dict[str, Any]:
+        """The options of :class:`tsynd.TargetedAugmentation`."""
+        names = ("samples", "masks", "steps", "radius", "step_size", "rule", "label_consistency", "ratio", "every")
+        return {name: getattr(self, name) for name in (*names, "typicality", "diversity")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its test.
+
+    Attributes:
+        size: labelled training images.
+        seed: of the subset, the initial weights, the batch order and all draws.
+        arm: see :func:`tsynd.study.arms.parse_arm`.
+    """
+
+    size: int
+    seed: int
+    arm: str
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.size}-{self.seed}-{re.sub(r'[^A-Za-z0-9_=.,+-]', '_', self.arm)}"
+
+
+def cells_of(sizes: Sequence[int], seeds: int, arms: Sequence[str]) -> list[Cell]:
+    """All cells, ``real`` before the others of its size and seed; it is always there, to compare with.
+
+    Raises:
+        InputError: no size, seed or arm, or one that cannot be used.
+    """
+    if not sizes or any(not isinstance(size, int) or size < 2 for size in sizes):
+        raise InputError(f"train_size: got {list(sizes)}, wanted integers of 2 or more")
+    if not isinstance(seeds, int) or seeds < 1:
+        raise InputError(f"seeds: got {seeds!r}, wanted an integer of 1 or more")
+    wanted = ["real", *(arm for arm in dict.fromkeys(arms) if arm != "real")]
+    for arm in wanted:
+        parse_arm(arm)
+    cells = [Cell(size, seed, arm) for size in dict.fromkeys(sizes) for seed in range(seeds) for arm in wanted]
+    if len({cell.name for cell in cells}) < len(cells):
+        raise InputError(f"arms: got {', '.join(wanted)}, two of which would share a file name")
+    return cells
+
+
+def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]) -> None:
+    """What the cells would only refuse after training has begun.
+
+    Raises:
+        InputError: a setting that cannot be used, or does not fit the data or an arm.
+    """
+    for name in ("autoencoder_iterations", "iterations", "adversarial_steps", "uncertainty_samples"):
+        _at_least(name, getattr(settings, name), 1)
+    _at_least("batch_size", settings.batch_size, 2)
+    for name in ("attack_images", "query_images"):
+        if getattr(settings, name) is not None:
+            _at_least(name, getattr(settings, name), 1)
+    check_choice("autoencoder_data", settings.autoencoder_data, ("train", "all"))
+    check_choice("split", settings.split, ("test", "val"))
+    for name in ("learning_rate", "adversarial_budget"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name}: got {value!r}, wanted a finite number above 0")
+    if source.spatial_dims == 3 and any(arm.kind == "randaugment" for arm in arms):
+        raise InputError("arms: got randaugment for volumes, wanted arms without it: its operations are for pictures")
+    if "clean" not in choose_conditions(settings.conditions):
+        raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
+    parse_attacks(settings.attacks)
+    with torch.random.fork_rng(devices=[]):
+        SmallResNet(
+            source.channels,
+            source.num_classes,
+            dropout=settings.dropout,
+            dropout_rate=settings.dropout_rate,
+            spatial_dims=source.spatial_dims,
+        )
+        autoencoder = SmallAutoencoder(
+            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
+        )
+    check_autoencoder(autoencoder.eval(), source.train.batch(torch.tensor([0]))[0])
+    autoencoder.latent_std.fill_(1.0)
+    for arm in arms:
+        for name, value in {"augmentation_weight": settings.augmentation_weight, **arm.training}.items():
+            if name != "warmup_fraction" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise InputError(f"{name}: got {value!r}, wanted a finite number of 0 or more")
+        fraction = arm.training.get("warmup_fraction", settings.warmup_fraction)
+        if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
+            raise InputError(f"warmup_fraction: got {fraction!r}, wanted a number in [0, 1]")
+        try:
+            make_augmentation(arm, autoencoder, settings, source.task, 0)
+        except TypeError as error:  # a word where a number belongs
+            raise InputError(f"arms: got {arm.text!r}, which cannot be used ({error})") from None
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
+
+
+def make_augmentation(arm: Arm, autoencoder: Any, settings: StudySettings, task: str, seed: int) -> Any:
+    """The arm's augmentation under the study's settings; None for ``real``."""
+    return augmentation_of(
+        arm,
+        autoencoder,
+        settings.augmentation(),
+        task=task,
+        seed=seed,
+        adversarial_budget=settings.adversarial_budget,
+        adversarial_steps=settings.adversarial_steps,
+    )
+
+
+def fingerprint(source: DataSource, settings: StudySettings) -> dict[str, Any]:
+    """What two studies must share to be one; sizes, seeds and arms may be added later.
+
+    Args:
+        source: the whole data, drawn with seed 0.
+        settings: of the study.
+    """
+    digest = hashlib.sha256()
+    for part in (source.unlabelled, source.val, source.test):
+        digest.update(part.images.contiguous().numpy().tobytes())
+        digest.update(part.labels.contiguous().numpy().tobytes())
+    return {
+        "kind": "experiment",
+        "tsynd": __version__,
+        "data": digest.hexdigest()[:16],
+        **plain_settings(settings),
+    }
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a study works: what a worker process needs besides the cell.
+
+    Attributes:
+        data: as :func:`tsynd.load_data` takes it.
+        folder: the study's.
+        settings: the study's.
+        device: where to compute.
+    """
+
+    data: str
+    folder: Path
+    settings: StudySettings
+    device: str = "cpu"
+
+
+def autoencoder_path(place: Workplace, size: int, seed: int) -> Path:
+    """Of the autoencoder that the arms of a size and seed share (``all``: all sizes too)."""
+    which = "all" if place.settings.autoencoder_data == "all" else size
+    return place.folder / "models" / f"autoencoder-{which}-{seed}.safetensors"
+
+
+def classifier_path(place: Workplace, cell: Cell) -> Path:
+    """Of a cell's classifier."""
+    return place.folder / "models" / f"classifier-{cell.name}.safetensors"
+
+
+def samples_path(place: Workplace, cell: Cell) -> Path:
+    """Of a few synthetic images of a cell."""
+    return place.folder / "samples" / f"{cell.name}.npz"
+
+
+def cell_path(place: Workplace, cell: Cell) -> Path:
+    """Of a finished cell's results."""
+    return place.folder / "cells" / f"{cell.name}.json"
+
+
+def by_class(labels: Tensor, indices: Tensor) -> Tensor:
+    """The indices ordered by their class, so that pictures of one class stand together."""
+    chosen = labels[indices] if labels.ndim == 1 else labels[indices].argmax(1)
+    return indices[chosen.argsort(stable=True)]

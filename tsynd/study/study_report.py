@@ -1,0 +1,310 @@
+"""The report of a study: one self-contained HTML page, and its tables as Markdown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsynd.data.load import load_data
+from tsynd.evaluation.evaluate import spread_indices
+from tsynd.evaluation.saliency import grad_cam, overlay
+from tsynd.evaluation.shifts import SHIFTS
+from tsynd.models.checkpoint import load_model
+from tsynd.report.pictures import centre, inline_png, nats
+from tsynd.report.run_report import STYLE
+from tsynd.study.arms import parse_arm
+from tsynd.study.plots import budget_plot, dot_plot, label_of, selective_plot, severity_plot, size_plot
+from tsynd.study.score_tables import (
+    difference_tables,
+    masked_gradients,
+    quality_table,
+    score_table,
+    signed,
+    to_html,
+    to_markdown,
+)
+from tsynd.study.settings import Cell, Workplace, by_class, classifier_path, samples_path
+from tsynd.study.summary import Row, arms_of, attack_budgets, difference, headline, sizes_of
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.fingerprint import plain_settings
+
+__all__ = ["write_study"]
+
+_MORE_STYLE = """
+body { max-width: 1120px; } .wide { overflow-x: auto; }
+.cells { font-size: .88rem; overflow-wrap: normal; } .cells th[scope=col] { vertical-align: bottom; }
+.cells td { white-space: nowrap; } .cells tbody th { font-weight: 500; white-space: nowrap; }
+figure.card { margin: 0 0 1rem; } figure.card svg { display: block; width: 100%; height: auto; margin-top: .5rem; }
+figure.card figcaption b { display: block; color: var(--ink); font-size: 1rem; }
+.row { display: grid; gap: .45rem; text-align: center; } .row img { display: block; width: 100%; aspect-ratio: 1;
+  object-fit: contain; border: 1px solid var(--line); border-radius: 4px; }
+.row img.small { image-rendering: pixelated; } .row .cap { font-size: .74rem; line-height: 1.3; margin-top: .2rem; }
+.row .cap span { display: block; color: var(--ink); font-variant-numeric: tabular-nums; }
+"""
+_CAM_IMAGES = 8
+
+
+def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> None:
+    """Write ``report.html`` and ``results.md`` into the study's folder.
+
+    Args:
+        place: the study's; its models and samples are shown.
+        rows: all finished cells.
+        facts: of data and machine, for the foot.
+    """
+    sizes = sizes_of(rows)
+    with atomic_path(place.folder / "results.md") as temporary:
+        temporary.write_text(_markdown(rows, facts), encoding="utf-8")
+    measures = headline(rows)
+    figures = [dot_plot(rows, measures, size, f"d{size}") for size in sizes]
+    if len(sizes) > 1:
+        figures.insert(0, size_plot(rows, measures, "s"))
+    shifted = any(name.split(":")[0] in SHIFTS and ":" in name for row in rows for name in row["scores"])
+    for size in sizes:
+        figures += [severity_plot(rows, size, f"v{size}")] if shifted else []
+        figures += [budget_plot(rows, size, f"b{size}")] if len(attack_budgets(rows, "pgd")) > 1 else []
+        figures += [selective_plot(rows, size, f"u{size}")]
+    name = html.escape(str(facts["data"]))
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tsynd study: {name}</title><style>{STYLE}{_MORE_STYLE}</style></head><body>
+<h1>Does targeted synthesis help on {name}?</h1>
+<p class="soft">{_facts(rows, facts, place)}</p>
+<p class="lead">{_summary(rows)}</p>
+<h2>Balanced accuracy</h2>
+{"".join(figures)}
+<h2>All scores</h2>
+<p class="soft">Mean ± 95 % t interval over the seeds. ↓: less is better. Error detection: how well the mutual
+information tells wrong predictions from right ones (area under the ROC curve, 50 % is chance).</p>
+{"".join(to_html(score_table(rows, size)) for size in sizes)}
+<h2>Paired differences</h2>
+<p class="soft">In percentage points of balanced accuracy, over pairs of equal size and seed, with their 95 % t
+interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test, two-sided, not corrected for
+the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs: 0.0625). Pairs of several
+sizes share test and training images, so that p over all sizes is optimistic.</p>
+{"".join(to_html(table) for table in difference_tables(rows))}
+<h2>Synthetic images</h2>
+<p class="soft">Made of training images against each arm's finished classifier, seed 0; not picked for looks. Below:
+mutual information in nats under samples that no ascent has seen.</p>
+{_samples(place, rows, facts)}
+<p class="soft">Mean over the seeds. MI: mutual information of the synthetic images under the arm's own classifier.
+Label kept: that classifier still predicts the source's label. Distances are root mean squared differences of pixels: to
+the source; to the nearest training image, and that in units of a real held-out image's distance (well below 1: close to
+a copy). KID and FID: distance to the {place.settings.split} images in the features of real only.</p>
+{"".join(to_html(quality_table(rows, size)) for size in sizes if quality_table(rows, size).rows)}
+<h2>Where the classifiers look</h2>
+{_looks(place, rows, facts)}
+<h2>Method and limits</h2>
+{_method(rows, facts, place)}
+{_details(rows, facts, place)}
+</body></html>
+"""
+    with atomic_path(place.folder / "report.html") as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+
+
+def _facts(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
+    seeds = len({row["seed"] for row in rows})
+    parts = [
+        f"{', '.join(map(str, sizes_of(rows)))} labelled images",
+        f"{seeds} seed{'s' if seeds > 1 else ''}",
+        f"{facts['tested']} {place.settings.split} images",
+        "×".join(map(str, facts["image_shape"])),
+        f"{len(facts['class_names'])} classes ({facts['task']})",
+        f"{place.settings.iterations} steps for every arm",
+        f"tsynd {facts['version']}",
+    ]
+    return " · ".join(html.escape(part) for part in parts)
+
+
+def _targeted(arms: Sequence[str]) -> str | None:
+    """The arm that stands for targeting, if any was run."""
+    kinds = ("mutual_information", "entropy", "loss")
+    return next((arm for kind in kinds for arm in arms if arm.split(",")[0] == kind), None)
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """What the targeted arm did against its controls; a loss is named as plainly as a gain."""
+    arms = arms_of(rows)
+    targeted = _targeted(arms)
+    if targeted is None:
+        return "No targeted arm was run."
+    sentences = []
+    for against in [arm for arm in ("real", "random") if arm in arms]:
+        texts = []
+        for measure in headline(rows):
+            found = difference(rows, targeted, against, sizes_of(rows), measure.key)
+            if found.pairs:
+                points = signed(found.mean)
+                where = f"{measure.title.lower()} images" if measure.key in ("clean", "shifted") else measure.title
+                surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
+                if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
+                    each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
+                    surety = (
+                        ", ".join(f"{n} labels: {signed(one.mean)}" for n, one in each if one.pairs) + f"; {surety}"
+                    )
+                texts.append(f"{points} points on {where} ({surety})")
+        sentences += [f"against {label_of(against)}: {', '.join(texts)}"] if texts else []
+    return html.escape(f"Balanced accuracy of {label_of(targeted)} {'; '.join(sentences)}.")
+
+
+def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    lines = [
+        f"# Study on {facts['data']}\n",
+        "Balanced accuracy, AUROC and the like in percent, mean ± 95 % t interval.\n",
+    ]
+    lines += [to_markdown(score_table(rows, size)) for size in sizes_of(rows)]
+    lines += [
+        "Paired differences in percentage points of balanced accuracy; p by the exact two-sided sign-flip test, "
+        "uncorrected; \\* is the smallest p that so many pairs can give.\n"
+    ]
+    lines += [to_markdown(table) for table in difference_tables(rows)]
+    lines += ["Synthetic images, mean over seeds; KID and FID in the features of the real-only classifier.\n"]
+    lines += [to_markdown(table) for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
+    return "\n".join(lines)
+
+
+def _name(label: Tensor, names: Sequence[str]) -> str:
+    if label.dim() == 0:
+        return names[int(label)]
+    return ", ".join(names[int(i)] for i in label.nonzero()[:, 0]) or "no finding"
+
+
+def _picture(pixels: np.ndarray[Any, Any], title: str, note: str) -> str:
+    kind = ' class="small"' if max(pixels.shape) < 128 else ""
+    alt = html.escape(f"{title} {note}".strip(), quote=True)
+    return (
+        f'<div><img{kind} src="{inline_png(pixels)}" alt="{alt}"><div class="cap">{html.escape(title)}'
+        f"<span>{html.escape(note) or '&nbsp;'}</span></div></div>"
+    )
+
+
+def _rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Uint8 [C, H, W], or the middle slice of [C, D, H, W], as [H, W, 3]."""
+    image = centre(torch.from_numpy(image)).numpy()
+    coloured = image if len(image) == 3 else image[:1].repeat(3, 0)
+    return np.ascontiguousarray(coloured.transpose(1, 2, 0))
+
+
+def _samples(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    """Source, reconstruction and each generative arm's image, of the largest size."""
+    size = max(sizes_of(rows))
+    shown = {}
+    for arm in arms_of(rows):
+        path = samples_path(place, Cell(size, 0, arm))
+        if parse_arm(arm).generative and path.exists():
+            with np.load(path, allow_pickle=False) as file:
+                shown[arm] = {name: file[name] for name in file.files}
+    if not shown:
+        return "<p>No arm made images.</p>"
+    first, cards = next(iter(shown.values())), []
+    moved = [arm for arm in shown if arm != "reconstruction"][:5]
+    for i in range(len(first["source"])):
+        pictures = [_picture(_rgb(first["source"][i]), "source", "")]
+        pictures.append(_picture(_rgb(first["reconstruction"][i]), "reconstruction", ""))
+        for arm in moved:
+            pictures.append(_picture(_rgb(shown[arm]["made"][i]), label_of(arm), nats(shown[arm]["after"][i])))
+        label = html.escape(_name(torch.from_numpy(first["labels"])[i], facts["class_names"]))
+        style = f"grid-template-columns: repeat({len(pictures)}, minmax(0, 1fr))"
+        cards.append(
+            f'<div class="example"><b>{label}</b><div class="row" style="{style}">{"".join(pictures)}</div></div>'
+        )
+    return f'<div class="pair">{"".join(cards)}</div>'
+
+
+def _looks(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    """Grad-CAM of real only and of a targeted arm, side by side."""
+    size, arms = max(sizes_of(rows)), arms_of(rows)
+    targeted = _targeted(arms)
+    compared = ["real", *([targeted] if targeted else [])]
+    tested = getattr(
+        load_data(place.data, train_size=size, seed=0, **place.settings.reading.given()), place.settings.split
+    )
+    chosen = by_class(tested.labels, spread_indices(tested.labels, _CAM_IMAGES))
+    images, labels = tested.batch(chosen)
+    asked = labels if labels.dim() == 1 else labels.argmax(1)
+    cards: list[list[str]] = [[_picture(_rgb((x * 255).byte().numpy()), "image", "")] for x in images]
+    for arm in compared:
+        path = classifier_path(place, Cell(size, 0, arm))
+        if not path.exists():
+            return "<p>The classifiers of seed 0 are not there.</p>"
+        model = load_model(path)
+        heat = grad_cam(model, images, asked)
+        with torch.no_grad():
+            logits = model(images)
+        chances = logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()
+        for card, x, h, p, k in zip(cards, images, heat, chances, asked, strict=True):
+            card.append(_picture(overlay(centre(x), centre(h[None])[0]), label_of(arm), f"p = {p[k]:.2f}"))
+    style = f"grid-template-columns: repeat({1 + len(compared)}, minmax(0, 1fr))"
+    blocks = [
+        f'<div class="example"><b>{html.escape(facts["class_names"][int(k)])}</b>'
+        f'<div class="row" style="{style}">{"".join(card)}</div></div>'
+        for card, k in zip(cards, asked, strict=True)
+    ]
+    note = (
+        "Grad-CAM: what speaks for the true class (orange), each picture scaled to its own maximum; p is the "
+        f"probability given to that class. Seed 0, {size} labelled images; {place.settings.split} images spread over "
+        "the classes, not picked. The maps are as coarse as the network's last feature maps and are no proof of what a "
+        "decision rests on."
+    )
+    return f'<p class="soft">{html.escape(note)}</p><div class="pair">{"".join(blocks)}</div>'
+
+
+def _method(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
+    s = place.settings
+    source = "every training image, without labels" if s.autoencoder_data == "all" else "the labelled images alone"
+    severities = "; ".join(
+        f"{kind} " + ", ".join("/".join(f"{v:.3g}" for v in c.keywords.values()) for c in conditions)  # type: ignore[attr-defined]
+        for kind, conditions in SHIFTS.items()
+    )
+    texts = (
+        "All arms of a size and seed share the labelled subset, the first weights, the batch order, the number of "
+        f"optimiser steps and the autoencoder, which was trained on {source}. All but real only add {s.ratio:g} extra "
+        f"image(s) per real one at the same steps, after {100 * s.warmup_fraction:.0f} % of them (unless an arm's name "
+        "says otherwise).",
+        f"Shifts are drawn per image and are the same for every arm. Severities 1 to 5: {severities} (noise: σ; blur: "
+        "σ as a share of the side; rotation: ± degrees; translation: ± share of the side; contrast and brightness: "
+        "factor up/down, by an even chance; JPEG: quality). “Shifted” is the mean over the kinds and severities.",
+        _attack_text(rows, place),
+        "Seeds differ in the labelled subset and in everything that is drawn, but share the scored images: the "
+        "intervals say how much another training would change, not another hospital. Synthetic images are made to "
+        "train on, not to diagnose from.",
+    )
+    return "".join(f"<p>{html.escape(text)}</p>" for text in texts if text)
+
+
+def _attack_text(rows: Sequence[Row], place: Workplace) -> str:
+    s, names = place.settings, {name.split(":")[0] for row in rows for name in row["scores"]}
+    if "pgd" not in names:
+        return ""
+    text = (
+        "Attacks hit the deterministic network (no dropout) with full knowledge of it, on "
+        f"{s.attack_images or 'all'} fixed images (Square: {s.query_images or 'all'} of them). "
+    )
+    masked = masked_gradients(rows)
+    if masked:
+        text += (
+            f"Square, which needs no gradient, hurts {', '.join(map(label_of, masked))} more than PGD does: a sign of "
+            "masked gradients, so the PGD figures there flatter. "
+        )
+    elif "square" in names:
+        text += "Square, which needs no gradient, was nowhere clearly stronger than PGD: no sign of masked gradients. "
+    return text + (
+        f"The adversarial arm trains on PGD images of budget {255 * s.adversarial_budget:.3g}/255: on what these "
+        "attacks test."
+    )
+
+
+def _details(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
+    cells = [("settings", key, value) for key, value in plain_settings(place.settings).items()]
+    cells += [("facts", key, value) for key, value in facts.items()]
+    total = sum(sum(row["seconds"].values()) for row in rows)
+    cells.append(("facts", "time of all cells", f"{total / 60:.1f} min of one process"))
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in line) + "</tr>" for line in cells)
+    table = f'<div class="card"><table>{lines}</table></div>'
+    return f"<details><summary>Settings and machine</summary>{table}</details>"

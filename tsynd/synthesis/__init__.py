@@ -1,0 +1,1 @@
+"""The ascent: from images to targeted ones."""

@@ -1,0 +1,185 @@
+"""The ascent itself: one batch of latents moved uphill, as a rule on the posterior's uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from tsynd.ops import operators as ops
+from tsynd.ops.reference import OBJECTIVES, RULES, TASKS
+from tsynd.posteriors.posterior import Posterior
+from tsynd.synthesis.objectives import Goal, PlausibleGoal, Uncertainty
+from tsynd.utils.errors import InputError, check_choice
+
+__all__ = ["Ascent", "AscentSettings", "Status", "ascend_latents", "label_probability"]
+
+
+class Status(IntEnum):
+    """How the ascent of one image ended."""
+
+    RAISED = 0
+    """A latent of higher score (as a rule the uncertainty) than the source's was found."""
+    UNCHANGED = 1
+    """No step raised the score; the image is the reconstruction."""
+    NON_FINITE = 2
+    """A value or gradient was not finite; the image is the best one before that."""
+    LABEL_LIMIT = 3
+    """A step left the region where the source label keeps its wanted probability; best image before that."""
+
+
+@dataclass(frozen=True)
+class AscentSettings:
+    """What one ascent maximises and how far it goes.
+
+    Attributes:
+        objective: ``mutual_information`` or ``entropy``.
+        task: ``multiclass`` or ``multilabel``.
+        steps: K, at least 1.
+        radius: of the ball around the source latent, times latent standard deviation times sqrt(dimension)
+            (rule ``l2``) or times latent standard deviation (rule ``linf``).
+        step_size: length of one step in the same unit; None is 2.5 * radius / steps.
+        rule: ``l2`` (normalised gradient) or ``linf`` (its sign).
+        label_consistency: least mean probability that the source label must keep, or None.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    objective: str = "mutual_information"
+    task: str = "multiclass"
+    steps: int = 5
+    radius: float = 0.5
+    step_size: float | None = None
+    rule: str = "l2"
+    label_consistency: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("task", self.task, TASKS)
+        check_choice("rule", self.rule, RULES)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"steps: got {self.steps!r}, wanted an integer of at least 1")
+        if not (math.isfinite(self.radius) and self.radius > 0):
+            raise InputError(f"radius: got {self.radius!r}, wanted a number above 0")
+        if self.step_size is not None and not (math.isfinite(self.step_size) and self.step_size > 0):
+            raise InputError(f"step_size: got {self.step_size!r}, wanted a number above 0, or None")
+        if self.label_consistency is not None and not 0 < self.label_consistency < 1:
+            raise InputError(f"label_consistency: got {self.label_consistency!r}, wanted a number between 0 and 1")
+
+    def lengths(self, latent_std: float, dimension: int) -> tuple[float, float]:
+        """Step and radius in latent units."""
+        unit = latent_std * (math.sqrt(dimension) if self.rule == "l2" else 1.0)
+        step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
+        return step * unit, self.radius * unit
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Result for one batch; tensors on the batch's device.
+
+    Attributes:
+        images: [B, C, H, W] in [0, 1], decoded best iterates.
+        latents: [B, ...], best iterates.
+        uncertainty: [B], of the best iterates, under the samples climbed on (the goal's value for another goal).
+        trajectory: [steps + 1, B], the same at every iterate; row 0 is the reconstruction's.
+        status: [B] int8, see :class:`Status`.
+    """
+
+    images: Tensor
+    latents: Tensor
+    uncertainty: Tensor
+    trajectory: Tensor
+    status: Tensor
+
+    def first(self, count: int) -> Ascent:
+        """The first ``count`` images' part."""
+        return Ascent(
+            self.images[:count],
+            self.latents[:count],
+            self.uncertainty[:count],
+            self.trajectory[:, :count],
+            self.status[:count],
+        )
+
+
+def label_probability(posterior: Posterior, images: Tensor, labels: Tensor, ids: Tensor, task: str) -> Tensor:
+    """Mean probability [B] of the source label; for several labels, of the least certain one."""
+    with torch.no_grad():
+        p = posterior.probabilities(images, ids, task)
+    if task == "multiclass":
+        return p.gather(1, labels[:, None]).squeeze(1)
+    return torch.where(labels > 0.5, p, 1.0 - p).amin(1)
+
+
+def ascend_latents(
+    posterior: Posterior,
+    decode: Callable[[Tensor], Tensor],
+    source: Tensor,
+    sample_ids: Tensor,
+    settings: AscentSettings,
+    latent_std: float,
+    labels: Tensor | None = None,
+    goal: Goal | None = None,
+) -> Ascent:
+    """Projected gradient ascent over latents, each image by itself unless the goal couples them.
+
+    The posterior samples stay the same over all steps, so the goal is deterministic; the best iterate is kept. Call
+    it inside ``posterior.frozen()``.
+
+    Args:
+        posterior: gives the uncertainty.
+        decode: latents [B, ...] -> images [B, C, H, W]; what leaves [0, 1] is clamped.
+        source: [B, ...], encoded images: the balls' centres.
+        sample_ids: [B] int64, the images' global indices.
+        settings: see :class:`AscentSettings`.
+        latent_std: standard deviation of the latents.
+        labels: [B] or [B, L], needed for ``label_consistency``.
+        goal: what to climb; None is the uncertainty that the settings name.
+    """
+    if goal is None:
+        goal = PlausibleGoal(Uncertainty(posterior, settings.objective, settings.task), source)
+    step, radius = settings.lengths(latent_std, source[0].numel())
+    latents = source.clone()
+    best_latents = best_images = best = best_score = first = torch.empty(0)
+    count = source.shape[0]  # not len(): an export keeps the batch size open
+    climbing = torch.ones(count, dtype=torch.bool, device=source.device)
+    status = torch.full((count,), int(Status.UNCHANGED), dtype=torch.int8, device=source.device)
+    per_latent = [-1] + [1] * (source.dim() - 1)
+    trajectory = []
+    for k in range(settings.steps + 1):
+        last = k == settings.steps
+        with torch.set_grad_enabled(not last):
+            leaf = latents.detach().requires_grad_(not last)
+            images = decode(leaf).clamp(0, 1)
+            value, score, climbed = goal(leaf, images, sample_ids)
+            gradient = None if last else torch.autograd.grad(climbed.sum(), leaf)[0]
+        images, value, score = images.detach(), value.detach(), score.detach()
+        trajectory.append(value)
+        sound = value.isfinite() & score.isfinite()
+        if gradient is not None:
+            sound = sound & gradient.flatten(1).isfinite().all(1)
+        status = status.masked_fill(climbing & ~sound, int(Status.NON_FINITE))
+        climbing = climbing & sound
+        if settings.label_consistency is not None and labels is not None and k > 0:
+            kept = label_probability(posterior, images, labels, sample_ids, settings.task)
+            lost = climbing & (kept < settings.label_consistency)
+            status = status.masked_fill(lost, int(Status.LABEL_LIMIT))
+            climbing = climbing & ~lost
+        if k == 0:
+            best, best_score, first, best_latents, best_images = value, score, score, latents, images
+        else:
+            better = climbing & (score > best_score)
+            best, best_score = torch.where(better, value, best), torch.where(better, score, best_score)
+            best_images = torch.where(better.reshape([-1] + [1] * (images.dim() - 1)), images, best_images)
+            best_latents = torch.where(better.reshape(per_latent), latents, best_latents)
+        if gradient is not None:
+            latents = latents.clone()
+            still = torch.where(climbing.reshape(per_latent), gradient, 0.0)
+            ops.ascend_(latents, still, source, step, radius, settings.rule)
+    status = status.masked_fill((status == int(Status.UNCHANGED)) & (best_score > first), int(Status.RAISED))
+    return Ascent(best_images, best_latents, best, torch.stack(trajectory), status)

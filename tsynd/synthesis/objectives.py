@@ -1,0 +1,127 @@
+"""What an ascent climbs: a measure of the decoded images, less a penalty on implausible latents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tsynd.ops import operators as ops
+from tsynd.posteriors.posterior import Posterior
+from tsynd.synthesis.joint_information import redundancy
+from tsynd.synthesis.latent_prior import LatentPrior
+
+__all__ = ["Goal", "GoalValue", "LabelLoss", "Measure", "PlausibleGoal", "Uncertainty"]
+
+
+class GoalValue(NamedTuple):
+    """What a goal says of one iterate of a batch.
+
+    Attributes:
+        value: [B], the measure itself in nats, which the trajectory records.
+        score: [B], the iterate with the highest one is kept.
+        climbed: [B] or scalar; the gradient of its sum is the direction of the next step.
+    """
+
+    value: Tensor
+    score: Tensor
+    climbed: Tensor
+
+
+class Goal(Protocol):
+    """Called with latents [B, ...], the images [B, C, H, W] they decode to and the images' ids [B]."""
+
+    def __call__(self, latents: Tensor, images: Tensor, sample_ids: Tensor, /) -> GoalValue:
+        """Differentiable with respect to the latents, also through the images."""
+
+
+class Measure(Protocol):
+    """A goal that looks at the images alone."""
+
+    def __call__(self, images: Tensor, sample_ids: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The value [B] in nats, and what is climbed, [B] or scalar."""
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """The posterior's uncertainty, optionally less what the batch's images say twice.
+
+    Attributes:
+        posterior: gives the samples.
+        objective: ``mutual_information`` or ``entropy``.
+        task: ``multiclass`` or ``multilabel``.
+        diversity: d, weight of :func:`tsynd.synthesis.joint_information.redundancy`, in [0, 1]; with 1 the climbed sum
+            is the joint uncertainty of each group of images.
+    """
+
+    posterior: Posterior
+    objective: str
+    task: str
+    diversity: float = 0.0
+
+    def __call__(self, images: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Uncertainty [B], and sum(uncertainty) - d * redundancy."""
+        if self.diversity == 0:
+            value = self.posterior.uncertainty(images, sample_ids, self.objective, self.task)
+            return value, value
+        logits = self.posterior.logits(images, sample_ids)
+        value = ops.logits_uncertainty(logits, self.objective, self.task)[0]
+        return value, value.sum() - self.diversity * redundancy(logits, self.task)
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """Cross-entropy of the source label under the posterior's mean prediction.
+
+    Attributes:
+        posterior: gives the samples.
+        labels: int64 [B], or 0/1 [B, L] for multilabel (the sum over labels).
+        task: ``multiclass`` or ``multilabel``.
+    """
+
+    posterior: Posterior
+    labels: Tensor
+    task: str
+
+    def __call__(self, images: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p(label | image) [B] in nats, twice."""
+        logits = self.posterior.logits(images, sample_ids).float()
+        if self.task == "multiclass":
+            index = self.labels[None, :, None].expand(len(logits), -1, 1)
+            logp = logits.log_softmax(-1).gather(2, index)
+        else:
+            logp = functional.logsigmoid(torch.where(self.labels > 0.5, logits, -logits))
+        loss = math.log(len(logits)) - logp.logsumexp(0)
+        value = loss.sum(-1)
+        return value, value
+
+
+@dataclass(frozen=True)
+class PlausibleGoal:
+    """A measure of the images, less ``weight`` times the latents' loss of plausibility.
+
+    The penalty also counts when the best iterate is chosen; the recorded value stays the measure's own.
+
+    Attributes:
+        measure: of the images.
+        origin: [B, ...], source latents.
+        prior: None for no penalty.
+        weight: of :meth:`tsynd.synthesis.latent_prior.LatentPrior.excess`.
+    """
+
+    measure: Measure
+    origin: Tensor
+    prior: LatentPrior | None = None
+    weight: float = 0.0
+
+    def __call__(self, latents: Tensor, images: Tensor, sample_ids: Tensor) -> GoalValue:
+        """See :class:`Goal`."""
+        value, climbed = self.measure(images, sample_ids)
+        if self.prior is None or self.weight == 0:
+            return GoalValue(value, value, climbed)
+        penalty = self.weight * self.prior.excess(latents, self.origin)
+        return GoalValue(value, value - penalty, climbed.sum() - penalty.sum())

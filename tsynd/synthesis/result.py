@@ -1,0 +1,144 @@
+"""Results of a synthesis written in place, so that memory beyond them does not grow with the number of images."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsynd.data.checks import channels_first, check_images
+from tsynd.data.dataset import Batch
+from tsynd.data.formats import save_class_folders, to_uint8
+from tsynd.synthesis.ascent import Ascent
+from tsynd.utils.atomic import save_npz
+from tsynd.utils.errors import InputError
+
+__all__ = ["Collector", "SynthesisResult", "load_result"]
+
+
+class Collector:
+    """Arrays for ``count`` images, allocated at the first batch and filled batch by batch.
+
+    Args:
+        count: N, images in all.
+
+    Attributes:
+        filled: images so far.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.filled = count, 0
+        self._arrays: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch, source: Tensor, climbed: Ascent) -> None:
+        """Keep a batch's results (tensors on the CPU), which follow those of the batches before.
+
+        Args:
+            batch: where they come from.
+            source: [B, ...], encoded images.
+            climbed: its ascent.
+        """
+        rows = {
+            "images": climbed.images.float(),
+            "latents": climbed.latents,
+            "source_latents": source,
+            "initial_uncertainty": climbed.trajectory[0],
+            "uncertainty": climbed.uncertainty,
+            "trajectory": climbed.trajectory.t(),
+            "status": climbed.status,
+            "sample_ids": batch.sample_ids,
+        }
+        if batch.labels is not None:
+            rows["labels"] = batch.labels
+        for name, row in rows.items():
+            if name not in self._arrays:
+                self._arrays[name] = torch.empty((self.count, *row.shape[1:]), dtype=row.dtype)
+            self._arrays[name][self.filled : self.filled + len(row)] = row
+        self.filled += len(batch.images)
+
+    def arrays(self) -> dict[str, Tensor | None]:
+        """The fields of a :class:`tsynd.SynthesisResult`."""
+        return {"labels": None, **{name: array[: self.filled] for name, array in self._arrays.items()}}
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """Targeted images and where they come from; all tensors on the CPU, row i belongs to source image i.
+
+    Attributes:
+        images: [N, C, H, W] or, for volumes, [N, C, D, H, W] float32 in [0, 1].
+        labels: [N] or [N, L], the sources' labels, or None.
+        latents: [N, ...] float32, the best iterates.
+        source_latents: [N, ...] float32, the encoded sources.
+        initial_uncertainty: [N], of the reconstructions, in nats.
+        uncertainty: [N], of the images, in nats; both under the posterior samples climbed on.
+        trajectory: [N, steps + 1], the uncertainty at every iterate.
+        status: [N] int8, see :class:`tsynd.Status`.
+        sample_ids: [N] int64.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    latents: Tensor
+    source_latents: Tensor
+    initial_uncertainty: Tensor
+    uncertainty: Tensor
+    trajectory: Tensor
+    status: Tensor
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def save(self, path: str | Path, class_names: tuple[str, ...] | None = None) -> Path:
+        """Write the result: a path that ends in ``.npz`` gets one archive, any other a folder of PNG per class.
+
+        The archive's ``images`` [N, H, W] or [N, H, W, 3] (volumes: [N, D, H, W]) are uint8 as in MedMNIST, so that
+        :func:`tsynd.load_data` reads it; the other fields are stored as they are.
+
+        Args:
+            path: a file name or a folder that does not exist yet.
+            class_names: folder names; the class numbers when None.
+
+        Raises:
+            InputError: the path cannot be written, or class folders are wanted for images without labels.
+        """
+        path = Path(path)
+        if path.suffix == ".npz":
+            arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+            arrays = {name: value for name, value in arrays.items() if value is not None}
+            arrays["images"] = to_uint8(self.images)
+            if class_names is not None:
+                arrays["class_names"] = np.array(class_names)
+            save_npz(path, **arrays)
+        else:
+            if self.labels is None:
+                raise InputError("labels: the result has none, wanted some to name the class folders; save as .npz")
+            if class_names is None:
+                width = int(self.labels.max()) + 1
+                class_names = tuple(str(i) for i in range(width))
+            save_class_folders(path, self.images, self.labels, class_names)
+        return path
+
+
+def load_result(path: str | Path) -> SynthesisResult:
+    """Read what :meth:`SynthesisResult.save` wrote as ``.npz``; the images come back rounded to 1/255.
+
+    Raises:
+        InputError: not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "biuf"}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"path: {path} cannot be read ({type(error).__name__}), wanted an .npz of tsynd") from None
+    missing = {field.name for field in fields(SynthesisResult)} - {"labels"} - set(arrays)
+    if missing:
+        raise InputError(f"path: {path} lacks {', '.join(sorted(missing))}, wanted an .npz of SynthesisResult.save")
+    arrays["images"] = check_images(channels_first(arrays["images"].numpy(), f"path: {path}: images"))
+    arrays.setdefault("labels", None)  # type: ignore[arg-type]
+    return SynthesisResult(**{field.name: arrays[field.name] for field in fields(SynthesisResult)})

@@ -1,0 +1,294 @@
+"""The synthesis as a stream: batches in, targeted images out, nothing kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tsynd.data.dataset import Batch
+from tsynd.fx.checkpointing import kept_per_image, staged
+from tsynd.fx.folding import folded_decoder
+from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, check_pixel_range
+from tsynd.models.layout import channels_last
+from tsynd.posteriors.mc_dropout import as_posterior
+from tsynd.posteriors.posterior import Posterior, frozen
+from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
+from tsynd.synthesis.cuda import GraphedAscent, fetch, send
+from tsynd.synthesis.objectives import PlausibleGoal, Uncertainty
+from tsynd.utils.device import resolve_device
+from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.timing import Phases
+
+__all__ = ["CPU_BYTES", "AscentStream", "Part", "place"]
+
+Part: TypeAlias = tuple[Batch, Tensor, Ascent]
+"""A batch, its source latents [B, ...] and its ascent; the last two on the CPU."""
+
+# Convolution and matrix libraries pick their kernels by the batch's remainder. Whole tiles give every image the same
+# arithmetic in any batch; the ascent would amplify a last-digit difference. A tile of large images is smaller, down to
+# one image, so that it keeps within _TILE_BYTES; that depends on the image's shape and the networks alone.
+_TILE = 16
+_TILE_BYTES = 2**27
+
+CPU_BYTES = 2**31
+"""What a batch's activations may take on a CPU unless told otherwise."""
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class AscentStream:
+    """Models that are placed, frozen and checked once, and then take any number of batches.
+
+    Use: ``with stream: stream.check(first); stream.prepare(latent_std, first); for part in stream.run(batches): ...``
+
+    Args:
+        autoencoder, classifier, samples, masks, seed, batch_size, device, precision, compile, checkpointing,
+            memory_limit: see :func:`tsynd.synthesize`.
+        settings: of the ascent.
+        phases: takes the seconds of every phase, see :func:`tsynd.synthesize`.
+
+    Attributes:
+        device: where the work happens.
+        size: images at once; the encoder's after :meth:`check`, final after :meth:`prepare`.
+        checkpointing: whether activations are made again; final after :meth:`prepare`.
+
+    Raises:
+        InputError: an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Any,
+        classifier: nn.Module | Posterior,
+        settings: AscentSettings,
+        *,
+        samples: int,
+        masks: str,
+        seed: int,
+        batch_size: int | None,
+        device: torch.device | str | None,
+        precision: str,
+        compile: bool,
+        checkpointing: bool | None = None,
+        memory_limit: float | None = None,
+        phases: Phases | None = None,
+    ) -> None:
+        check_choice("precision", precision, tuple(_PRECISIONS))
+        if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
+            raise InputError(f"memory_limit: got {memory_limit!r}, wanted a number of GiB above 0, or None")
+        if checkpointing and compile:
+            raise InputError("checkpointing: got True with compile=True, wanted one of the two")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
+        self.posterior = as_posterior(classifier, samples, masks, seed)
+        self.model = as_autoencoder(autoencoder)
+        self.device = place(self.posterior, self.model, device)
+        if precision == "float16" and self.device.type == "cpu":
+            raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
+        self.size = batch_size or 0
+        self.checkpointing = bool(checkpointing)
+        self._choose, self._limit, self._given, self._tile = checkpointing is None, memory_limit, batch_size, _TILE
+        self._settings, self._precision, self._compile = settings, precision, compile
+        self._phases = phases or Phases()
+        # a phase that is measured waits for the GPU
+        self._watched = self.device if phases is not None else torch.device("cpu")
+        self._stack = contextlib.ExitStack()
+        self._copying: list[tuple[Batch, Callable[[], tuple[Tensor, Ascent]]]] = []
+        self._climb: Callable[[Tensor, Tensor, Tensor | None], Ascent]
+
+    def __enter__(self) -> AscentStream:
+        """Freeze the models."""
+        stack = contextlib.ExitStack()
+        with stack:
+            stack.enter_context(self.posterior.frozen())
+            if isinstance(self.model, nn.Module):
+                stack.enter_context(frozen(self.model))
+            autocast = _PRECISIONS[self._precision]
+            if autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, autocast))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._copying.clear()
+        self._stack.__exit__(kind, error, trace)
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Count what happens inside under ``name``."""
+        return self._phases(name, self._watched)
+
+    @property
+    def known_latent_std(self) -> float | None:
+        """The autoencoder's own ``latent_std``, None where it has none that is finite and above 0."""
+        known = getattr(self.model, "latent_std", None)
+        value = float(known) if known is not None else math.nan
+        return value if math.isfinite(value) and value > 0 else None
+
+    def check(self, first: Tensor) -> int:
+        """Run both models on one image [1, C, H, W]; return the number of classes.
+
+        Raises:
+            InputError: the models do not fit the image or each other.
+        """
+        classes = _check_models(self.model, self.posterior, first.to(self.device))
+        self._tile = _TILE if self.device.type == "cpu" else 1
+        self.size = _whole_tiles(self.size or _default_batch(first, self.device), self._tile)
+        return classes
+
+    def prepare(self, latent_std: float, first: Tensor) -> None:
+        """Make ready to run, with the latents' standard deviation and one image [1, C, H, W]."""
+        is_module = isinstance(self.model, nn.Module)
+        networks = (*self.posterior.networks, self.model) if is_module else self.posterior.networks
+        self._stack.enter_context(channels_last(*networks))  # type: ignore[arg-type]
+        self._stack.enter_context(self.posterior.folded())  # after the layout, which the folded weights take over
+        image = first.to(self.device)
+        with torch.no_grad():
+            latent = self.model.encode(image).float()
+            decode = folded_decoder(self.model, latent)
+        decode = self._fit(decode, image, latent)
+        if self._compile:
+            self._stack.enter_context(self.posterior.compiled())
+            decode = torch.compile(decode, dynamic=False)
+        else:
+            decode = self._phases.timed("decode", decode, self._watched)
+        uncertainty = Uncertainty(self.posterior, self._settings.objective, self._settings.task)
+        measure = self._phases.timed("uncertainty", uncertainty, self._watched)
+
+        def climb(z0: Tensor, ids: Tensor, y: Tensor | None) -> Ascent:
+            goal = PlausibleGoal(measure, z0)
+            return ascend_latents(self.posterior, decode, z0, ids, self._settings, latent_std, y, goal)
+
+        self._climb = GraphedAscent(climb) if self._compile and self.device.type == "cuda" else climb
+
+    def _fit(self, decode: Callable[[Tensor], Tensor], image: Tensor, latent: Tensor) -> Callable[[Tensor], Tensor]:
+        """Choose how many images at once and whether to make activations again, by what one image keeps."""
+        ids = torch.zeros(1, dtype=torch.int64, device=self.device)
+        objective, task = self._settings.objective, self._settings.task
+        with torch.no_grad():  # what a posterior keeps of its first call must not be made of tensors without values
+            self.posterior.uncertainty(image, ids, objective, task)
+
+        def kept(decode: Callable[[Tensor], Tensor]) -> int:
+            def run(latents: Tensor) -> Tensor:
+                images = decode(latents).clamp(0, 1)
+                return self.posterior.uncertainty(images, ids.expand(len(images)), objective, task)
+
+            return kept_per_image(run, latent)
+
+        if self._limit is not None:
+            limit = self._limit * 2**30
+        else:
+            on_gpu = self.device.type == "cuda"
+            limit = torch.cuda.mem_get_info(self.device)[0] / 2 if on_gpu else float(CPU_BYTES)
+        each = kept(decode)
+        if self.device.type == "cpu":
+            self._tile = max(1, min(_TILE, 2 ** int(math.log2(max(1.0, _TILE_BYTES / each)))))
+        if self._choose and not self._compile:
+            self.checkpointing = (self._given or self._tile) * each > limit
+        if self.checkpointing:
+            stages = staged(decode, latent)
+            heaviest = max(stages.heaviest, self._stack.enter_context(self.posterior.staged(image)))
+            decode, each = stages, kept(stages) + heaviest
+        fits = max(1, int(limit / each))
+        size = self._given or min(_default_batch(image, self.device), max(self._tile, fits - fits % self._tile))
+        self.size = _whole_tiles(size, self._tile)
+        return decode
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Part]:
+        """Every batch's results, in order; on a GPU one batch behind, so that copies lie beside the work.
+
+        Out of memory halves a batch, which then gives several parts.
+        """
+        for batch in batches:
+            _halving(self._work, batch)
+            yield from self._finished(1 if self.device.type == "cuda" else 0)
+        yield from self._finished(0)
+
+    def _work(self, batch: Batch) -> None:
+        count = len(batch.images)
+        full = batch.padded(_halved(self.size, count) if self._compile else _whole_tiles(count, self._tile))
+        with torch.no_grad(), self.phase("encode"):
+            z0 = self.model.encode(send(full.images, self.device)).float().contiguous()
+        y = None if full.labels is None else send(full.labels, self.device)
+        with self.phase("backward"):
+            climbed = self._climb(z0, send(full.sample_ids, self.device), y)
+        self._copying.append((batch, fetch(z0[:count], climbed.first(count))))
+
+    def _finished(self, most: int) -> Iterator[Part]:
+        """Wait for results until ``most`` batches' are on their way."""
+        while len(self._copying) > most:
+            batch, wait = self._copying.pop(0)
+            yield (batch, *wait())
+
+
+def _whole_tiles(count: int, tile: int) -> int:
+    return -(-count // tile) * tile
+
+
+def _halved(size: int, count: int) -> int:
+    """The least of size, size / 2, size / 4, ... (rounded up) that holds ``count``: few shapes to compile for."""
+    while size > 1 and -(-size // 2) >= count:
+        size = -(-size // 2)
+    return size
+
+
+def place(posterior: Posterior, model: Autoencoder | None, device: torch.device | str | None) -> torch.device:
+    """Move the models and tell where the work happens."""
+    if device is None:
+        parameters = (p for network in posterior.networks for p in network.parameters())
+        target = next((p.device for p in parameters), torch.device("cpu"))
+    else:
+        target = resolve_device(device)
+        for network in posterior.networks:
+            network.to(target)
+    if isinstance(model, nn.Module):
+        model.to(target)
+    return target
+
+
+def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> int:
+    """Run both models on one image; return the number of classes."""
+    check_autoencoder(model, image)
+    check_pixel_range(model, image)
+    try:
+        with torch.no_grad():
+            logits = posterior.logits(image)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"classifier: failed on an image of shape {list(image.shape[1:])}: {reason}") from error
+    if logits.dim() != 3:
+        raise InputError(f"classifier: gives logits of shape {list(logits.shape[1:])}, wanted [images, classes]")
+    return int(logits.shape[2])
+
+
+def _default_batch(image: Tensor, device: torch.device) -> int:
+    """Images at once: about 16 MiB of float pixels on a GPU, 1 MiB on a CPU."""
+    budget = 2**22 if device.type == "cuda" else 2**18
+    return int(max(1, min(1024, budget // image[0].numel())))
+
+
+def _halving(work: Callable[[Batch], None], batch: Batch) -> None:
+    """Do the batch; out of memory, do its halves."""
+    try:
+        work(batch)
+        return
+    except RuntimeError as error:
+        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not short or len(batch.images) == 1:
+            raise
+    # outside the handler: the traceback would keep the failed batch's tensors alive
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(batch.images) // 2
+    for part in (slice(0, half), slice(half, None)):
+        labels = None if batch.labels is None else batch.labels[part]
+        _halving(work, Batch(batch.images[part], labels, batch.sample_ids[part]))

@@ -1,0 +1,105 @@
+"""Training of autoencoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tsynd.evaluation.evaluate import Batches
+from tsynd.models.autoencoder import check_autoencoder, measure_latent_std
+from tsynd.training.global_batch import batch_variance
+from tsynd.training.loop import Checkpoint, FitReport, _check_settings, _Loop
+
+__all__ = ["ReconstructionLoss", "fit_autoencoder"]
+
+
+class ReconstructionLoss(nn.Module):
+    """Training loss of an autoencoder: mean squared error of what disturbed latents decode to.
+
+    Args:
+        autoencoder: a module with ``encode`` and ``decode``.
+        noise: largest disturbance, in deviations of the latents; each image draws its own level below it.
+    """
+
+    def __init__(self, autoencoder: nn.Module, noise: float) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.noise = noise
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scalar loss of images [B, C, H, W] in [0, 1], B of two or more."""
+        model: Any = self.autoencoder
+        latents: Tensor = model.encode(images)
+        # The deviation carries a gradient: without it, ever larger latents would be a way out of the noise.
+        deviation = (batch_variance(latents.flatten(1).float()).mean() + 1e-12).sqrt()
+        level = self.noise * torch.rand([len(latents)] + [1] * (latents.ndim - 1), device=latents.device)
+        decoded: Tensor = model.decode(latents + level * deviation * torch.randn_like(latents))
+        # So the scale of the latents is free; this light spring keeps it near one.
+        return functional.mse_loss(decoded.float(), images) + 1e-4 * deviation.log().square()
+
+
+def fit_autoencoder(
+    autoencoder: nn.Module,
+    images: Any,
+    *,
+    iterations: int = 1500,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 1e-4,
+    latent_noise: float = 0.5,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    precision: str = "float32",
+    progress: bool = True,
+    checkpoint: Checkpoint | None = None,
+) -> FitReport:
+    """Train an autoencoder, in place, to reconstruct ``images`` from disturbed latents.
+
+    The loss is the mean squared error. Each image's latent is disturbed by Gaussian noise of up to
+    ``latent_noise`` deviations, so that the surroundings of a real latent decode to images too. At the end
+    the autoencoder's buffer ``latent_std``, where it has one, is set (``measure_latent_std``).
+
+    Args:
+        autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
+        images: [N, C, H, W], or labelled data, as ``tsynd.evaluation.Batches`` reads them.
+        iterations: optimiser steps.
+        batch_size: images per step over all processes; at most the number of images is used.
+        learning_rate: peak of a cosine schedule (AdamW).
+        weight_decay: of AdamW.
+        latent_noise: largest noise, in deviations of the latents.
+        seed: of the batch order and the noise; the global random state is left as it was.
+        device: Accelerate's choice by default.
+        precision: "float32" or "bfloat16" (autocast; weights stay float32).
+        progress: show a bar.
+        checkpoint: keep the training's state; a killed training that is called again in the same way (number of
+            processes may differ) ends, on a CPU, with the same weights bit for bit as one that was not.
+
+    Raises:
+        InputError: an argument that cannot be used, or a loss that is not finite.
+    """
+    settings: dict[str, Any] = dict(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate)
+    settings |= dict(weight_decay=weight_decay, seed=seed, precision=precision)
+    _check_settings(settings | {"latent_noise": latent_noise})
+    batches = Batches(images, "images")
+    loop = _Loop(ReconstructionLoss(autoencoder, latent_noise), batches, device, settings)
+    model: Any = autoencoder.eval()
+    check_autoencoder(model, batches(torch.tensor([0]))[0].to(loop.device))
+
+    def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
+        with loop.over_all(loop.rows, loop.batch_size), loop.autocast():
+            loss: Tensor = engine(images)
+        return loss if loop.ranks == 1 else loss * (len(images) / loop.batch_size)
+
+    autoencoder.train()
+    try:
+        losses, seconds = loop.run(compute_loss, "autoencoder", progress, checkpoint)
+    finally:
+        autoencoder.eval()
+    if isinstance(getattr(autoencoder, "latent_std", None), Tensor):
+        with torch.no_grad():
+            latents = (model.encode(batches(part)[0].to(loop.device)) for part in batches.chunks(256))
+            model.latent_std.copy_(measure_latent_std(latents))
+    return FitReport(losses, iterations, seconds)

@@ -1,0 +1,315 @@
+"""Training loops for the autoencoder and the classifier, on Hugging Face Accelerate.
+
+Alone, a loop runs as it stands; under ``torchrun`` or ``accelerate launch`` every process takes its share of each
+batch, and the result is that of one process with the whole batch, to float tolerance (``tsynd.global_batch``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tsynd.evaluation.evaluate import Batches
+from tsynd.training.global_batch import GlobalBatch
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.device import resolve_device
+from tsynd.utils.errors import InputError, require
+from tsynd.utils.progress import progress_bar
+
+__all__ = ["Augmentation", "Checkpoint", "FitReport", "TrainingState", "batch_order", "load_state", "save_state"]
+
+Augmentation: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(classifier, images [B, C, H, W], labels [B, ...]) → extra images [M, C, H, W], labels [M, ...]."""
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a training run did.
+
+    Attributes:
+        losses: the loss of every iteration, over all processes.
+        iterations: number of iterations.
+        seconds: wall time of the loop.
+        augmentation_share: part of that time spent in the augmentation, in [0, 1].
+        validation: scores on ``val`` after training, see ``tsynd.evaluation.scores``; empty without ``val``.
+    """
+
+    losses: tuple[float, ...]
+    iterations: int
+    seconds: float
+    augmentation_share: float = 0.0
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+_LEAST = {"iterations": 1, "batch_size": 2, "seed": 0}
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if name == "precision":
+            if value not in _PRECISIONS:
+                raise InputError(f"precision: got {value!r}, wanted one of {', '.join(_PRECISIONS)}")
+        elif name in _LEAST:
+            if not isinstance(value, int) or value < _LEAST[name]:
+                raise InputError(f"{name}: got {value!r}, wanted an integer of {_LEAST[name]} or more")
+        elif not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise InputError(f"{name}: got {value!r}, wanted a finite number of 0 or more")
+    if settings["learning_rate"] == 0:
+        raise InputError("learning_rate: got 0, wanted a positive number")
+
+
+def batch_order(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless full batches of indices [batch_size]: shuffled passes over ``count`` images, laid end to end."""
+    generator = torch.Generator().manual_seed(seed)
+    rest = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(rest) < batch_size:
+            rest = torch.cat([rest, torch.randperm(count, generator=generator)])
+        yield rest[:batch_size]
+        rest = rest[batch_size:]
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators (dropout draws from them) and give the caller's states back."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training keeps its state, so that the same call goes on exactly there after a kill.
+
+    Attributes:
+        path: safetensors file; read at the start where it exists, left there at the end.
+        every: iterations between two states.
+
+    Raises:
+        InputError: ``every`` is below 1.
+    """
+
+    path: Path
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            raise InputError(f"checkpoint: every {self.every!r} iterations, wanted an integer of 1 or more")
+
+
+class _Loop:
+    """What both trainings share: device, processes, optimiser, schedule, precision, batch order."""
+
+    def __init__(
+        self, module: nn.Module, batches: Batches, device: torch.device | str | None, settings: dict[str, Any]
+    ) -> None:
+        if len(batches) < 2:
+            raise InputError(f"{batches.name}: holds {len(batches)} image, wanted two or more")
+        self.accelerator = require("accelerate", "train").Accelerator(device_placement=False)
+        self.device = resolve_device(device) if device is not None else self.accelerator.device
+        self.module = module.to(self.device)
+        self.batches, self.seed, self.settings = batches, settings["seed"], settings
+        self.iterations = settings["iterations"]
+        self.batch_size = min(settings["batch_size"], len(batches))
+        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        if self.batch_size < self.ranks:
+            raise InputError(
+                f"batch_size: {self.batch_size} images for {self.ranks} processes, wanted one each or more"
+            )
+        self.rows = torch.arange(self.batch_size)[self.rank :: self.ranks]
+        self.dtype = _PRECISIONS[settings["precision"]]
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise InputError(f"{type(module).__name__}: has no parameter that requires a gradient")
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
+        )
+        self.schedule = self._schedule_from(0)
+
+    def _schedule_from(self, step: int) -> torch.optim.lr_scheduler.LambdaLR:
+        warm = max(1, min(20, self.iterations // 10))  # a few small steps while batch norm finds its statistics
+        return torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.iterations)),
+            last_epoch=step - 1,
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def over_all(self, rows: Tensor, total: int) -> AbstractContextManager[Any]:
+        """Where this process's images are these rows of a batch over all processes."""
+        return GlobalBatch(rows.to(self.device), total) if self.ranks > 1 else nullcontext()
+
+    def total(self, value: Tensor | float) -> float:
+        """Sum over all processes."""
+        if self.ranks == 1:
+            return float(value)
+        shared = torch.as_tensor(value, dtype=torch.float64).to(self.device)
+        torch.distributed.all_reduce(shared)
+        return float(shared)
+
+    def run(
+        self,
+        compute_loss: Callable[[nn.Module, int, Tensor, Tensor | None], Tensor],
+        text: str,
+        progress: bool,
+        checkpoint: Checkpoint | None,
+        extra: Any = None,
+    ) -> tuple[tuple[float, ...], float]:
+        """Train; ``compute_loss(module, step, images, labels)`` uses ``module`` for its forward pass.
+
+        Over several processes it gives this one's share of the whole batch's loss. ``extra`` is an object whose
+        ``state_dict`` and ``load_state_dict`` belong to the checkpoint, or None.
+
+        Raises:
+            InputError: the loss is not finite, in any process; all raise it then.
+        """
+        draws = batch_order(len(self.batches), self.batch_size, self.seed)
+        start = time.perf_counter()
+        with (
+            _own_randomness(self.seed, self.device),
+            progress_bar(text, self.iterations, progress and self.rank == 0) as report,
+        ):
+            state = TrainingState()
+            if checkpoint is not None:
+                state = load_state(checkpoint.path, self.settings, self.module, self.optimizer, self.device)
+                if extra is not None and state.extra:
+                    extra.load_state_dict(state.extra)
+                report(state.step, "resumed" if state.step else "")
+            for _ in range(state.step):
+                next(draws)
+            if state.step:
+                self.schedule = self._schedule_from(state.step)
+            engine = self.accelerator.prepare_model(self.module) if self.ranks > 1 else self.module
+            for step in range(state.step, self.iterations):
+                images, labels = self.batches(next(draws)[self.rows])
+                labels = None if labels is None else labels.to(self.device)
+                loss = compute_loss(engine, step, images.to(self.device), labels)
+                state.losses.append(self.total(loss.detach()))
+                if not math.isfinite(state.losses[-1]):
+                    raise InputError(
+                        f"loss: got {state.losses[-1]} at iteration {step}, wanted a finite number;"
+                        f" lower learning_rate or look for bad values in {self.batches.name}"
+                    )
+                self.optimizer.zero_grad(set_to_none=True)
+                # processes' gradients are averaged, their shares of the loss add up
+                self.accelerator.backward(loss * self.ranks if self.ranks > 1 else loss)
+                self.optimizer.step()
+                self.schedule.step()
+                state.step = step + 1
+                due = checkpoint is not None and (state.step % checkpoint.every == 0 or state.step == self.iterations)
+                if checkpoint is not None and due and self.rank == 0:
+                    state.extra = {} if extra is None else extra.state_dict()
+                    save_state(checkpoint.path, self.settings, state, self.module, self.optimizer, self.device)
+                report(1, f"loss {state.losses[-1]:.4f}")
+        self.optimizer.zero_grad(set_to_none=True)
+        return tuple(state.losses), time.perf_counter() - start
+
+
+@dataclass
+class TrainingState:
+    """What a training is made of besides its settings.
+
+    Attributes:
+        step: finished iterations.
+        losses: of those.
+        extra: what an augmentation's ``state_dict`` said.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
+    held = {f"module.{key}": value for key, value in module.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        held |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    held["generator.cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        held["generator.cuda"] = torch.cuda.get_rng_state(device)
+    return held
+
+
+def save_state(
+    path: Path,
+    settings: dict[str, Any],
+    state: TrainingState,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
+    """Write everything as one safetensors file; the old one stays until the new one is on the disk."""
+    held = {
+        key: value.detach()
+        .to("cpu", memory_format=torch.contiguous_format)
+        .clone(memory_format=torch.contiguous_format)
+        for key, value in _tensors(module, optimizer, device).items()
+    }
+    held["losses"] = torch.tensor(state.losses, dtype=torch.float64)
+    about = {"settings": json.dumps(settings), "step": str(state.step), "extra": json.dumps(state.extra)}
+    content: bytes = require("safetensors.torch", "models").save(held, metadata=about)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_state(
+    path: Path,
+    settings: dict[str, Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> TrainingState:
+    """Put the modules, the optimiser and the generators where the file says; a fresh state where there is no file.
+
+    Raises:
+        InputError: the file is damaged, or of a training with other settings.
+    """
+    if not path.exists():
+        return TrainingState()
+    try:
+        with require("safetensors", "models").safe_open(str(path), framework="pt") as file:
+            about = file.metadata()
+            then, step, extra = json.loads(about["settings"]), int(about["step"]), json.loads(about["extra"])
+            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (require("safetensors", "models").SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"checkpoint: {path} cannot be read ({type(error).__name__}); delete it") from None
+    differ = [key for key in settings if then.get(key) != settings[key]]
+    if differ:
+        changes = ", ".join(f"{key} {then.get(key)!r} → {settings[key]!r}" for key in differ)
+        raise InputError(f"checkpoint: {path} is of a training with other settings ({changes}); wanted another file")
+    try:
+        module.load_state_dict({k.removeprefix("module."): v for k, v in held.items() if k.startswith("module.")})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for key, value in held.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                parameter = parameters[int(index)]
+                if value.shape == parameter.shape:  # as the optimiser makes it: in the parameter's memory order
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                optimizer.state[parameter][name] = value
+        torch.set_rng_state(held["generator.cpu"])
+        if device.type == "cuda" and "generator.cuda" in held:
+            torch.cuda.set_rng_state(held["generator.cuda"], device)
+    except (RuntimeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint: {path} does not fit this model: {reason}") from error
+    return TrainingState(step, held["losses"].tolist(), extra)

@@ -1,0 +1,43 @@
+"""Errors that tell a user what came, what was wanted and what to do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+__all__ = ["InputError", "MissingExtraError", "check_choice", "require"]
+
+
+class InputError(ValueError):
+    """An argument or a file that cannot be used; the message names it, what came and what is wanted."""
+
+
+class MissingExtraError(ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Args:
+        module: dotted name of the module to import.
+        extra: name of the tsynd extra that installs it.
+
+    Raises:
+        MissingExtraError: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"this needs the package {module.split('.')[0]!r}: pip install 'tsynd[{extra}]'"
+        ) from error
+
+
+def check_choice(name: str, value: str, wanted: Sequence[str]) -> None:
+    """Raise :class:`InputError` unless the value is one of those wanted."""
+    if value not in wanted:
+        raise InputError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, wanted))}")

@@ -1,0 +1,46 @@
+"""Hashes of content and of settings."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["hash_file", "hash_parts", "plain_settings"]
+
+
+_BLOCK = 2**20
+
+
+def hash_parts(*parts: str | bytes | memoryview) -> str:
+    """SHA-256 of the parts, each with its length before it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        size = content.nbytes if isinstance(content, memoryview) else len(content)
+        digest.update(f"{size}:".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """A dataclass with a field ``reading`` of this kind as a JSON-able dict; ``reading`` only where it is not as usual.
+
+    So a job of before the options were there can still be resumed.
+    """
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(settings).items() if key != "reading"}
+    return values | ({"reading": given} if (given := settings.reading.given()) else {})
