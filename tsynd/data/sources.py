@@ -22,7 +22,6 @@ from tsynd.data import filetree as files
 from tsynd.data.checks import channels_first, check_labels, unit_pixels
 from tsynd.data.dataset import Batch, LabelledImages
 from tsynd.data.filetree import FileTree, Record
-from tsynd.utils.fingerprint import hash_parts
 from tsynd.data.load import find_class_names, load_data
 from tsynd.data.readers.folders import list_folder
 from tsynd.data.readers.image_file import read_image
@@ -31,6 +30,7 @@ from tsynd.data.readers.options import ReadOptions
 from tsynd.data.readers.tables import SUFFIXES as TABLES
 from tsynd.data.readers.tables import list_table
 from tsynd.utils.errors import InputError
+from tsynd.utils.fingerprint import hash_parts
 
 __all__ = ["RangeSource", "decode_image", "open_source"]
 
