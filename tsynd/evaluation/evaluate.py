@@ -96,8 +96,8 @@ def evaluate(
     Returns:
         condition or attack (as ``pgd:2/255``) → {"balanced_accuracy", "accuracy", "auroc", "ece", "nll"}, see
         :func:`tsynd.evaluation.metrics.scores`. An attack's scores also have ``images``, how many were attacked;
-        Square's have ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A Square that leaves a
-        clearly lower accuracy than PGD is a sign of masked gradients.
+        Square's have ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A Square
+        that leaves a clearly lower accuracy than PGD is a sign of masked gradients.
 
     Raises:
         InputError: an unknown task, condition or attack, or data that do not fit the classifier.
