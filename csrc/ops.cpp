@@ -1,5 +1,5 @@
 // Every operator's schema. Kernels register themselves for CPU and CUDA next to their code; fake kernels and
-// autograd rules are registered in tsynd/ops.py (the stable ABI has neither).
+// autograd rules are registered in tsynd/ops/registration.py (the stable ABI has neither).
 #include <torch/csrc/stable/library.h>
 
 // value [B] float32; gradients have the inputs' dtype. objective: mutual_information | entropy;
