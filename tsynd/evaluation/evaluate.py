@@ -36,8 +36,9 @@ def _clean(images: Tensor, indices: Tensor, seed: int) -> Tensor:
 
 
 CONDITIONS: Mapping[str, Condition] = {"clean": _clean, "noise": gaussian_noise, "rotation": rotation, **shifts()}
-"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of :data:`tsynd.shifts.SHIFTS`; and two of fixed strength,
-``noise`` (σ = 0.05) and ``rotation`` (±15°). ``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
+"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of ``tsynd.evaluation.shifts.SHIFTS``; and two of fixed
+strength, ``noise`` (σ = 0.05) and ``rotation`` (±15°).
+``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
 
 
 def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[str, Condition]:
