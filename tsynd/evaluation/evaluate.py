@@ -14,7 +14,7 @@ from tsynd.evaluation.metrics import errors, scores, uncertainty_scores
 from tsynd.evaluation.shifts import Condition, gaussian_noise, rotation, shifts
 from tsynd.models.classifier import as_classifier
 from tsynd.posteriors.mc_dropout import MCDropout
-from tsynd.utils.device import resolve_device
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError
 
 __all__ = [
@@ -96,8 +96,8 @@ def evaluate(
     Returns:
         condition or attack (as ``pgd:2/255``) → {"balanced_accuracy", "accuracy", "auroc", "ece", "nll"}, see
         :func:`tsynd.evaluation.metrics.scores`. An attack's scores also have ``images``, how many were attacked;
-        Square's have ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A Square that leaves a
-        clearly lower accuracy than PGD is a sign of masked gradients.
+        Square's have ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A
+        Square that leaves a clearly lower accuracy than PGD is a sign of masked gradients.
 
     Raises:
         InputError: an unknown task, condition or attack, or data that do not fit the classifier.
@@ -113,9 +113,9 @@ def evaluate(
         check_robustness()
     batches = Batches(data)
     classifier = as_classifier(classifier)
-    target = _place(classifier, device)
+    target = place(device, classifier)
     modes = {module: module.training for module in classifier.modules()}
-    classifier.to(target).eval()
+    classifier.eval()
     results: dict[str, dict[str, float]] = {}
     try:
         with torch.no_grad():
@@ -135,12 +135,6 @@ def evaluate(
         for module, training in modes.items():
             module.training = training
     return results
-
-
-def _place(classifier: nn.Module, device: torch.device | str | None) -> torch.device:
-    first = next(iter(classifier.parameters()), None)
-    own = first.device if first is not None else torch.device("cpu")
-    return resolve_device(device) if device is not None else own
 
 
 def spread_indices(labels: Tensor, count: int | None) -> Tensor:
@@ -213,8 +207,7 @@ def evaluate_uncertainty(
     check_task(task)
     batches = Batches(data)
     classifier = as_classifier(classifier)
-    target = _place(classifier, device)
-    classifier.to(target)
+    target = place(device, classifier)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []
     with posterior.frozen(), torch.no_grad():

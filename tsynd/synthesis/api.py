@@ -163,7 +163,7 @@ def uncertainty(
     """
     posterior = as_posterior(classifier, samples, masks, seed)
     source = ImageSource(images, None, sample_ids, task)
-    device = place(posterior, None, None)
+    device = place(None, *posterior.networks)
     values = []
     with posterior.frozen(), torch.no_grad():
         for batch in source.batches(at_once(source.first.numel(), batch_size)):

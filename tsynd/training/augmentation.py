@@ -19,6 +19,7 @@ from tsynd.synthesis.ascent import AscentSettings, ascend_latents, label_probabi
 from tsynd.synthesis.joint_information import MOST_CONFIGURATIONS, group_size
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
 from tsynd.synthesis.objectives import LabelLoss, Measure, PlausibleGoal, Uncertainty
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.timing import clock
 
@@ -183,7 +184,7 @@ class TargetedAugmentation:
         count = 0
         with torch.no_grad(), frozen(*self._modules()):
             for images in batches:
-                self._place(images.device)
+                place(images.device, self.autoencoder)
                 latents.append(self.autoencoder.encode(images).float().cpu())
                 count += len(images)
                 if count >= _MOST_FITTED:
@@ -217,7 +218,7 @@ class TargetedAugmentation:
         posterior = self._posterior_of(classifier)
         if isinstance(posterior, MCDropout):
             posterior.seed = self.seed + call
-        self._place(images.device)
+        place(images.device, self.autoencoder)
         with ExitStack() as stack:
             stack.enter_context(frozen(*self._modules()))
             if posterior is not None:
@@ -269,10 +270,6 @@ class TargetedAugmentation:
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return (self.autoencoder,) if isinstance(self.autoencoder, nn.Module) else ()
-
-    def _place(self, device: torch.device) -> None:
-        for module in self._modules():
-            module.to(device)
 
     def _prior_at(self, device: torch.device) -> LatentPrior | None:
         if self.prior is not None and self.prior.mean.device != device:
