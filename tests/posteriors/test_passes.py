@@ -41,7 +41,7 @@ def test_parts_equal_the_whole(
         leaf = x.clone().requires_grad_(True)
         value = posterior.uncertainty(leaf, IDS)
         (gradient,) = torch.autograd.grad((value * torch.arange(1.0, 7.0)).sum(), leaf)
-        loss = LabelLoss(posterior, torch.arange(6) % 3, "multiclass")(leaf, IDS)[0]
+        loss = LabelLoss(posterior, torch.arange(6) % 3, "multiclass")(leaf, IDS)
         (slope,) = torch.autograd.grad(loss.sum(), leaf)
         return [value.detach(), gradient, posterior.probabilities(x, IDS).detach(), loss.detach(), slope]
 

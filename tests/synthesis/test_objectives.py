@@ -1,8 +1,7 @@
-"""Goals of an ascent: the label's loss, typicality and diversity."""
+"""Goals of an ascent: the label's loss and typicality."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -14,7 +13,6 @@ from torch.nn import functional
 
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.synthesis.ascent import AscentSettings, Status, ascend_latents
-from tsynd.synthesis.joint_information import group_size, joint_mutual_information, redundancy
 from tsynd.synthesis.latent_prior import fit_latent_prior
 from tsynd.synthesis.objectives import LabelLoss, PlausibleGoal, Uncertainty
 from tsynd.utils.errors import InputError
@@ -35,13 +33,12 @@ def test_label_loss_is_the_cross_entropy_of_the_mean_prediction(classifier: nn.M
     posterior = MCDropout(classifier, 8)
     with torch.no_grad():
         p = posterior.logits(images, ids).softmax(-1).mean(0)
-        value, climbed = LabelLoss(posterior, labels, "multiclass")(images, ids)
+        value = LabelLoss(posterior, labels, "multiclass")(images, ids)
         assert p[ids, labels].min() < 0.2
         torch.testing.assert_close(value, -p[ids, labels].log())
-        assert torch.equal(value, climbed)
         truth = functional.one_hot(labels, 3).float()
         p = posterior.logits(images, ids).sigmoid().mean(0)
-        value = LabelLoss(posterior, truth, "multilabel")(images, ids)[0]
+        value = LabelLoss(posterior, truth, "multilabel")(images, ids)
         torch.testing.assert_close(value, functional.binary_cross_entropy(p, truth, reduction="none").sum(1))
 
 
@@ -139,90 +136,3 @@ def test_prepare_fits_once_and_is_needed(
     without = targeted(autoencoder)
     without.prepare(iter([None]))  # type: ignore[list-item]
     assert without.prior is None
-
-
-# --- diversity
-
-
-def brute_force(p: Tensor) -> float:
-    """I(y_1..y_m; t) from probabilities [T, m, K] in float64, configuration by configuration."""
-    samples, count, classes = p.shape
-    total = 0.0
-    for configuration in itertools.product(range(classes), repeat=count):
-        each = torch.stack([p[:, place, name] for place, name in enumerate(configuration)]).prod(0)
-        for q in each.tolist():
-            if q > 0:
-                total += q * math.log(q / float(each.mean())) / samples
-    return total
-
-
-@pytest.mark.parametrize(("count", "classes"), [(1, 3), (2, 2), (2, 4), (3, 3)])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
-def test_joint_information_equals_enumeration(count: int, classes: int, scale: float) -> None:
-    logits = torch.randn(6, 2, count, classes, generator=torch.Generator().manual_seed(count + classes)) * scale
-    joint = joint_mutual_information(logits)
-    wanted = [brute_force(logits[:, g].double().softmax(-1)) for g in range(2)]
-    assert joint.tolist() == pytest.approx(wanted, rel=2e-3, abs=1e-7)
-    labels = joint_mutual_information(logits, "multilabel")
-    p = torch.stack([logits.double().sigmoid(), (-logits.double()).sigmoid()], -1)
-    wanted = [sum(brute_force(p[:, g, :, k]) for k in range(classes)) for g in range(2)]
-    assert labels.tolist() == pytest.approx(wanted, rel=2e-3, abs=1e-7)
-
-
-def test_joint_information_has_the_right_gradient() -> None:
-    logits = torch.randn(5, 1, 2, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    (gradient,) = torch.autograd.grad(joint_mutual_information(logits).sum(), logits)
-    slow = logits.detach().double().requires_grad_()
-    p = slow.softmax(-1)[:, 0]
-    joint = (p[:, 0, :, None] * p[:, 1, None, :]).flatten(1)
-    value = (joint * (joint.log() - joint.mean(0).log())).sum(1).mean()
-    (wanted,) = torch.autograd.grad(value, slow)
-    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-7)
-
-
-def test_redundancy_knows_twins_strangers_and_broken_images() -> None:
-    generator = torch.Generator().manual_seed(0)
-    half = torch.tensor([4.0, -4.0]).repeat(8)  # 16 samples, half of them sure of either class
-    twin = torch.stack([half, -half], -1)[:, None]
-    apart = torch.tensor([4.0, 4.0, -4.0, -4.0]).repeat(4)  # independent of the first over the samples
-    stranger = torch.stack([apart, -apart], -1)[:, None]
-    alone = float(joint_mutual_information(twin[:, None]))
-    assert float(redundancy(torch.cat([twin, stranger], 1))) == pytest.approx(0, abs=1e-5)
-    assert float(redundancy(torch.cat([twin, twin], 1))) == pytest.approx(alone, rel=0.02)
-    # 19 images are groups of 8, 8 and 3
-    batch = torch.randn(16, 19, 2, generator=generator)
-    mutual = sum(float(joint_mutual_information(batch[:, None, i])) for i in torch.arange(19).reshape(-1, 1))
-    joint = sum(float(joint_mutual_information(batch[:, None, part])) for part in torch.arange(19).split(8))
-    assert float(redundancy(batch)) == pytest.approx(mutual - joint, rel=1e-4)
-    assert mutual - joint > 0.1
-    broken = batch.clone()
-    broken[:, 2] = math.nan
-    rest = batch.clone()
-    rest[:, 2] = 0
-    leaf = broken.requires_grad_()
-    value = redundancy(leaf)
-    assert value.item() == pytest.approx(float(redundancy(rest)), rel=1e-5)
-    gradient = torch.autograd.grad(value, leaf)[0]
-    assert bool(gradient[:, torch.arange(19) != 2].isfinite().all())
-
-
-def test_groups_are_as_large_as_can_be_enumerated() -> None:
-    assert [group_size(classes) for classes in (2, 3, 4, 16, 17)] == [8, 5, 4, 2, 1]
-    with pytest.raises(InputError, match=r"diversity: .* 17 classes, wanted at most 16"):
-        redundancy(torch.zeros(4, 6, 17))
-
-
-def test_diversity_raises_the_joint_information(autoencoder: nn.Module, images: Tensor) -> None:
-    classifier = sharp(images, 2)
-    posterior, labels = MCDropout(classifier, 8), torch.zeros(16, dtype=torch.int64)
-    joint, alone = [], []
-    for diversity in (0.0, 1.0):
-        augmentation = targeted(autoencoder, diversity=diversity, steps=8, radius=1.0)
-        made, _ = augmentation(classifier, images[:16], labels)
-        with torch.no_grad():
-            logits = posterior.logits(made)
-        groups = logits.reshape(8, 2, 8, 2)
-        joint.append(float(joint_mutual_information(groups).sum()))
-        alone.append(float(posterior.uncertainty(made).sum().detach()))
-    assert joint[1] > joint[0] + 0.02
-    assert alone[1] < alone[0]

@@ -189,7 +189,7 @@ def _plain_loop(model, images, labels, augmentation, iterations, batch_size, war
     "options",
     [
         {"radius": (0.2, 1.0), "every": 2, "label_consistency": 0.3},
-        {"typicality": 0.1, "diversity": 1.0, "ratio": 0.5},
+        {"typicality": 0.1, "ratio": 0.5},
         {"direction": "loss"},
         {"direction": "random"},
     ],

@@ -117,7 +117,7 @@ def experiment(
         list[str],
         typer.Option(
             help="real, reconstruction, random, entropy, mutual_information, loss, adversarial, randaugment; with own"
-            " options as mutual_information,radius=1.0,diversity=0.5."
+            " options as mutual_information,radius=1.0,typicality=0.1."
         ),
     ] = list(DEFAULT_ARMS),  # noqa: B006
     workers: Annotated[int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.")] = None,
@@ -154,7 +154,6 @@ def experiment(
     ratio: Annotated[float, typer.Option(help="Extra images per real image.")] = _S.ratio,
     every: Annotated[int, typer.Option(help="Extra images at every n-th step.")] = _S.every,
     typicality: Annotated[float, typer.Option(help="Weight of the penalty on implausible latents.")] = _S.typicality,
-    diversity: Annotated[float, typer.Option(help="Weight in [0, 1] of what images say twice.")] = _S.diversity,
     adversarial_budget: Annotated[
         float, typer.Option(help="Of the adversarial arm's training, in the range [0, 1].")
     ] = _S.adversarial_budget,
@@ -195,7 +194,6 @@ def experiment(
         ratio=ratio,
         every=every,
         typicality=typicality,
-        diversity=diversity,
         adversarial_budget=adversarial_budget,
         adversarial_steps=adversarial_steps,
         split=split,

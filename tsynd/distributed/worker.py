@@ -31,7 +31,7 @@ class ShardSettings:
     """A sharded job.
 
     Attributes:
-        data: see ``tsynd.distributed.sources.open_source``.
+        data: see ``tsynd.data.sources.open_source``.
         autoencoder, classifier: files of :func:`tsynd.save_model`; with Ray, paths that every machine sees.
         output: folder, one that every machine sees.
         split: of the data.

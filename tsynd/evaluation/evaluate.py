@@ -36,8 +36,9 @@ def _clean(images: Tensor, indices: Tensor, seed: int) -> Tensor:
 
 
 CONDITIONS: Mapping[str, Condition] = {"clean": _clean, "noise": gaussian_noise, "rotation": rotation, **shifts()}
-"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of :data:`tsynd.shifts.SHIFTS`; and two of fixed strength,
-``noise`` (σ = 0.05) and ``rotation`` (±15°). ``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
+"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of ``tsynd.evaluation.shifts.SHIFTS``; and two of fixed
+strength, ``noise`` (σ = 0.05) and ``rotation`` (±15°).
+``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
 
 
 def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[str, Condition]:
@@ -96,8 +97,8 @@ def evaluate(
     Returns:
         condition or attack (as ``pgd:2/255``) → {"balanced_accuracy", "accuracy", "auroc", "ece", "nll"}, see
         :func:`tsynd.evaluation.metrics.scores`. An attack's scores also have ``images``, how many were attacked;
-        Square's have ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A
-        Square that leaves a clearly lower accuracy than PGD is a sign of masked gradients.
+        Square's have ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A Square
+        that leaves a clearly lower accuracy than PGD is a sign of masked gradients.
 
     Raises:
         InputError: an unknown task, condition or attack, or data that do not fit the classifier.

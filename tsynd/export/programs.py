@@ -45,7 +45,7 @@ class Program:
     """One function to export.
 
     Attributes:
-        kind: one of :data:`tsynd.runtime.KINDS`, or ``features``.
+        kind: one of :data:`tsynd.export.runtime.KINDS`, or ``features``.
         run: the function, of tensors [B, ...] float32 in the order of ``inputs``.
         inputs: name -> shape of one item.
         outputs: names.

@@ -39,7 +39,7 @@ _OPTIONS = tuple(
     name for name in inspect.signature(TargetedAugmentation.__init__).parameters if name not in ("self", *_FIXED)
 )
 # what an option needs climbing for is not asked of the arms that do not climb
-_CLIMBING = {"typicality": ("uncertainty", "loss"), "diversity": ("uncertainty",)}
+_CLIMBING = {"typicality": ("uncertainty", "loss")}
 
 Make = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 """(classifier, images, labels, number of the call) → as many images."""
@@ -71,7 +71,7 @@ class Arm:
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm from ``KIND`` or ``KIND,option=value,...``, as ``mutual_information,radius=1.0,diversity=0.5``.
+    """An arm from ``KIND`` or ``KIND,option=value,...``, as ``mutual_information,radius=1.0,typicality=0.1``.
 
     Options are those of :class:`tsynd.TargetedAugmentation`, and ``augmentation_weight`` and ``warmup_fraction`` of
     :func:`tsynd.fit_classifier`. A pair is written ``radius=0.2:0.8``.

@@ -73,7 +73,6 @@ class StudySettings:
         ratio: extra images per real image.
         every: extra images at every n-th step.
         typicality: see :class:`tsynd.TargetedAugmentation`.
-        diversity: see :class:`tsynd.TargetedAugmentation`.
         adversarial_budget: of the adversarial arm, in [0, 1] pixel units.
         adversarial_steps: of the adversarial arm.
         split: what is scored: ``test``, or ``val`` to choose settings on.
@@ -106,7 +105,6 @@ class StudySettings:
     ratio: float = 1.0
     every: int = 1
     typicality: float = 0.0
-    diversity: float = 0.0
     adversarial_budget: float = 4 / 255
     adversarial_steps: int = 5
     split: str = "test"
@@ -120,7 +118,7 @@ class StudySettings:
     def augmentation(self) -> dict[str, Any]:
         """The options of :class:`tsynd.TargetedAugmentation`."""
         names = ("samples", "masks", "steps", "radius", "step_size", "rule", "label_consistency", "ratio", "every")
-        return {name: getattr(self, name) for name in (*names, "typicality", "diversity")}
+        return {name: getattr(self, name) for name in (*names, "typicality")}
 
     def autoencoder(self) -> dict[str, Any]:
         """The options of :class:`tsynd.SmallAutoencoder`."""

@@ -126,7 +126,7 @@ def ascend_latents(
     labels: Tensor | None = None,
     goal: Goal | None = None,
 ) -> Ascent:
-    """Projected gradient ascent over latents, each image by itself unless the goal couples them.
+    """Projected gradient ascent over latents, each image by itself.
 
     The posterior samples stay the same over all steps, so the goal is deterministic; the best iterate is kept. Call
     it inside ``posterior.frozen()``.
@@ -156,8 +156,8 @@ def ascend_latents(
         with torch.set_grad_enabled(not last):
             leaf = latents.detach().requires_grad_(not last)
             images = decode(leaf).clamp(0, 1)
-            value, score, climbed = goal(leaf, images, sample_ids)
-            gradient = None if last else torch.autograd.grad(climbed.sum(), leaf)[0]
+            value, score = goal(leaf, images, sample_ids)
+            gradient = None if last else torch.autograd.grad(score.sum(), leaf)[0]
         images, value, score = images.detach(), value.detach(), score.detach()
         trajectory.append(value)
         sound = value.isfinite() & score.isfinite()

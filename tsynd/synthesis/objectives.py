@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsynd.ops import operators as ops
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.joint_information import redundancy
 from tsynd.synthesis.latent_prior import LatentPrior
 
 __all__ = ["Goal", "GoalValue", "LabelLoss", "Measure", "PlausibleGoal", "Uncertainty"]
@@ -23,13 +21,12 @@ class GoalValue(NamedTuple):
 
     Attributes:
         value: [B], the measure itself in nats, which the trajectory records.
-        score: [B], the iterate with the highest one is kept.
-        climbed: [B] or scalar; the gradient of its sum is the direction of the next step.
+        score: [B], climbed: the gradient of its sum is the direction of the next step, and the iterate with the
+            highest one is kept.
     """
 
     value: Tensor
     score: Tensor
-    climbed: Tensor
 
 
 class Goal(Protocol):
@@ -42,35 +39,27 @@ class Goal(Protocol):
 class Measure(Protocol):
     """A goal that looks at the images alone."""
 
-    def __call__(self, images: Tensor, sample_ids: Tensor, /) -> tuple[Tensor, Tensor]:
-        """The value [B] in nats, and what is climbed, [B] or scalar."""
+    def __call__(self, images: Tensor, sample_ids: Tensor, /) -> Tensor:
+        """The value [B] in nats."""
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """The posterior's uncertainty, optionally less what the batch's images say twice.
+    """The posterior's uncertainty.
 
     Attributes:
         posterior: gives the samples.
         objective: ``mutual_information`` or ``entropy``.
         task: ``multiclass`` or ``multilabel``.
-        diversity: d, weight of :func:`tsynd.synthesis.joint_information.redundancy`, in [0, 1]; with 1 the climbed sum
-            is the joint uncertainty of each group of images.
     """
 
     posterior: Posterior
     objective: str
     task: str
-    diversity: float = 0.0
 
-    def __call__(self, images: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Uncertainty [B], and sum(uncertainty) - d * redundancy."""
-        if self.diversity == 0:
-            value = self.posterior.uncertainty(images, sample_ids, self.objective, self.task)
-            return value, value
-        logits = self.posterior.logits(images, sample_ids)
-        value = ops.logits_uncertainty(logits, self.objective, self.task)[0]
-        return value, value.sum() - self.diversity * redundancy(logits, self.task)
+    def __call__(self, images: Tensor, sample_ids: Tensor) -> Tensor:
+        """Uncertainty [B] in nats."""
+        return self.posterior.uncertainty(images, sample_ids, self.objective, self.task)
 
 
 @dataclass(frozen=True)
@@ -87,8 +76,8 @@ class LabelLoss:
     labels: Tensor
     task: str
 
-    def __call__(self, images: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p(label | image) [B] in nats, twice."""
+    def __call__(self, images: Tensor, sample_ids: Tensor) -> Tensor:
+        """-log p(label | image) [B] in nats."""
         logits = self.posterior.logits(images, sample_ids).float()
         if self.task == "multiclass":
             index = self.labels[None, :, None].expand(len(logits), -1, 1)
@@ -96,8 +85,7 @@ class LabelLoss:
         else:
             logp = functional.logsigmoid(torch.where(self.labels > 0.5, logits, -logits))
         loss = math.log(len(logits)) - logp.logsumexp(0)
-        value = loss.sum(-1)
-        return value, value
+        return loss.sum(-1)
 
 
 @dataclass(frozen=True)
@@ -120,8 +108,7 @@ class PlausibleGoal:
 
     def __call__(self, latents: Tensor, images: Tensor, sample_ids: Tensor) -> GoalValue:
         """See :class:`Goal`."""
-        value, climbed = self.measure(images, sample_ids)
+        value = self.measure(images, sample_ids)
         if self.prior is None or self.weight == 0:
-            return GoalValue(value, value, climbed)
-        penalty = self.weight * self.prior.excess(latents, self.origin)
-        return GoalValue(value, value - penalty, climbed.sum() - penalty.sum())
+            return GoalValue(value, value)
+        return GoalValue(value, value - self.weight * self.prior.excess(latents, self.origin))

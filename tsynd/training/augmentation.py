@@ -16,7 +16,6 @@ from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pi
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents, label_probability
-from tsynd.synthesis.joint_information import MOST_CONFIGURATIONS, group_size
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
 from tsynd.synthesis.objectives import LabelLoss, Measure, PlausibleGoal, Uncertainty
 from tsynd.utils.device import place
@@ -65,8 +64,6 @@ class TargetedAugmentation:
         typicality: weight of the penalty on implausible latents, in nats of uncertainty per nat of log-density lost
             per coordinate (:class:`tsynd.synthesis.latent_prior.LatentPrior`), 0 or more. It needs :meth:`prepare`,
             which ``fit_classifier`` calls.
-        diversity: weight in [0, 1] of what the batch's images say twice (see ``joint_information.redundancy``); with
-            1, groups of images climb their joint mutual information. Needs shared masks or an ensemble.
         latent_std: standard deviation of the latents; None takes the autoencoder's.
         seed: of the posterior samples and random directions; call n uses seed + n.
 
@@ -98,7 +95,6 @@ class TargetedAugmentation:
         ratio: float = 1.0,
         every: int = 1,
         typicality: float = 0.0,
-        diversity: float = 0.0,
         latent_std: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -111,7 +107,7 @@ class TargetedAugmentation:
                 raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
         if not 0 < ratio <= 1:
             raise InputError(f"ratio: got {ratio!r}, wanted a number above 0 and at most 1")
-        _check_weights(direction, typicality, diversity, masks)
+        _check_typicality(direction, typicality)
         self.autoencoder = as_autoencoder(autoencoder)
         known = getattr(self.autoencoder, "latent_std", math.nan) if latent_std is None else latent_std
         self.latent_std = float(known)
@@ -121,7 +117,7 @@ class TargetedAugmentation:
                 "tsynd.fit_autoencoder or give it"
             )
         self.direction, self.samples, self.masks, self.seed = direction, samples, masks, seed
-        self.ratio, self.every, self.typicality, self.diversity = ratio, every, typicality, diversity
+        self.ratio, self.every, self.typicality = ratio, every, typicality
         self.calls = self.images_made = 0
         self.seconds = self.progress = 0.0
         self.prior: LatentPrior | None = None
@@ -145,8 +141,7 @@ class TargetedAugmentation:
     def set_rows(self, rows: Tensor, total: int) -> Tensor:
         """Tell that the next call's images are these rows of a batch over several processes.
 
-        Posterior samples and random directions are then addressed by the row; ``diversity`` still looks at this
-        process's images alone.
+        Posterior samples and random directions are then addressed by the row.
 
         Args:
             rows: int64 [B], ascending.
@@ -248,7 +243,7 @@ class TargetedAugmentation:
         if self.direction == "loss":
             measure = LabelLoss(posterior, labels, task)
         else:
-            measure = Uncertainty(posterior, settings.objective, task, self.diversity)
+            measure = Uncertainty(posterior, settings.objective, task)
         goal = PlausibleGoal(measure, source, self._prior_at(source.device), self.typicality)
         decode = self.autoencoder.decode
         return ascend_latents(posterior, decode, source, ids, settings, self.latent_std, labels, goal).images
@@ -303,9 +298,6 @@ class TargetedAugmentation:
                 "typicality: got a weight but no distribution of latents, wanted prepare(batches of training images) "
                 "before the first call"
             )
-        if self.diversity > 0 and self.settings.task == "multiclass" and group_size(classes or 2) < 2:
-            limit = math.isqrt(MOST_CONFIGURATIONS)
-            raise InputError(f"diversity: got a weight with {classes} classes, wanted at most {limit} classes, or 0")
         self._checked = True
 
 
@@ -317,17 +309,11 @@ def _radius_pair(radius: float | Sequence[float]) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def _check_weights(direction: str, typicality: float, diversity: float, masks: str) -> None:
+def _check_typicality(direction: str, typicality: float) -> None:
     if not (math.isfinite(typicality) and typicality >= 0):
         raise InputError(f"typicality: got {typicality!r}, wanted a finite number of 0 or more")
-    if not 0 <= diversity <= 1:
-        raise InputError(f"diversity: got {diversity!r}, wanted a number in [0, 1]")
     if typicality > 0 and direction not in ("uncertainty", "loss"):
         raise InputError(f"typicality: got {typicality!r} with direction {direction!r}, which climbs nothing; wanted 0")
-    if diversity > 0 and direction != "uncertainty":
-        raise InputError(f"diversity: got {diversity!r} with direction {direction!r}, wanted 0 or 'uncertainty'")
-    if diversity > 0 and masks != "shared":
-        raise InputError(f"diversity: got {diversity!r} with masks {masks!r}, wanted 'shared' masks or 0")
 
 
 def _directions(like: Tensor, positions: Sequence[int], seed: int, rule: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Training loops for the autoencoder and the classifier, on Hugging Face Accelerate.
 
 Alone, a loop runs as it stands; under ``torchrun`` or ``accelerate launch`` every process takes its share of each
-batch, and the result is that of one process with the whole batch, to float tolerance (``tsynd.global_batch``).
+batch, and the result is that of one process with the whole batch, to float tolerance (``tsynd.training.global_batch``).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FitReport:
         iterations: number of iterations.
         seconds: wall time of the loop.
         augmentation_share: part of that time spent in the augmentation, in [0, 1].
-        validation: scores on ``val`` after training, see ``tsynd.evaluation.scores``; empty without ``val``.
+        validation: scores on ``val`` after training, see ``tsynd.evaluation.metrics.scores``; empty without ``val``.
     """
 
     losses: tuple[float, ...]

@@ -114,7 +114,7 @@ def fit_rounds(
 
     Args:
         classifier: as in :func:`tsynd.fit_classifier`, with active dropout.
-        data: labelled images, as ``tsynd.evaluation.Batches`` reads them; a synthetic copy per round stays in memory.
+        data: labelled images, as ``tsynd.data.dataset.Batches`` reads them; a synthetic copy per round stays in memory.
         autoencoder: anything :func:`tsynd.as_autoencoder` takes.
         rounds: R, at least 1 and at most the steps after the warm-up.
         objective: as in :func:`tsynd.synthesize`, like all that follow until `iterations`.
