@@ -170,7 +170,7 @@ def uncertainty(
     chosen = ascent_settings(settings, ascent)
     posterior = as_posterior(classifier, chosen.samples, chosen.masks, seed)
     source = ImageSource(images, None, sample_ids, chosen.task)
-    device = place(posterior, None, None)
+    device = place(None, *posterior.networks)
     values = []
     with posterior.frozen(), torch.no_grad():
         for batch in source.batches(at_once(source.first.numel(), batch_size)):

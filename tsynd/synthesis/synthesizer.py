@@ -27,7 +27,7 @@ from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.synthesis.cuda import GraphedAscent, fetch, send
 from tsynd.synthesis.objectives import PlausibleGoal, Uncertainty
-from tsynd.utils.device import resolve_device
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.timing import Phases
 
@@ -92,7 +92,7 @@ class AscentStream:
             raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
         self.posterior = as_posterior(classifier, settings.samples, settings.masks, seed)
         self.model = as_autoencoder(autoencoder)
-        self.device = place(self.posterior, self.model, device)
+        self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
         self.size = batch_size or 0
@@ -239,20 +239,6 @@ def _halved(size: int, count: int) -> int:
     while size > 1 and -(-size // 2) >= count:
         size = -(-size // 2)
     return size
-
-
-def place(posterior: Posterior, model: Autoencoder | None, device: torch.device | str | None) -> torch.device:
-    """Move the models and tell where the work happens."""
-    if device is None:
-        parameters = (p for network in posterior.networks for p in network.parameters())
-        target = next((p.device for p in parameters), torch.device("cpu"))
-    else:
-        target = resolve_device(device)
-        for network in posterior.networks:
-            network.to(target)
-    if isinstance(model, nn.Module):
-        model.to(target)
-    return target
 
 
 def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> int:

@@ -24,6 +24,7 @@ from tsynd.training.global_batch import GlobalBatch
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
+from tsynd.utils.fingerprint import differences
 from tsynd.utils.progress import progress_bar
 
 __all__ = ["Augmentation", "Checkpoint", "FitReport", "TrainingState", "batch_order", "load_state", "save_state"]
@@ -292,9 +293,7 @@ def load_state(
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (require("safetensors", "models").SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint: {path} cannot be read ({type(error).__name__}); delete it") from None
-    differ = [key for key in settings if then.get(key) != settings[key]]
-    if differ:
-        changes = ", ".join(f"{key} {then.get(key)!r} → {settings[key]!r}" for key in differ)
+    if changes := differences(then, settings):
         raise InputError(f"checkpoint: {path} is of a training with other settings ({changes}); wanted another file")
     try:
         module.load_state_dict({k.removeprefix("module."): v for k, v in held.items() if k.startswith("module.")})
