@@ -50,9 +50,7 @@ WIDE = {
     "export/torchscript.py:export_torchscript",
     "synthesis/api.py:synthesize",
     "synthesis/synthesizer.py:AscentStream.__init__",
-    "training/augmentation.py:TargetedAugmentation.__init__",
     "training/classifier.py:fit_classifier",
-    "training/rounds.py:fit_rounds",
 }
 
 
