@@ -20,6 +20,7 @@ from tsynd.synthesis.ascent import AscentSettings, ascend_latents, ascent_settin
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
 from tsynd.synthesis.objectives import ExpectedInformation, Goal, LabelLoss, Measure, PlausibleGoal, Uncertainty
 from tsynd.training.extra_images import BatchAugmentation, PerImage, draw_rows
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["DIRECTIONS", "TargetedAugmentation"]
@@ -183,7 +184,7 @@ class TargetedAugmentation(BatchAugmentation):
         latents: list[Tensor] = []
         with torch.no_grad(), frozen(*self._modules()):
             for images in _first(batches, _MOST_FITTED):
-                self._place(images.device)
+                place(images.device, self.autoencoder)
                 latents.append(self.autoencoder.encode(images).float().cpu())
         self.prior = fit_latent_prior([torch.cat(latents)] if latents else [])
 
@@ -210,7 +211,7 @@ class TargetedAugmentation(BatchAugmentation):
         posterior = self._posterior_of(classifier)
         if isinstance(posterior, MCDropout):
             posterior.seed = self.seed + self.calls
-        self._place(images.device)
+        place(images.device, self.autoencoder)
         with ExitStack() as stack:
             stack.enter_context(frozen(*self._modules()))
             if posterior is not None:
@@ -321,10 +322,6 @@ class TargetedAugmentation(BatchAugmentation):
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return (self.autoencoder,) if isinstance(self.autoencoder, nn.Module) else ()
-
-    def _place(self, device: torch.device) -> None:
-        for module in self._modules():
-            module.to(device)
 
     def _prior_at(self, device: torch.device) -> LatentPrior | None:
         if self.prior is not None and self.prior.mean.device != device:

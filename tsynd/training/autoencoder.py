@@ -64,7 +64,7 @@ def fit_autoencoder(
 
     Args:
         autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
-        images: [N, C, H, W], or labelled data, as ``tsynd.evaluation.Batches`` reads them.
+        images: [N, C, H, W], or labelled data, as ``tsynd.data.dataset.Batches`` reads them.
         iterations: optimiser steps.
         batch_size: images per step over all processes; at most the number of images is used.
         learning_rate: peak of a cosine schedule (AdamW).

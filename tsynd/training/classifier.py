@@ -105,7 +105,7 @@ def fit_classifier(
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; it is moved to the device and left in eval
             mode.
-        data: labelled images, as ``tsynd.evaluation.Batches`` reads them.
+        data: labelled images, as ``tsynd.data.dataset.Batches`` reads them.
         task: "multiclass" (labels int64 [N]) or "multilabel" (labels 0/1 [N, K]).
         balanced: weigh the loss so that every class (every label's positives) counts the same.
         augmentation: asked for extra images with the classifier and each step's real batch after the warm-up, see

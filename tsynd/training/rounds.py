@@ -33,7 +33,7 @@ class RoundsAugmentation(Augmentation):
 
     Args:
         autoencoder: anything :func:`tsynd.as_autoencoder` takes.
-        data: the training images with their labels, as ``tsynd.evaluation.Batches`` reads them.
+        data: the training images with their labels, as ``tsynd.data.dataset.Batches`` reads them.
         settings: of the ascents; None takes three steps.
         rounds: R, at least 1 and at most the steps after the warm-up.
         seed: of the posterior samples; round r uses seed + r.
