@@ -7,16 +7,19 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help build test test-kernels sanitize gpu-check registers demo docs wheel bench lint format clean
+.PHONY: help build test test-fast test-kernels test-python sanitize gpu-check registers demo docs wheel lowest bench \
+  lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
-	@echo "make test    build and run the tests"
+	@echo "make test    build and run the tests, the slow ones in a second step"
+	@echo "make test-fast  without the slow ones"
 	@echo "make bench   measure everything against its floor and its peers, into docs/benchmarks.md"
 	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
 	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
 	@echo "make registers  what ptxas says of every CUDA kernel"
 	@echo "make docs    the documentation as a site, into build/site"
 	@echo "make wheel   build a wheel and try it in a fresh environment"
+	@echo "make lowest  the lowest declared versions of everything, in a fresh environment"
 	@echo "make lint    ruff, mypy, clang-format"
 
 # torch by its own pin first: a range would take a build with gigabytes of CUDA beside it
@@ -26,19 +29,33 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q numpy "scikit-build-core>=0.11" "pybind11>=2.13" ninja cmake
 	touch $@
 
+# what `tsynd run` and most commands need; no more, so that the demo is there soon
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -C cmake.define.TSYND_WERROR=ON -e ".[cli]"
+	touch $@
+
 # laplace-torch and its backends apart from the extras: they ask for torchvision, which they do not use here and which
 # exists for one torch alone
 LAPLACE := "laplace-torch>=0.2.2" curvlinops-for-pytorch backpack-for-pytorch asdfghjkl==0.1a4 opt-einsum einconv \
   linear-operator unfoldNd jaxtyping wadler-lindig mpmath
-$(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -C cmake.define.TSYND_WERROR=ON -e ".[test]"
+# tsynd itself is there by now: this adds what its extras ask for
+$(VENV)/.tested: $(VENV)/.built pyproject.toml
+	$(BIN)/pip install -q "tsynd[test]"
 	$(BIN)/pip install -q --no-deps $(LAPLACE)
 	touch $@
 
 build: $(VENV)/.built
 
-test: build test-kernels
-	$(BIN)/python -m pytest
+# two processes of one thread each; a file's tests stay in one process
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test-fast: $(VENV)/.tested $(VENV)/.torch
+	$(MAKE) --no-print-directory -j 2 test-kernels test-python
+
+test: test-fast
+	$(PYTEST) -m "slow and not study"
+
+test-python: $(VENV)/.tested
+	$(PYTEST) -m "not slow and not study"
 
 # the CUDA kernels' own code on the host
 test-kernels: $(VENV)/.torch
@@ -59,12 +76,12 @@ demo: build
 	$(BIN)/tsynd run --data phantom --train-size 200 --output $(DEMO)
 	@echo "open $(DEMO)/report.html"
 
-bench: build
+bench: $(VENV)/.tested
 	$(BIN)/python -m benchmarks all --json benchmarks/results/cpu.json --docs docs/benchmarks.md
 
 # the vector kernels of every instruction set, and the same tests with more threads than there are cores
 SANITIZED := build/sanitize
-sanitize: build
+sanitize: $(VENV)/.tested
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" -DTSYND_SANITIZE=ON \
 	  -DTSYND_CUDA=OFF -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null

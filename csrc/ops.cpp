@@ -1,11 +1,12 @@
 // Every operator's schema. Kernels register themselves for CPU and CUDA next to their code; fake kernels and
-// autograd rules are registered in tsynd/ops.py (the stable ABI has neither).
+// autograd rules are registered in tsynd/ops/registration.py (the stable ABI has neither).
 #include <torch/csrc/stable/library.h>
 
 // value [B] float32; gradients have the inputs' dtype. objective: mutual_information | entropy;
 // task: multiclass | multilabel.
 STABLE_TORCH_LIBRARY(tsynd, m) {
   m.def("logits_uncertainty(Tensor logits, str objective, str task) -> (Tensor value, Tensor gradient)");
+  m.def("expected_information(Tensor logits, Tensor targets, str task) -> (Tensor value, Tensor gradient)");
   m.def(
       "head_uncertainty(Tensor features, Tensor weight, Tensor? bias, str objective, str task)"
       " -> (Tensor value, Tensor gradient)");

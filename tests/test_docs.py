@@ -1,5 +1,6 @@
-"""Every code block of the documentation runs, every page's tables are those of the committed measurements."""
+"""Every code block of the documentation runs, its tables are those of the committed measurements, its names exist."""
 
+import importlib
 import os
 import re
 import shutil
@@ -66,3 +67,39 @@ def test_tables_are_those_of_the_committed_measurements() -> None:
     assert benchmark_page(page, ROOT / "benchmarks/results/cpu.json") == page
     page = (ROOT / "docs/study.md").read_text()
     assert study_page(page, ROOT / "docs/study.jsonl") == page
+
+
+def _exists(name: str, start: bool) -> bool:
+    """Whether a dotted name can be reached; with `start`, whether one that begins so can."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for part in parts[count:-1]:
+            found = getattr(found, part, None)
+        last = parts[-1]
+        return count == len(parts) or hasattr(found, last) or (start and any(n.startswith(last) for n in dir(found)))
+    return False
+
+
+def test_modules_and_files_that_texts_name_exist() -> None:
+    """Texts follow the house: in the documentation, docstrings, comments and the build's files."""
+    texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "CMakeLists.txt", "mkdocs.yml")]
+    for folder in ("docs", "tsynd", "csrc", "benchmarks", "packaging", "examples"):
+        texts += [
+            p
+            for p in sorted((ROOT / folder).rglob("*"))
+            if p.suffix in {".md", ".py", ".cpp", ".cu", ".h", ".cuh", ".svg"}
+        ]
+    gone = []
+    for path in texts:
+        text = path.read_text()
+        for match in re.finditer(r"(?<![\w./-])tsynd(?:\.[A-Za-z_]\w*)+(\*?)", text):
+            if not _exists(match[0].rstrip("*"), bool(match[1])):
+                gone.append(f"{path.relative_to(ROOT)}: {match[0]}")
+        for match in re.finditer(r"(?<![\w./-])(?:tsynd|csrc|tests|docs|benchmarks|packaging)/[\w./-]*\w", text):
+            if not ((ROOT / match[0]).exists() or (ROOT / f"{match[0]}.py").exists()):
+                gone.append(f"{path.relative_to(ROOT)}: {match[0]}")
+    assert gone == []

@@ -42,7 +42,7 @@ class RangeSource(ABC):
         count: number of images; ids are 0 .. count - 1.
         task: ``multiclass`` or ``multilabel``.
         class_names: one per class or label; empty where the source has no labels.
-        identity: hash of what the source holds, see ``tsynd.files``.
+        identity: hash of what the source holds, see ``tsynd.data.filetree``.
     """
 
     count: int
@@ -69,9 +69,9 @@ def open_source(source: str, split: str = "train", options: ReadOptions | None =
 
     Args:
         source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones unpacked once
-            into the cache folder, see ``tsynd.files``); a folder or a table of image files as there; a WebDataset tar,
-            a folder of tars, or a pattern with ``*`` or ``{000..099}``; any of these but tables behind an fsspec
-            address such as ``s3://bucket/images.npz``; a MedMNIST name, ``phantom`` or ``phantom3d``.
+            into the cache folder, see ``tsynd.data.filetree``); a folder or a table of image files as there; a
+            WebDataset tar, a folder of tars, or a pattern with ``*`` or ``{000..099}``; any of these but tables
+            behind an fsspec address such as ``s3://bucket/images.npz``; a MedMNIST name, ``phantom`` or ``phantom3d``.
         split: which of the source's own splits to take; a source without splits is taken whole.
         options: how the files of a folder or table are read; every file must be one image.
 

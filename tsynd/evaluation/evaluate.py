@@ -14,7 +14,7 @@ from tsynd.evaluation.metrics import errors, scores, uncertainty_scores
 from tsynd.evaluation.shifts import Condition, gaussian_noise, rotation, shifts
 from tsynd.models.classifier import as_classifier
 from tsynd.posteriors.mc_dropout import MCDropout
-from tsynd.utils.device import resolve_device
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError
 
 __all__ = [
@@ -35,8 +35,9 @@ def _clean(images: Tensor, indices: Tensor, seed: int) -> Tensor:
 
 
 CONDITIONS: Mapping[str, Condition] = {"clean": _clean, "noise": gaussian_noise, "rotation": rotation, **shifts()}
-"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of :data:`tsynd.shifts.SHIFTS`; and two of fixed strength,
-``noise`` (σ = 0.05) and ``rotation`` (±15°). ``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
+"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of ``tsynd.evaluation.shifts.SHIFTS``; and two of fixed
+strength, ``noise`` (σ = 0.05) and ``rotation`` (±15°).
+``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
 
 
 def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[str, Condition]:
@@ -112,9 +113,9 @@ def evaluate(
         check_robustness()
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
     classifier = as_classifier(classifier)
-    target = _place(classifier, device)
+    target = place(device, classifier)
     modes = {module: module.training for module in classifier.modules()}
-    classifier.to(target).eval()
+    classifier.eval()
     results: dict[str, dict[str, float]] = {}
     try:
         with torch.no_grad():
@@ -134,12 +135,6 @@ def evaluate(
         for module, training in modes.items():
             module.training = training
     return results
-
-
-def _place(classifier: nn.Module, device: torch.device | str | None) -> torch.device:
-    first = next(iter(classifier.parameters()), None)
-    own = first.device if first is not None else torch.device("cpu")
-    return resolve_device(device) if device is not None else own
 
 
 def spread_indices(labels: Tensor, count: int | None) -> Tensor:
@@ -214,8 +209,7 @@ def evaluate_uncertainty(
     check_task(task)
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
     classifier = as_classifier(classifier)
-    target = _place(classifier, device)
-    classifier.to(target)
+    target = place(device, classifier)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []
     with posterior.frozen(), torch.no_grad():

@@ -111,7 +111,7 @@ class Posterior(ABC):
 
     @contextmanager
     def staged(self, image: Tensor) -> Iterator[int]:
-        """Inside, what runs once per image is cut into ``tsynd.models.stages``; gives the heaviest one's bytes.
+        """Inside, what runs once per image is cut into ``tsynd.fx.checkpointing``; gives the heaviest one's bytes.
 
         Args:
             image: [1, C, ...] in [0, 1], to measure with.

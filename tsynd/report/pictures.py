@@ -150,7 +150,7 @@ def draw_examples(
     labels: Sequence[str],
     count: int = 4,
 ) -> Path:
-    """Draw one row per image (three per volume, see ``tsynd.planes``), with the report's four columns, as PNG.
+    """Draw one row per image (three per volume, see :func:`views`), with the report's four columns, as PNG.
 
     Args:
         path: of the PNG.

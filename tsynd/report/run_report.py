@@ -89,7 +89,7 @@ def write_report(
         metrics: what :func:`tsynd.jobs.run.run` measured; ``synthesis`` and ``evaluation`` are needed.
         result: the synthesis, N images.
         sources: [N, C, H, W] in [0, 1], the real images; three channels are shown as RGB, else the first as grey.
-            Volumes [N, C, D, H, W] are shown in orthogonal slices, see ``tsynd.planes``.
+            Volumes [N, C, D, H, W] are shown in orthogonal slices, see ``tsynd.report.pictures.views``.
         reconstructions: of the same shape.
         class_names: of the labels.
         fresh_before: [N], uncertainty of the reconstructions under samples that were not climbed on, in nats.

@@ -106,7 +106,7 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
 
 
 def arms_of(rows: Sequence[Row]) -> list[str]:
-    """All arms: ``real`` first, then in the order of :data:`tsynd.studies.arms.ARMS`, variants behind their kind."""
+    """All arms: ``real`` first, then in the order of :data:`tsynd.study.arms.ARMS`, variants behind their kind."""
     return sorted({row["arm"] for row in rows}, key=lambda arm: (ARMS.index(arm.split(",")[0]), arm))
 
 

@@ -1,7 +1,7 @@
 """Training loops for the autoencoder and the classifier, on Hugging Face Accelerate.
 
 Alone, a loop runs as it stands; under ``torchrun`` or ``accelerate launch`` every process takes its share of each
-batch, and the result is that of one process with the whole batch, to float tolerance (``tsynd.global_batch``).
+batch, and the result is that of one process with the whole batch, to float tolerance (``tsynd.training.global_batch``).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tsynd.training.global_batch import GlobalBatch
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
+from tsynd.utils.fingerprint import differences
 from tsynd.utils.progress import progress_bar
 
 __all__ = ["Augmentation", "Checkpoint", "FitReport", "TrainingState", "batch_order", "load_state", "save_state"]
@@ -43,7 +44,7 @@ class FitReport:
         iterations: number of iterations.
         seconds: wall time of the loop.
         augmentation_share: part of that time spent in the augmentation, in [0, 1].
-        validation: scores on ``val`` after training, see ``tsynd.evaluation.scores``; empty without ``val``.
+        validation: scores on ``val`` after training, see ``tsynd.evaluation.metrics.scores``; empty without ``val``.
     """
 
     losses: tuple[float, ...]
@@ -292,9 +293,7 @@ def load_state(
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (require("safetensors", "models").SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint: {path} cannot be read ({type(error).__name__}); delete it") from None
-    differ = [key for key in settings if then.get(key) != settings[key]]
-    if differ:
-        changes = ", ".join(f"{key} {then.get(key)!r} → {settings[key]!r}" for key in differ)
+    if changes := differences(then, settings):
         raise InputError(f"checkpoint: {path} is of a training with other settings ({changes}); wanted another file")
     try:
         module.load_state_dict({k.removeprefix("module."): v for k, v in held.items() if k.startswith("module.")})
