@@ -64,8 +64,8 @@ def fit_autoencoder(
 
     Args:
         autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
-            images: [N, C, H, W], or labelled data, as ``LabelledBatches`` reads them.
-            iterations: optimiser steps.
+        images: [N, C, H, W], or labelled data, as ``LabelledBatches`` reads them.
+        iterations: optimiser steps.
         batch_size: images per step over all processes; at most the number of images is used.
         learning_rate: peak of a cosine schedule (AdamW).
         weight_decay: of AdamW.
