@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.evaluation.evaluate import Batches, check_task, evaluate
+from tsynd.data.dataset import LabelledBatches, check_task
+from tsynd.evaluation.evaluate import evaluate
 from tsynd.models.classifier import as_classifier
 from tsynd.training.extra_images import (
     Augmentation,
@@ -57,11 +58,11 @@ def _with_extra(loop: _Loop, count: int, extra_rows: Tensor | None) -> tuple[Ten
 class _Images:
     """All training images a few at a time, as often as they are asked for."""
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
+    def __init__(self, batches: LabelledBatches, device: torch.device) -> None:
         self.batches, self.device = batches, device
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self.batches(part)[0].to(self.device) for part in self.batches.chunks(256))
+        return (self.batches.at(part).images.to(self.device) for part in self.batches.chunks(256))
 
 
 def _check_part(part: ExtraImages, real: Tensor) -> None:
@@ -105,7 +106,7 @@ def fit_classifier(
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; it is moved to the device and left in eval
             mode.
-        data: labelled images, as ``tsynd.data.dataset.Batches`` reads them.
+        data: labelled images, as ``LabelledBatches`` reads them.
         task: "multiclass" (labels int64 [N]) or "multilabel" (labels 0/1 [N, K]).
         balanced: weigh the loss so that every class (every label's positives) counts the same.
         augmentation: asked for extra images with the classifier and each step's real batch after the warm-up, see
@@ -133,13 +134,13 @@ def fit_classifier(
     _check_settings(settings | {"augmentation_weight": augmentation_weight, "warmup_fraction": warmup_fraction})
     if warmup_fraction > 1:
         raise InputError(f"warmup_fraction: got {warmup_fraction}, wanted a number in [0, 1]")
-    batches, classifier = Batches(data), as_classifier(classifier)
+    batches, classifier = LabelledBatches(data, task=task, name="data", by_index=True), as_classifier(classifier)
     loop = _Loop(classifier, batches, device, settings)
     with torch.no_grad():
-        shape = list(classifier.eval()(batches(torch.tensor([0]))[0].to(loop.device)).shape)
+        shape = list(classifier.eval()(batches.first.to(loop.device)).shape)
     if len(shape) != 2:
         raise InputError(f"classifier: one image gave logits {shape}, wanted [1, K]")
-    everything = batches.labels(task, shape[1])
+    everything = batches.labels(shape[1])
     weights = _class_weights(everything, task, shape[1]) if balanced else torch.ones(shape[1])
     weights = weights.to(loop.device)
     start_at = math.ceil(warmup_fraction * iterations)

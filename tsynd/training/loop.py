@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.evaluation.evaluate import Batches
+from tsynd.data.dataset import LabelledBatches
 from tsynd.training.global_batch import GlobalBatch
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
@@ -115,7 +115,7 @@ class _Loop:
     """What both trainings share: device, processes, optimiser, schedule, precision, batch order."""
 
     def __init__(
-        self, module: nn.Module, batches: Batches, device: torch.device | str | None, settings: dict[str, Any]
+        self, module: nn.Module, batches: LabelledBatches, device: torch.device | str | None, settings: dict[str, Any]
     ) -> None:
         if len(batches) < 2:
             raise InputError(f"{batches.name}: holds {len(batches)} image, wanted two or more")
@@ -197,9 +197,9 @@ class _Loop:
             engine = self.accelerator.prepare_model(self.module) if self.ranks > 1 else self.module
             for step in range(state.step, self.iterations):
                 ids = next(draws)[self.rows]
-                images, labels = self.batches(ids)
-                labels = None if labels is None else labels.to(self.device)
-                loss = compute_loss(engine, step, ids, images.to(self.device), labels)
+                batch = self.batches.at(ids)
+                labels = None if batch.labels is None else batch.labels.to(self.device)
+                loss = compute_loss(engine, step, ids, batch.images.to(self.device), labels)
                 state.losses.append(self.total(loss.detach()))
                 if not math.isfinite(state.losses[-1]):
                     raise InputError(

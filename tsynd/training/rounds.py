@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.evaluation.evaluate import Batches
+from tsynd.data.dataset import LabelledBatches
 from tsynd.models.autoencoder import as_autoencoder, check_autoencoder
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
@@ -33,7 +33,7 @@ class RoundsAugmentation(Augmentation):
 
     Args:
         autoencoder: anything :func:`tsynd.as_autoencoder` takes.
-        data: the training images with their labels, as ``tsynd.data.dataset.Batches`` reads them.
+        data: the training images with their labels, as ``LabelledBatches`` reads them.
         settings: of the ascents; None takes three steps.
         rounds: R, at least 1 and at most the steps after the warm-up.
         seed: of the posterior samples; round r uses seed + r.
@@ -60,7 +60,7 @@ class RoundsAugmentation(Augmentation):
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
         self.settings = ascent_settings(settings or AscentSettings(steps=3), ascent)
-        self.autoencoder, self.batches = as_autoencoder(autoencoder), Batches(data)
+        self.autoencoder, self.batches = as_autoencoder(autoencoder), LabelledBatches(data)
         self.rounds, self.seed = rounds, seed
         self.results: list[SynthesisResult] = []
         self.progress = 0.0
@@ -105,8 +105,9 @@ class RoundsAugmentation(Augmentation):
         return torch.stack([result.images[row] for result, row in chosen]), torch.stack(own)
 
     def _round(self, classifier: nn.Module | Posterior) -> SynthesisResult:
-        parts = [self.batches(part) for part in self.batches.chunks(256)]
-        images, labels = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts if y is not None])
+        parts = [self.batches.at(part) for part in self.batches.chunks(256)]
+        images = torch.cat([part.images for part in parts])
+        labels = torch.cat([part.labels for part in parts if part.labels is not None])
         options = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
         return synthesize(
             self.autoencoder,
