@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,18 @@ from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.evaluate import evaluate
 from tsynd.jobs.job import Job
-from tsynd.models.checkpoint import load_model, save_model
-from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.models.checkpoint import load_model
 from tsynd.report.pictures import draw_examples
 from tsynd.report.run_report import write_report
 from tsynd.synthesis.api import synthesize, uncertainty
 from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.autoencoder import fit_autoencoder
-from tsynd.training.classifier import fit_classifier
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import plain_settings
+from tsynd.utils.fingerprint import fingerprint, plain_settings
 from tsynd.utils.timing import Phases
 from tsynd.utils.version import __version__
 
@@ -52,25 +49,23 @@ _NEEDED = (
 )
 
 
-@dataclass(frozen=True)
-class RunSettings:
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(AscentSettings):
     """Everything that decides the result of :func:`run`, besides the data and the version.
 
+    The ascent's settings are those of the synthesis and, save for T and K, of the training loop; ``task`` is the
+    data's.
+
     Attributes:
-        train_size: labelled training images; None takes all.
+        train_size: labelled training images; all by default.
         seed: of the subset, the networks, the batches and the posterior samples.
         autoencoder_data: ``train`` (the labelled subset) or ``all`` (every training image, without labels).
-        autoencoder_iterations: optimiser steps.
+        autoencoder_iterations: optimiser steps of the autoencoder.
         iterations: optimiser steps of each classifier.
         batch_size: real images per step.
-        dropout: ``head`` or ``stages``, see :class:`tsynd.SmallResNet`.
-        objective: ``mutual_information`` or ``entropy``.
+        dropout: ``head`` (before the last layer) or ``stages`` (everywhere).
         samples: T, posterior samples of the synthesis; a quarter of them in the training loop.
-        masks: ``shared`` or ``independent``.
-        steps: K, ascent steps of the synthesis.
         augmentation_steps: K in the training loop.
-        radius: see :func:`tsynd.synthesize`.
-        label_consistency: see :func:`tsynd.synthesize`.
         augmentation_weight: weight of the targeted images' loss.
         reading: how the files of a folder or table are read.
     """
@@ -82,13 +77,7 @@ class RunSettings:
     iterations: int = 300
     batch_size: int = 64
     dropout: str = "head"
-    objective: str = "mutual_information"
-    samples: int = 32
-    masks: str = "shared"
-    steps: int = 5
     augmentation_steps: int = 3
-    radius: float = 0.5
-    label_consistency: float | None = None
     augmentation_weight: float = 1.0
     reading: ReadOptions = field(default_factory=ReadOptions)
 
@@ -122,48 +111,40 @@ def run(
     _check(settings)
     for module in _NEEDED:  # now, not after the training
         require(module, "cli")
-    where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
-    job = Job(Path(output).expanduser(), _fingerprint(source, settings))
+    settings = replace(settings, task=source.task)
+    content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
+    job = Job(Path(output).expanduser(), fingerprint(settings, content))
 
     def train_autoencoder(path: Path) -> dict[str, Any]:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            model = SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
-        images = source.unlabelled if settings.autoencoder_data == "all" else source.train
-        fit_autoencoder(
-            model,
-            images,
-            iterations=settings.autoencoder_iterations,
+        fit_autoencoder_step(
+            source,
+            path,
             seed=settings.seed,
+            which=settings.autoencoder_data,
+            iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
         )
-        save_model(model, path, image_shape=source.image_shape)
         return {}
 
     job.stage("autoencoder", "autoencoder.safetensors", train_autoencoder)
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
     def train_classifier(path: Path, augmentation: TargetedAugmentation | None) -> dict[str, Any]:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            model = SmallResNet(
-                source.channels, source.num_classes, dropout=settings.dropout, spatial_dims=source.spatial_dims
-            )
-        report = fit_classifier(
-            model,
-            source.train,
-            task=source.task,
+        _, report = fit_classifier_step(
+            source,
+            path,
+            seed=settings.seed,
+            network={"dropout": settings.dropout},
             iterations=settings.iterations,
             batch_size=settings.batch_size,
             augmentation=augmentation,
             augmentation_weight=settings.augmentation_weight,
-            seed=settings.seed,
             device=where,
             progress=progress,
         )
-        save_model(model, path, class_names=source.class_names, image_shape=source.image_shape, task=source.task)
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
     job.stage("classifier_real", "classifier_real.safetensors", lambda path: train_classifier(path, None))
@@ -176,14 +157,8 @@ def run(
     )
     augmentation = TargetedAugmentation(
         autoencoder,
-        objective=settings.objective,
-        task=source.task,
-        samples=max(1, settings.samples // 4),
-        masks=settings.masks,
-        steps=settings.augmentation_steps,
-        radius=settings.radius,
-        label_consistency=settings.label_consistency,
         seed=settings.seed,
+        **replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options(),
     )
     job.stage("classifier", "classifier.safetensors", lambda path: train_classifier(path, augmentation))
     targeted = load_model(job.folder / "classifier.safetensors", device=where)
@@ -192,34 +167,19 @@ def run(
 
 def _check(settings: RunSettings) -> None:
     """What the stages would only refuse after training has begun."""
-    AscentSettings(
-        objective=settings.objective,
-        steps=settings.steps,
-        radius=settings.radius,
-        label_consistency=settings.label_consistency,
-    )
-    for name in ("autoencoder_iterations", "iterations", "batch_size", "samples", "augmentation_steps"):
+    for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
     choices = {
         "autoencoder_data": ("train", "all"),
         "dropout": ("head", "stages"),
-        "masks": ("shared", "independent"),
     }
     for name, wanted in choices.items():
         if getattr(settings, name) not in wanted:
             raise InputError(f"{name}: got {getattr(settings, name)!r}, wanted one of {', '.join(wanted)}")
     if not settings.augmentation_weight >= 0:
         raise InputError(f"augmentation_weight: got {settings.augmentation_weight!r}, wanted at least 0")
-
-
-def _fingerprint(source: DataSource, settings: RunSettings) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for part in (source.train, source.unlabelled, source.test):
-        digest.update(part.images.contiguous().numpy().tobytes())
-        digest.update(part.labels.contiguous().numpy().tobytes())
-    return {"tsynd": __version__, "data": digest.hexdigest()[:16], **plain_settings(settings)}
 
 
 def _synthesise(
@@ -237,17 +197,11 @@ def _synthesise(
         classifier,
         source.train.pixels(),
         source.train.labels,
-        objective=settings.objective,
-        task=source.task,
-        samples=settings.samples,
-        masks=settings.masks,
-        steps=settings.steps,
-        radius=settings.radius,
-        label_consistency=settings.label_consistency,
         seed=settings.seed,
         device=device,
         progress=progress,
         phases=phases,
+        **settings.options(),
     )
     speed = len(result) / (time.perf_counter() - start)
     with phases("save"):
@@ -278,15 +232,7 @@ def _finish(
         reconstructions = _decode(autoencoder, result.source_latents, device, math.prod(source.image_shape))
 
     def fresh(images: Tensor) -> Tensor:
-        return uncertainty(
-            real,
-            images,
-            objective=settings.objective,
-            task=source.task,
-            samples=4 * settings.samples,
-            masks=settings.masks,
-            seed=settings.seed + _FRESH,
-        )
+        return uncertainty(real, images, settings=settings, samples=4 * settings.samples, seed=settings.seed + _FRESH)
 
     with phases("fresh_uncertainty"):
         before, after = fresh(reconstructions), fresh(result.images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,30 @@ from tsynd.data.dataset import DataSource
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.job import Job
-from tsynd.models.checkpoint import load_model, read_card, save_model
-from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.models.checkpoint import load_model, read_card
+from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.autoencoder import fit_autoencoder
-from tsynd.training.classifier import fit_classifier
-from tsynd.training.loop import Checkpoint
+from tsynd.training.loop import Checkpoint, FitReport
 from tsynd.utils.errors import InputError, check_choice, require
-from tsynd.utils.fingerprint import hash_parts, plain_settings
-from tsynd.utils.version import __version__
+from tsynd.utils.fingerprint import fingerprint
 
 __all__ = ["TrainSettings", "train_model"]
 
 
-@dataclass(frozen=True)
-class TrainSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(AscentSettings):
     """Everything that decides the trained model, besides the data and the version.
+
+    The ascent's settings are those of the targeted images; ``task`` is the data's.
 
     Attributes:
         model: ``classifier`` or ``autoencoder``.
-        autoencoder: file of a trained one: the classifier is then trained with targeted images
-            (:class:`tsynd.TargetedAugmentation`).
+        autoencoder: file of a trained one: the classifier is then trained with targeted images.
         iterations: optimiser steps.
         batch_size: real images per step, over all processes.
-        train_size: labelled training images; None takes all.
+        train_size: labelled training images; all by default.
         seed: of the subset, the network, the batches and the posterior samples.
-        samples, steps, radius, label_consistency: of the targeted images.
         reading: how the files of a folder or table are read.
     """
 
@@ -50,17 +48,7 @@ class TrainSettings:
     seed: int = 0
     samples: int = 8
     steps: int = 3
-    radius: float = 0.5
-    label_consistency: float | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
-
-
-def _fingerprint(source: DataSource, settings: TrainSettings) -> dict[str, Any]:
-    content = (source.train.images.contiguous().numpy().data, source.train.labels.contiguous().numpy().data)
-    given = plain_settings(settings)
-    if settings.autoencoder is not None:
-        given["autoencoder"] = read_card(settings.autoencoder).sha256
-    return {"tsynd": __version__, "data": hash_parts(*content), **given}
 
 
 def train_model(
@@ -96,54 +84,37 @@ def train_model(
     if state.num_processes > 1 and device == "cuda":
         device = None
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
-    folder = Path(output).expanduser()
+    settings, folder = replace(settings, task=source.task), Path(output).expanduser()
     try:
         with state.main_process_first():
-            Job(folder, _fingerprint(source, settings))
-        checkpoint = Checkpoint(folder / "training.safetensors", checkpoint_every)
-        network, losses = _fit(source, settings, device, checkpoint, progress)
+            Job(folder, fingerprint(settings, [source.train.images, source.train.labels], **_parts(settings)))
         path = folder / f"{settings.model}.safetensors"
-        if state.is_main_process:
-            names = source.class_names if settings.model == "classifier" else None
-            task = source.task if settings.model == "classifier" else None
-            save_model(network, path, class_names=names, image_shape=source.image_shape, task=task)
+        report = _fit(
+            source,
+            settings,
+            path if state.is_main_process else None,
+            device=device,
+            progress=progress,
+            checkpoint=Checkpoint(folder / "training.safetensors", checkpoint_every),
+        )
         state.wait_for_everyone()  # a process that leaves while others talk to it can abort them
-        return (path if state.is_main_process else None), losses[-1]
+        return (path if state.is_main_process else None), report.losses[-1]
     finally:
         if torch.distributed.is_initialized():
             gc.collect()  # what still holds the group, as the traceback of a failed step, goes before it
             torch.distributed.destroy_process_group()
 
 
-def _fit(
-    source: DataSource, settings: TrainSettings, device: str | None, checkpoint: Checkpoint, progress: bool
-) -> tuple[torch.nn.Module, tuple[float, ...]]:
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        network: torch.nn.Module = (
-            SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
-            if settings.model == "autoencoder"
-            else SmallResNet(source.channels, source.num_classes, spatial_dims=source.spatial_dims)
-        )
-    shared: dict[str, Any] = {
-        "iterations": settings.iterations,
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-        "device": device,
-        "progress": progress,
-        "checkpoint": checkpoint,
-    }
+def _parts(settings: TrainSettings) -> dict[str, Any]:
+    """The autoencoder by its content, wherever its file lies."""
+    return {} if settings.autoencoder is None else {"autoencoder": read_card(settings.autoencoder).sha256}
+
+
+def _fit(source: DataSource, settings: TrainSettings, path: Path | None, **fitting: Any) -> FitReport:
+    fitting |= {"seed": settings.seed, "iterations": settings.iterations, "batch_size": settings.batch_size}
     if settings.model == "autoencoder":
-        return network, fit_autoencoder(network, source.train, **shared).losses
+        return fit_autoencoder_step(source, path, **fitting)[1]
     augmentation = None
     if settings.autoencoder is not None:
-        augmentation = TargetedAugmentation(
-            load_model(settings.autoencoder),
-            task=source.task,
-            samples=settings.samples,
-            steps=settings.steps,
-            radius=settings.radius,
-            label_consistency=settings.label_consistency,
-            seed=settings.seed,
-        )
-    return network, fit_classifier(network, source.train, task=source.task, augmentation=augmentation, **shared).losses
+        augmentation = TargetedAugmentation(load_model(settings.autoencoder), seed=settings.seed, **settings.options())
+    return fit_classifier_step(source, path, augmentation=augmentation, **fitting)[1]

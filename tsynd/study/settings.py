@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -17,12 +16,10 @@ from tsynd.data.dataset import DataSource
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.attacks import parse_attacks
 from tsynd.evaluation.evaluate import choose_conditions
+from tsynd.jobs.steps import new_autoencoder, new_classifier
 from tsynd.models.autoencoder import check_autoencoder
-from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.study.arms import Arm, augmentation_of, parse_arm
 from tsynd.utils.errors import InputError, check_choice
-from tsynd.utils.fingerprint import plain_settings
-from tsynd.utils.version import __version__
 
 __all__ = [
     "DEFAULT_ARMS",
@@ -35,7 +32,6 @@ __all__ = [
     "cells_of",
     "check_study",
     "classifier_path",
-    "fingerprint",
     "make_augmentation",
     "samples_path",
 ]
@@ -57,34 +53,34 @@ class StudySettings:
 
     Attributes:
         autoencoder_data: ``train`` (the labelled subset) or ``all`` (every training image, without labels).
-        autoencoder_iterations: optimiser steps.
-        autoencoder_widths: see :class:`tsynd.SmallAutoencoder`.
-        latent_channels: see :class:`tsynd.SmallAutoencoder`.
+        autoencoder_iterations: optimiser steps of the autoencoder.
+        autoencoder_widths: channels of the autoencoder at half and at a quarter of the resolution.
+        latent_channels: channels of the latents.
         iterations: optimiser steps of every classifier, the same in all arms.
         batch_size: real images per step.
         learning_rate: of the classifiers.
-        dropout: ``head`` or ``stages``, see :class:`tsynd.SmallResNet`.
-        dropout_rate: see :class:`tsynd.SmallResNet`.
+        dropout: ``head`` (before the last layer) or ``stages`` (everywhere).
+        dropout_rate: before the last layer.
         augmentation_weight: λ, weight of the extra images' loss.
         warmup_fraction: part of the steps before extra images are added.
-        samples: T in the training loop.
-        masks: ``shared`` or ``independent``.
-        steps: K in the training loop.
-        radius: see :class:`tsynd.TargetedAugmentation`; also of the random arm.
-        step_size: see :class:`tsynd.TargetedAugmentation`.
-        rule: ``l2`` or ``linf``.
-        label_consistency: see :class:`tsynd.TargetedAugmentation`.
+        samples: T in the training loop, posterior samples.
+        masks: ``shared`` or ``independent`` dropout masks.
+        steps: K in the training loop, ascent steps.
+        radius: of the ball, times latent deviation times sqrt(dimension); also of the random arm.
+        step_size: of the ascent, in the unit of the radius; 2.5 * radius / steps by default.
+        rule: ``l2`` (a ball) or ``linf`` (a box).
+        label_consistency: least mean probability that the source label must keep.
         ratio: extra images per real image.
         every: extra images at every n-th step.
-        typicality: see :class:`tsynd.TargetedAugmentation`.
+        typicality: weight of the penalty on implausible latents.
         adversarial_budget: of the adversarial arm, in [0, 1] pixel units.
-        adversarial_steps: of the adversarial arm.
+        adversarial_steps: PGD steps of the adversarial arm.
         split: what is scored: ``test``, or ``val`` to choose settings on.
-        conditions: see :func:`tsynd.evaluate`.
-        attacks: see :func:`tsynd.evaluate`.
-        attack_images: see :func:`tsynd.evaluate`.
-        query_images: see :func:`tsynd.evaluate`.
-        uncertainty_samples: T of the measured uncertainty.
+        conditions: clean, noise (σ = 0.05), rotation (±15°), shifts (all kinds and severities), or one, as blur:3.
+        attacks: fgsm, pgd, square, or one budget of the range [0, 1], as pgd:2/255; none for none.
+        attack_images: images that FGSM and PGD attack; None (on the command line 0) is all.
+        query_images: how many of these Square attacks; None (on the command line 0) is all.
+        uncertainty_samples: T of the measured uncertainty, posterior samples.
         reading: how the files of a folder or table are read.
     """
 
@@ -123,6 +119,14 @@ class StudySettings:
         """The options of :class:`tsynd.TargetedAugmentation`."""
         names = ("samples", "masks", "steps", "radius", "step_size", "rule", "label_consistency", "ratio", "every")
         return {name: getattr(self, name) for name in (*names, "typicality")}
+
+    def autoencoder(self) -> dict[str, Any]:
+        """The options of :class:`tsynd.SmallAutoencoder`."""
+        return {"latent_channels": self.latent_channels, "widths": self.autoencoder_widths}
+
+    def classifier(self) -> dict[str, Any]:
+        """The options of :class:`tsynd.SmallResNet`."""
+        return {"dropout": self.dropout, "dropout_rate": self.dropout_rate}
 
 
 @dataclass(frozen=True)
@@ -187,17 +191,8 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     parse_attacks(settings.attacks)
-    with torch.random.fork_rng(devices=[]):
-        SmallResNet(
-            source.channels,
-            source.num_classes,
-            dropout=settings.dropout,
-            dropout_rate=settings.dropout_rate,
-            spatial_dims=source.spatial_dims,
-        )
-        autoencoder = SmallAutoencoder(
-            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
-        )
+    new_classifier(source, 0, **settings.classifier())
+    autoencoder = new_autoencoder(source, 0, **settings.autoencoder())
     check_autoencoder(autoencoder.eval(), source.train.batch(torch.tensor([0]))[0])
     autoencoder.latent_std.fill_(1.0)
     for arm in arms:
@@ -229,25 +224,6 @@ def make_augmentation(arm: Arm, autoencoder: Any, settings: StudySettings, task:
         adversarial_budget=settings.adversarial_budget,
         adversarial_steps=settings.adversarial_steps,
     )
-
-
-def fingerprint(source: DataSource, settings: StudySettings) -> dict[str, Any]:
-    """What two studies must share to be one; sizes, seeds and arms may be added later.
-
-    Args:
-        source: the whole data, drawn with seed 0.
-        settings: of the study.
-    """
-    digest = hashlib.sha256()
-    for part in (source.unlabelled, source.val, source.test):
-        digest.update(part.images.contiguous().numpy().tobytes())
-        digest.update(part.labels.contiguous().numpy().tobytes())
-    return {
-        "kind": "experiment",
-        "tsynd": __version__,
-        "data": digest.hexdigest()[:16],
-        **plain_settings(settings),
-    }
 
 
 @dataclass(frozen=True)
