@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.checks import check_images, check_labels
-from tsynd.models.classifier import as_classifier
+from tsynd.models.classifier import logits_of
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import TASKS
 from tsynd.posteriors.posterior import frozen
@@ -80,7 +80,7 @@ class PixelAscent(BatchAugmentation):
 
     def make(self, classifier: nn.Module, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """See :meth:`BatchAugmentation.make`."""
-        network = as_classifier(classifier)
+        network = logits_of(classifier)
         offset = self.budget * (2 * draw_rows(torch.rand, images, rows, self.seed + self.calls) - 1)
         if self.persistent:
             offset = self._offsets.get(self.ids, offset)
