@@ -33,7 +33,10 @@ class ReadOptions:
         path_column, label_column, split_column, group_column: of tables and ``datasets`` objects. Several label
             columns, joined by commas, are 0/1 labels of a multilabel set.
         group: ``auto`` keeps a patient's images in one split: by the group column, a DICOM file's PatientID (where
-            that is empty, its study), or the file that frames and slices come from. ``none`` splits image by image.
+            that is empty, its study), the folder inside the class folder where every class has three or more
+            (``folder``: also where it has fewer), or the file that frames and slices come from. ``none`` splits image
+            by image.
+        inside: refuse files that links, absolute paths or ``..`` lead to outside of the folder, or of the table's.
 
     Raises:
         InputError: a value that cannot be used.
@@ -51,6 +54,7 @@ class ReadOptions:
     split_column: str = "split"
     group_column: str = "patient"
     group: str = "auto"
+    inside: bool = False
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -72,7 +76,7 @@ class ReadOptions:
             raise InputError(f"spacing: {self.spacing}; wanted (x, y, z) in mm, each above 0")
         if self.slices is not None:
             check_choice("slices", self.slices, [p + end for p in _PLANES for end in ("", ":middle")])
-        check_choice("group", self.group, ("auto", "none"))
+        check_choice("group", self.group, ("auto", "folder", "none"))
         for name in ("path_column", "label_column", "split_column", "group_column"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise InputError(f"{name}: {getattr(self, name)!r}; wanted the name of a column")
