@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, TypedDict
 
@@ -16,6 +16,7 @@ from tsynd.ops.reference import OBJECTIVES, RULES, TASKS
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.objectives import Goal, PlausibleGoal, Uncertainty
 from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.settings import override
 
 __all__ = [
     "Ascent",
@@ -91,6 +92,10 @@ class AscentSettings:
         if self.label_consistency is not None and not 0 < self.label_consistency < 1:
             raise InputError(f"label_consistency: got {self.label_consistency!r}, wanted a number between 0 and 1")
 
+    def options(self) -> dict[str, Any]:
+        """The fields of an :class:`AscentSettings` as keywords, also where this is more than one."""
+        return {field.name: getattr(self, field.name) for field in fields(AscentSettings)}
+
     def lengths(self, latent_std: float, dimension: int) -> tuple[float, float]:
         """Step and radius in latent units."""
         unit = latent_std * (math.sqrt(dimension) if self.rule == "l2" else 1.0)
@@ -119,10 +124,7 @@ def ascent_settings(settings: AscentSettings | None, options: AscentOptions | Ma
     Raises:
         InputError: an option of another name, or a value out of range.
     """
-    names = [field.name for field in fields(AscentSettings)]
-    if unknown := [name for name in options if name not in names]:
-        raise InputError(f"{unknown[0]}: is no setting of the ascent, wanted one of {', '.join(names)}")
-    return replace(settings or AscentSettings(), **options)
+    return override(settings or AscentSettings(), options, "the ascent")
 
 
 @dataclass(frozen=True)
