@@ -106,7 +106,9 @@ class DataSource:
     @cached_property
     def summary(self) -> Summary:
         """Counts, what was ignored, exact doubles, grouping and warnings; ``summary.lines()`` shows them."""
-        return summarise(self)
+        splits = {"train": self.unlabelled, "val": self.val, "test": self.test}
+        pairs = {split: (part.images, part.labels) for split, part in splits.items()}
+        return summarise(pairs, len(self.train), self.class_names, self.origin)
 
     def __repr__(self) -> str:
         return "\n".join(self.summary.lines()[:2])

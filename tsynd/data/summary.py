@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tsynd.data.readers.pixels import describe
-
-if TYPE_CHECKING:
-    from tsynd.data.dataset import DataSource
 
 __all__ = ["Origin", "Summary", "summarise"]
 
@@ -94,22 +90,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def summarise(data: DataSource) -> Summary:
-    """Count and compare all images of a data set; takes about a second for a gigabyte of pixels."""
-    splits = {"train": data.unlabelled, "val": data.val, "test": data.test}
-    counts = {split: _per_class(part.labels, data.num_classes) for split, part in splits.items()}
+def summarise(
+    splits: Mapping[str, tuple[Tensor, Tensor]], labelled: int, class_names: tuple[str, ...], origin: Origin
+) -> Summary:
+    """Count and compare all images [N, C, ...] with their labels; takes about a second for a gigabyte of pixels."""
+    counts = {split: _per_class(labels, len(class_names)) for split, (_, labels) in splits.items()}
     seen: dict[bytes, list[tuple[str, str]]] = {}
-    for split, part in splits.items():
-        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+    for split, (images, labels) in splits.items():
+        for image, label in zip(images, labels.tolist(), strict=True):
             digest = hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest()
             seen.setdefault(digest, []).append((split, str(label)))
     several = [like for like in seen.values() if len(like) > 1]
     classes = sum(len(like) - 1 for like in several if len({label for _, label in like}) > 1)
     leaks = sum(len(like) - 1 for like in several if len({split for split, _ in like}) > 1)
-    warnings = list(data.origin.notes)
+    warnings = list(origin.notes)
     for number, count in enumerate(counts["test"]):
         if count < _FEW:
-            name = printable(data.class_names[number])
+            name = printable(class_names[number])
             warnings.append(f"class {name!r} has {count or 'no'} test images: its scores say little")
     if classes:
         warnings.append(f"{classes} exact doubles have different labels")
@@ -117,11 +114,11 @@ def summarise(data: DataSource) -> Summary:
         warnings.append(f"{leaks} exact doubles lie in several splits: test scores are too good")
     return Summary(
         counts,
-        {split: len(part) for split, part in splits.items()},
-        len(data.train),
-        data.class_names,
-        describe(data.image_shape),
-        data.origin,
+        {split: len(labels) for split, (_, labels) in splits.items()},
+        labelled,
+        class_names,
+        describe(tuple(splits["train"][0].shape[1:])),
+        origin,
         sum(len(like) - 1 for like in several),
         classes,
         leaks,

@@ -165,7 +165,7 @@ def test_samples_that_contradict_the_colour(written: str, says: str) -> None:
     pixels = RNG.integers(0, 255, (8, 8, 3) if written == "RGB" else (8, 8)).astype(np.uint8)
     dataset = pydicom.dcmread(io.BytesIO(dicom(pixels, photometric=written)))
     dataset.PhotometricInterpretation = says
-    with pytest.raises(InputError, match="x: [13] samples per pixel, but its colour is"):
+    with pytest.raises(InputError, match=r"x: [13] samples per pixel, but its colour is"):
         shown(save(dataset))
 
 
@@ -202,7 +202,7 @@ def test_an_unusable_sform(bad: np.ndarray) -> None:
     content[280:328] = bad[:3].astype("<f4").tobytes()
     assert np.array_equal(shown(bytes(content), "nifti"), wanted)
     content[252:254] = bytes(2)
-    with pytest.raises(InputError, match="sform .* singular or not finite"):
+    with pytest.raises(InputError, match=r"sform .* singular or not finite"):
         shown(bytes(content), "nifti")
 
 
