@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from tsynd.data.checks import as_tensor, check_images, check_labels, shape_of, unit_pixels
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, printable
 
 __all__ = ["Batch", "DataSource", "LabelledBatches", "LabelledImages", "at_once", "check_task", "parts"]
 
@@ -98,6 +98,10 @@ class DataSource:
     val: LabelledImages
     test: LabelledImages
     train_indices: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
+        object.__setattr__(self, "class_names", tuple(map(printable, self.class_names)))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
