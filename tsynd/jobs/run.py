@@ -115,8 +115,11 @@ def run(
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     settings = replace(settings, task=source.task)
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
-    job = Job(Path(output).expanduser(), fingerprint(settings, content))
+    with Job(Path(output).expanduser(), fingerprint(settings, content)) as job:
+        return _stages(job, source, settings, where, progress)
 
+
+def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, progress: bool) -> dict[str, Any]:
     def train_autoencoder(path: Path) -> dict[str, Any]:
         fit_autoencoder_step(
             source,
@@ -284,7 +287,7 @@ def _finish(
         _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metrics
 
 

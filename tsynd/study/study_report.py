@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from tsynd.study.score_tables import (
     to_html,
     to_markdown,
 )
-from tsynd.study.settings import Cell, Workplace, samples_path
+from tsynd.study.settings import Cell, Workplace, read_samples
 from tsynd.study.summary import Row, arms_of, attack_budgets, difference, headline, sizes_of
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.fingerprint import plain_settings
@@ -148,7 +149,7 @@ def _summary(rows: Sequence[Row]) -> str:
 
 def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     lines = [
-        f"# Study on {facts['data']}\n",
+        f"# Study on {_literal(str(facts['data']))}\n",
         "Balanced accuracy, AUROC and the like in percent, mean ± 95 % t interval.\n",
     ]
     lines += [to_markdown(score_table(rows, size)) for size in sizes_of(rows)]
@@ -177,6 +178,11 @@ def _picture(pixels: np.ndarray[Any, Any], title: str, note: str) -> str:
     )
 
 
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+.!|~-])", r"\\\1", text)
+
+
 def _rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Uint8 [C, H, W], or the middle slice of [C, D, H, W], as [H, W, 3]."""
     image = centre(torch.from_numpy(image)).numpy()
@@ -189,10 +195,9 @@ def _samples(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> st
     size = max(sizes_of(rows))
     shown = {}
     for arm in arms_of(rows):
-        path = samples_path(place, Cell(size, 0, arm))
-        if parse_arm(arm).generative and path.exists():
-            with np.load(path, allow_pickle=False) as file:
-                shown[arm] = {name: file[name] for name in file.files}
+        samples = read_samples(place, Cell(size, 0, arm)) if parse_arm(arm).generative else None
+        if samples is not None:
+            shown[arm] = samples
     if not shown:
         return "<p>No arm made images.</p>"
     first, cards = next(iter(shown.values())), []
