@@ -12,7 +12,8 @@ from tsynd.data.dataset import LabelledBatches, check_task, parts
 from tsynd.evaluation.attacks import Attack, check_robustness, parse_attacks, perturb
 from tsynd.evaluation.metrics import errors, scores, uncertainty_scores
 from tsynd.evaluation.shifts import Condition, gaussian_noise, rotation, shifts
-from tsynd.models.classifier import as_classifier
+from tsynd.models.classifier import logits_of
+from tsynd.models.held import evaluating
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.utils.device import place
 from tsynd.utils.errors import InputError
@@ -118,13 +119,12 @@ def evaluate(
     if wanted:
         check_robustness()
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = as_classifier(classifier)
+    classifier = logits_of(classifier)
     target = place(device, classifier)
-    modes = {module: module.training for module in classifier.modules()}
-    classifier.eval()
     results: dict[str, dict[str, float]] = {}
-    try:
+    with evaluating(classifier):
         with torch.no_grad():
+            classifier.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
             classes = classifier(batches.first.to(target)).shape[1]
             labels = batches.labels(classes)
             for name, disturb in chosen.items():
@@ -140,9 +140,6 @@ def evaluate(
             pool = spread_indices(labels, attack_images)
             few = pool[spread_indices(labels[pool], query_images)]
             results |= _attacked(classifier, batches, labels, wanted, {"square": few}, pool, task, seed, target)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return results
 
 
@@ -217,7 +214,7 @@ def evaluate_uncertainty(
     """
     check_task(task)
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = as_classifier(classifier)
+    classifier = logits_of(classifier)
     target = place(device, classifier)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []
