@@ -12,7 +12,16 @@ from torch.nn import functional
 
 from tsynd.utils.errors import require
 
-__all__ = ["COVERAGE", "SCORES", "errors", "scores", "uncertainty_scores"]
+__all__ = [
+    "COVERAGE",
+    "SCORES",
+    "conformal_limit",
+    "conformal_scores",
+    "errors",
+    "scores",
+    "survival",
+    "uncertainty_scores",
+]
 
 SCORES = ("balanced_accuracy", "accuracy", "auroc", "ece", "nll")
 """The keys of :func:`scores`."""
@@ -75,6 +84,52 @@ def errors(logits: Tensor, labels: Tensor, task: str = "multiclass") -> Tensor:
     if task == "multiclass":
         return logits.argmax(1) != labels
     return ((logits > 0) != (labels > 0.5)).any(1)
+
+
+def survival(right: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str, float]:
+    """Accuracy and balanced accuracy of what is only known to be right or wrong.
+
+    Args:
+        right: bool [N]; of several labels, whether all are.
+        labels: int64 [N], or 0/1 [N, C] for multilabel, where both are the share of right images.
+        task: "multiclass" or "multilabel".
+    """
+    each = [right] if task == "multilabel" else [right[labels == label] for label in sorted(set(labels.tolist()))]
+    recalls = [float(part.double().mean()) for part in each]
+    share = float(right.double().mean())
+    return {"balanced_accuracy": sum(recalls) / len(recalls), "accuracy": share, "images": len(right)}
+
+
+def conformal_limit(logits: Tensor, labels: Tensor, error: float = 0.1) -> float:
+    """Least probability of a class that belongs to the conformal set (split conformal prediction, Vovk et al. 2005).
+
+    Sets of all classes of at least this probability hold the right one for a share of 1 − ``error`` of new images,
+    whatever the classifier, as long as these are of the kind of the calibration images.
+
+    Args:
+        logits: [N, C] of calibration images.
+        labels: int64 [N].
+        error: share of images whose set may miss the right class.
+
+    Returns:
+        A probability; 0 where N is too small for that error.
+    """
+    chances = logits.double().softmax(1).gather(1, labels[:, None])[:, 0].sort().values
+    rank = math.floor(error * (len(chances) + 1))
+    return float(chances[rank - 1]) if rank else 0.0
+
+
+def conformal_scores(logits: Tensor, labels: Tensor, limit: float) -> dict[str, float]:
+    """Share of the images whose conformal set holds the right class, and the sets' mean size.
+
+    Args:
+        logits: [N, C].
+        labels: int64 [N].
+        limit: see :func:`conformal_limit`.
+    """
+    held = logits.double().softmax(1) >= limit
+    covered = held.gather(1, labels[:, None])
+    return {"conformal_coverage": float(covered.double().mean()), "conformal_size": float(held.sum(1).double().mean())}
 
 
 def uncertainty_scores(uncertainty: Tensor, wrong: Tensor) -> dict[str, Any]:
