@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.dataset import Batches, check_task, parts
+from tsynd.data.dataset import LabelledBatches, check_task, parts
 from tsynd.evaluation.attacks import Attack, check_robustness, parse_attacks, perturb
 from tsynd.evaluation.corruptions import MEDMNIST_C
 from tsynd.evaluation.metrics import conformal_limit, conformal_scores, errors, scores, survival, uncertainty_scores
@@ -22,7 +22,6 @@ from tsynd.utils.errors import InputError
 __all__ = [
     "CONDITIONS",
     "FAMILIES",
-    "Batches",
     "Condition",
     "check_task",
     "choose_conditions",
@@ -109,7 +108,7 @@ def evaluate(
 
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; its modes are restored.
-        data: labelled images, as :class:`Batches` reads them.
+        data: labelled images, as :class:`tsynd.data.dataset.LabelledBatches` reads them.
         task: "multiclass" or "multilabel".
         conditions: names as :func:`choose_conditions` takes them, or a mapping name → function.
         attacks: as ``pgd:2/255`` or ``pgd``, see :func:`tsynd.evaluation.attacks.parse_attacks`.
@@ -143,7 +142,7 @@ def evaluate(
     chosen, wanted = choose_conditions(conditions), parse_attacks(attacks)
     if wanted:
         check_robustness()
-    batches = Batches(data)
+    batches = LabelledBatches(data, task=task, name="data", by_index=True)
     classifier = as_classifier(classifier)
     target = place(device, classifier)
     modes = {module: module.training for module in classifier.modules()}
@@ -151,17 +150,17 @@ def evaluate(
     results: dict[str, dict[str, float]] = {}
     try:
         with torch.no_grad():
-            classes = classifier(batches(torch.tensor([0]))[0].to(target)).shape[1]
-            labels = batches.labels(task, classes).cpu()
+            classes = classifier(batches.first.to(target)).shape[1]
+            labels = batches.labels(classes)
             limit = None
             if calibration is not None and task == "multiclass":
-                held_out = Batches(calibration, "calibration")
-                known = [classifier(held_out(part)[0].to(target)).cpu() for part in held_out.chunks(batch_size)]
-                limit = conformal_limit(torch.cat(known), held_out.labels(task, classes).cpu())
+                held_out = LabelledBatches(calibration, name="calibration", by_index=True)
+                known = [classifier(held_out.at(part).images.to(target)).cpu() for part in held_out.chunks(batch_size)]
+                limit = conformal_limit(torch.cat(known), held_out.labels(classes))
             for name, disturb in chosen.items():
                 logits = torch.cat(
                     [
-                        classifier(disturb(batches(indices)[0].to(target), indices, seed)).cpu()
+                        classifier(disturb(batches.at(indices).images.to(target), indices, seed)).cpu()
                         for indices in batches.chunks(batch_size)
                     ]
                 )
@@ -192,14 +191,14 @@ def spread_indices(labels: Tensor, count: int | None) -> Tensor:
 class _Attacked:
     """The scores of attacks, one after another, and what is right under all of them."""
 
-    def __init__(self, classifier: nn.Module, batches: Batches, labels: Tensor, task: str, seed: int) -> None:
+    def __init__(self, classifier: nn.Module, batches: LabelledBatches, labels: Tensor, task: str, seed: int) -> None:
         self.classifier, self.batches, self.labels, self.task, self.seed = classifier, batches, labels, task, seed
         self.results: dict[str, dict[str, float]] = {}
         self._right: dict[float, list[tuple[str, dict[int, bool]]]] = {}  # budget → kind and image → right
 
     def add(self, attack: Attack, indices: Tensor, queries: int, device: torch.device) -> None:
         """Attack these images and score what is left."""
-        truth, images = self.labels[indices], self.batches(indices)[0].to(device)
+        truth, images = self.labels[indices], self.batches.at(indices).images.to(device)
         steps = queries if attack.kind == "square" else None
         found = perturb(self.classifier, images, truth.to(device), attack, task=self.task, seed=self.seed, steps=steps)
         with torch.no_grad():
@@ -245,7 +244,7 @@ def evaluate_uncertainty(
 
     Args:
         classifier: with an active dropout; its modes are restored.
-        data: labelled images, as :class:`Batches` reads them.
+        data: labelled images, as :class:`tsynd.data.dataset.LabelledBatches` reads them.
         task: "multiclass" or "multilabel"; an image of several labels is wrong where any of them is.
         objective: ``mutual_information`` or ``entropy``.
         samples: T, posterior samples.
@@ -261,16 +260,16 @@ def evaluate_uncertainty(
         InputError: no active dropout, or data that do not fit the classifier.
     """
     check_task(task)
-    batches = Batches(data)
+    batches = LabelledBatches(data, task=task, name="data", by_index=True)
     classifier = as_classifier(classifier)
     target = place(device, classifier)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []
     with posterior.frozen(), torch.no_grad():
         for indices in batches.chunks(batch_size):
-            images = batches(indices)[0].to(target)
+            images = batches.at(indices).images.to(target)
             values.append(posterior.uncertainty(images, indices.to(target), objective, task).cpu())
             logits.append(classifier(images).float().cpu())
     outputs = torch.cat(logits)
-    labels = batches.labels(task, outputs.shape[1]).cpu()
+    labels = batches.labels(outputs.shape[1])
     return uncertainty_scores(torch.cat(values), errors(outputs, labels, task))

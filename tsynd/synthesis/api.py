@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.dataset import ImageSource, at_once
+from tsynd.data.dataset import LabelledBatches, at_once
 from tsynd.models.autoencoder import measure_latent_std
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior
@@ -128,7 +128,7 @@ def synthesize(
             memory_limit=memory_limit,
             phases=phases,
         )
-        source = ImageSource(images, labels, sample_ids, task)
+        source = LabelledBatches(images, labels, sample_ids, task)
     collector = Collector(source.count)
     with stream:
         with stream.phase("prepare"):
@@ -169,7 +169,7 @@ def uncertainty(
     """
     chosen = ascent_settings(settings, ascent)
     posterior = as_posterior(classifier, chosen.samples, chosen.masks, seed)
-    source = ImageSource(images, None, sample_ids, chosen.task)
+    source = LabelledBatches(images, None, sample_ids, None)
     device = place(None, *posterior.networks)
     values = []
     with posterior.frozen(), torch.no_grad():
@@ -180,7 +180,7 @@ def uncertainty(
     return torch.cat(values)
 
 
-def _latent_std(stream: AscentStream, source: ImageSource) -> float:
+def _latent_std(stream: AscentStream, source: LabelledBatches) -> float:
     model, known = stream.model, stream.known_latent_std
     if known is not None:
         return known
