@@ -80,6 +80,7 @@ class StudySettings:
         attacks: see :func:`tsynd.evaluate`.
         attack_images: see :func:`tsynd.evaluate`.
         query_images: see :func:`tsynd.evaluate`.
+        queries: see :func:`tsynd.evaluate`.
         uncertainty_samples: T of the measured uncertainty.
         reading: how the files of a folder or table are read.
     """
@@ -112,6 +113,7 @@ class StudySettings:
     attacks: tuple[str, ...] = ("fgsm", "pgd", "square")
     attack_images: int | None = 128
     query_images: int | None = 32
+    queries: int = 100
     uncertainty_samples: int = 32
     reading: ReadOptions = field(default_factory=ReadOptions)
 
@@ -174,7 +176,7 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
     Raises:
         InputError: a setting that cannot be used, or does not fit the data or an arm.
     """
-    for name in ("autoencoder_iterations", "iterations", "adversarial_steps", "uncertainty_samples"):
+    for name in ("autoencoder_iterations", "iterations", "adversarial_steps", "uncertainty_samples", "queries"):
         _at_least(name, getattr(settings, name), 1)
     _at_least("batch_size", settings.batch_size, 2)
     for name in ("attack_images", "query_images"):
@@ -186,8 +188,10 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         value = getattr(settings, name)
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name}: got {value!r}, wanted a finite number above 0")
-    if source.spatial_dims == 3 and any(arm.kind == "randaugment" for arm in arms):
-        raise InputError("arms: got randaugment for volumes, wanted arms without it: its operations are for pictures")
+    if source.spatial_dims == 3 and any({"randaugment", "standard"} & set(arm.kinds) for arm in arms):
+        raise InputError(
+            "arms: got randaugment or standard for volumes, wanted arms without: their operations are for pictures"
+        )
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     parse_attacks(settings.attacks)
@@ -197,11 +201,12 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
     autoencoder.latent_std.fill_(1.0)
     for arm in arms:
         for name, value in {"augmentation_weight": settings.augmentation_weight, **arm.training}.items():
-            if name != "warmup_fraction" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if name == "augmentation_weight" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise InputError(f"{name}: got {value!r}, wanted a finite number of 0 or more")
         fraction = arm.training.get("warmup_fraction", settings.warmup_fraction)
         if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
             raise InputError(f"warmup_fraction: got {fraction!r}, wanted a number in [0, 1]")
+        _at_least("iterations", arm.training.get("iterations", 1), 1)
         try:
             make_augmentation(arm, autoencoder, settings, source.task, 0)
         except TypeError as error:  # a word where a number belongs
