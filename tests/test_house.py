@@ -41,10 +41,6 @@ LINES, ARROWS, FLOORS = 18300, 90, 9
 PARAMETERS = 12
 # functions with more parameters: this list only shrinks; `synthesize` stays, as the public face of all settings
 WIDE = {
-    "cli/app.py:run",
-    "cli/app.py:synthesize",
-    "cli/experiment.py:experiment",
-    "cli/train.py:train",
     "data/load.py:load_data",
     "synthesis/api.py:synthesize",
     "training/classifier.py:fit_classifier",

@@ -31,7 +31,6 @@ _HOME = {
     "Posterior": "posteriors.posterior",
     "ReadOptions": "data.readers.options",
     "RoundsAugmentation": "training.rounds",
-    "SWAGHead": "posteriors.swag",
     "SampledHead": "posteriors.last_layer",
     "SmallAutoencoder": "models.networks",
     "SmallResNet": "models.networks",
@@ -72,7 +71,6 @@ if TYPE_CHECKING:
     from tsynd.posteriors.last_layer import SampledHead
     from tsynd.posteriors.mc_dropout import MCDropout
     from tsynd.posteriors.posterior import Ensemble, Posterior
-    from tsynd.posteriors.swag import SWAGHead
     from tsynd.synthesis.api import synthesize, uncertainty
     from tsynd.synthesis.ascent import Ascent, AscentSettings, Status
     from tsynd.synthesis.result import SynthesisResult

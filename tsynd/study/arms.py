@@ -83,8 +83,9 @@ class Arm:
 def parse_arm(text: str) -> Arm:
     """An arm from ``KIND``, ``KIND+KIND`` or ``recipe``, with ``,option=value`` behind it.
 
-    Options are those of :class:`tsynd.TargetedAugmentation`; ``budget``, ``steps`` and ``persistent`` of ``adversarial``
-    and ``trades``, ``weight`` of ``trades``, ``flip`` (``none``, ``horizontal`` or ``both``) of ``standard``;
+    Options are those of :class:`tsynd.TargetedAugmentation`; ``budget``, ``steps`` and ``persistent`` of
+    ``adversarial`` and ``trades``, ``weight`` of ``trades``, ``flip`` (``none``, ``horizontal`` or ``both``) of
+    ``standard``;
     ``augmentation_weight``, ``warmup_fraction`` and ``iterations`` of :func:`tsynd.fit_classifier`. A pair is written
     ``radius=0.2:0.8``; ``trades.steps=3`` means one of several kinds that know the option. ``real,iterations=750`` is
     real only with as much time as a dearer arm.
