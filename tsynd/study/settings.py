@@ -38,12 +38,15 @@ __all__ = [
 
 DEFAULT_ARMS = (
     "real",
+    "standard",
+    "randaugment",
+    "adversarial",
+    "trades",
     "reconstruction",
     "random",
     "entropy",
     "mutual_information",
-    "adversarial",
-    "randaugment",
+    "recipe",
 )
 
 
@@ -110,9 +113,9 @@ class StudySettings:
     adversarial_budget: float = 4 / 255
     adversarial_steps: int = 5
     split: str = "test"
-    conditions: tuple[str, ...] = ("clean", "shifts")
-    attacks: tuple[str, ...] = ("fgsm", "pgd", "square")
-    attack_images: int | None = 128
+    conditions: tuple[str, ...] = ("clean", "shifts:1", "shifts:3", "shifts:5", "medmnist_c:3")
+    attacks: tuple[str, ...] = ("pgd:2/255", "pgd:4/255", "apgd:2/255", "square:2/255", "deepfool")
+    attack_images: int | None = 64
     query_images: int | None = 32
     queries: int = 100
     uncertainty_samples: int = 32
