@@ -19,13 +19,21 @@ from tsynd.evaluation.corruptions import MEDMNIST_C, adjust_contrast, impulse_no
 from tsynd.evaluation.evaluate import (
     CONDITIONS,
     choose_conditions,
+    conformal_metrics,
     evaluate,
     evaluate_uncertainty,
     gaussian_noise,
     rotation,
     scores,
 )
-from tsynd.evaluation.metrics import conformal_limit, conformal_scores, errors, survival, uncertainty_scores
+from tsynd.evaluation.metrics import (
+    conformal_coverage,
+    conformal_limit,
+    conformal_size,
+    errors,
+    survival,
+    uncertainty_scores,
+)
 from tsynd.evaluation.shifts import SHIFTS, blur, brightness, contrast, jpeg, translation
 from tsynd.posteriors.mc_dropout import MCDropout
 
@@ -269,31 +277,34 @@ def test_conformal_sets_cover_as_promised(count, classes):
     for _ in range(300):
         logits = torch.randn(count + 200, classes, generator=generator)
         labels = torch.randint(classes, (count + 200,), generator=generator)
-        limit = conformal_limit(logits[:count], labels[:count])
-        covered.append(conformal_scores(logits[count:], labels[count:], limit)["conformal_coverage"])
+        chances = logits.softmax(1)
+        limit = conformal_limit(chances[:count], labels[:count])
+        covered.append(conformal_coverage(chances[count:], labels[count:], limit))
     wanted = math.ceil(0.9 * (count + 1)) / (count + 1)
     assert sum(covered) / len(covered) == pytest.approx(wanted, abs=0.012)
 
 
 def test_conformal_sizes_and_survival_by_hand():
     chances = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
-    assert conformal_scores(chances.log(), torch.tensor([0, 1, 0]), 0.35) == pytest.approx(
-        {"conformal_coverage": 2 / 3, "conformal_size": 4 / 3}
-    )
-    assert conformal_limit(chances.log(), torch.tensor([0, 0, 0])) == 0  # three images promise nothing at 90 %
+    assert conformal_coverage(chances, torch.tensor([0, 1, 0]), 0.35) == pytest.approx(2 / 3)
+    assert conformal_size(chances, torch.tensor([0, 1, 0]), 0.35) == pytest.approx(4 / 3)
+    assert conformal_limit(chances, torch.tensor([0, 0, 0])) == 0  # three images promise nothing at 90 %
     many = torch.linspace(0.05, 0.95, 19)
-    logits = torch.stack([many, 1 - many], 1).log()
-    assert conformal_limit(logits, torch.zeros(19, dtype=torch.int64)) == pytest.approx(0.1)  # the second of 19
+    both = torch.stack([many, 1 - many], 1)
+    assert conformal_limit(both, torch.zeros(19, dtype=torch.int64)) == pytest.approx(0.1)  # the second of 19
     right = torch.tensor([True, True, False, True])
     found = survival(right, torch.tensor([0, 0, 0, 1]))
     assert found == pytest.approx({"balanced_accuracy": (2 / 3 + 1) / 2, "accuracy": 0.75, "images": 4})
 
 
-def test_evaluate_gives_conformal_scores(data):
+def test_conformal_metrics_of_a_classifier(data):
     images, labels = data
-    result = evaluate(
-        Brightness(), (images[:20], labels[:20]), conditions=("clean", "blur:3"), calibration=(images[20:], labels[20:])
-    )
+    model = Brightness()
+    metrics = conformal_metrics(model, (images[20:], labels[20:]))
+    assert model.training
+    result = evaluate(model, (images[20:], labels[20:]), conditions=("clean", "blur:3"), metrics=metrics)
+    # on the calibration images themselves: all but the one of 21 below the limit
+    assert result["clean"]["conformal_coverage"] == pytest.approx(20 / 21)
     for row in result.values():
         assert 0 < row["conformal_coverage"] <= 1 <= row["conformal_size"] <= 2
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,20 @@ from torch import Tensor, nn
 from tsynd.data.dataset import LabelledBatches, check_task, parts
 from tsynd.evaluation.attacks import Attack, check_robustness, parse_attacks, perturb
 from tsynd.evaluation.corruptions import MEDMNIST_C
-from tsynd.evaluation.metrics import conformal_limit, conformal_scores, errors, scores, survival, uncertainty_scores
+from tsynd.evaluation.metrics import (
+    conformal_coverage,
+    conformal_limit,
+    conformal_size,
+    errors,
+    scores,
+    survival,
+    uncertainty_scores,
+)
 from tsynd.evaluation.shifts import SEVERITIES, SHIFTS, Condition, gaussian_noise, rotation
 from tsynd.models.classifier import as_classifier
 from tsynd.posteriors.mc_dropout import MCDropout
-from tsynd.utils.device import place
+from tsynd.posteriors.posterior import frozen
+from tsynd.utils.device import device_of, place
 from tsynd.utils.errors import InputError
 
 __all__ = [
@@ -25,12 +35,17 @@ __all__ = [
     "Condition",
     "check_task",
     "choose_conditions",
+    "conformal_metrics",
     "evaluate",
     "evaluate_uncertainty",
     "gaussian_noise",
     "rotation",
     "scores",
 ]
+
+
+Metric: TypeAlias = Callable[[Tensor, Tensor], Any]
+"""(probabilities [N, K], labels) → number."""
 
 
 def _clean(images: Tensor, indices: Tensor, seed: int) -> Tensor:
@@ -97,10 +112,10 @@ def evaluate(
     attack_images: int | None = 256,
     query_images: int | None = 64,
     queries: int = 100,
-    calibration: Any = None,
     seed: int = 0,
     batch_size: int = 512,
     device: torch.device | str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a deterministic classifier (eval mode, no dropout) on disturbed and on attacked copies of ``data``.
 
@@ -115,17 +130,16 @@ def evaluate(
         attack_images: how many images are attacked by gradient, spread evenly over the classes; None is all.
         query_images: how many of those Square attacks, which needs far more passes; None is all.
         queries: how many of them for each of these.
-        calibration: labelled images that were not trained on, for conformal sets; multiclass alone.
         seed: fixes the disturbances and the attacks' random choices.
         batch_size: images at a time; fewer where they are large.
         device: where to run; the classifier's own device by default, and it is moved if another is named.
+        metrics: name → (probabilities [N, K], labels) → number, reported beside the scores of every condition.
 
     Returns:
         condition or attack (as ``pgd:2/255``) → {"balanced_accuracy", "accuracy", "auroc", "ece", "nll"}, see
-        :func:`tsynd.evaluation.metrics.scores`. With ``calibration`` also ``conformal_coverage`` and
-        ``conformal_size``, see :func:`tsynd.evaluation.metrics.conformal_scores`. An attack's scores also have
-        ``images``, how many were attacked. Square's have ``gradient_accuracy`` where a PGD ran at its budget: what
-        the gradients left on the same images. A Square that leaves clearly less is a sign of masked gradients.
+        :func:`tsynd.evaluation.metrics.scores`. An attack's scores also have ``images``, how many were attacked.
+        Square's have ``gradient_accuracy`` where a PGD ran at its budget: what the gradients left on the same images.
+        A Square that leaves clearly less is a sign of masked gradients.
         DeepFool's have ``distance``: the median Euclidean length of its perturbations, 0 for wrong predictions.
         Where several attacks ran at one budget, ``worst:BUDGET`` counts an image of those that all of them attacked
         as right where it is under each.
@@ -152,21 +166,15 @@ def evaluate(
         with torch.no_grad():
             classes = classifier(batches.first.to(target)).shape[1]
             labels = batches.labels(classes)
-            limit = None
-            if calibration is not None and task == "multiclass":
-                held_out = LabelledBatches(calibration, name="calibration", by_index=True)
-                known = [classifier(held_out.at(part).images.to(target)).cpu() for part in held_out.chunks(batch_size)]
-                limit = conformal_limit(torch.cat(known), held_out.labels(classes))
             for name, disturb in chosen.items():
-                logits = torch.cat(
-                    [
-                        classifier(disturb(batches.at(indices).images.to(target), indices, seed)).cpu()
-                        for indices in batches.chunks(batch_size)
-                    ]
-                )
-                results[name] = scores(logits, labels, task)
-                if limit is not None:
-                    results[name] |= conformal_scores(logits, labels, limit)
+                logits = [
+                    classifier(disturb(batches.at(indices).images.to(target), indices, seed)).cpu()
+                    for indices in batches.chunks(batch_size)
+                ]
+                whole = torch.cat(logits).float()
+                results[name] = scores(whole, labels, task)
+                chances = whole.softmax(1) if task == "multiclass" else whole.sigmoid()
+                results[name] |= {own: float(metric(chances, labels)) for own, metric in (metrics or {}).items()}
         if wanted:
             pool = spread_indices(labels, attack_images)
             subsets = {"square": pool[spread_indices(labels[pool], query_images)]}
@@ -186,6 +194,33 @@ def spread_indices(labels: Tensor, count: int | None) -> Tensor:
     if count is None or count >= len(order):
         return order.msort()
     return order[(torch.arange(count) * len(order)) // count].msort()
+
+
+def conformal_metrics(classifier: nn.Module, data: Any, *, batch_size: int = 512) -> dict[str, Metric]:
+    """Coverage and size of conformal sets as ``metrics`` for :func:`evaluate`; of several classes, one right.
+
+    Args:
+        classifier: as in :func:`evaluate`, on its device.
+        data: labelled images that were not trained on, by which the sets' limit is set: 90 % of images of their kind
+            will be covered.
+        batch_size: images at a time.
+
+    Returns:
+        ``conformal_coverage`` and ``conformal_size``, see :func:`tsynd.evaluation.metrics.conformal_limit`.
+    """
+    batches, network, target = (
+        LabelledBatches(data, name="data", by_index=True),
+        as_classifier(classifier),
+        device_of(classifier),
+    )
+    with frozen(network), torch.no_grad():
+        logits = [network(batches.at(part).images.to(target)).float().cpu() for part in batches.chunks(batch_size)]
+    chances = torch.cat(logits).softmax(1)
+    limit = conformal_limit(chances, batches.labels(chances.shape[1]))
+    return {
+        "conformal_coverage": partial(conformal_coverage, limit=limit),
+        "conformal_size": partial(conformal_size, limit=limit),
+    }
 
 
 class _Attacked:

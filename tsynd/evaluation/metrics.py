@@ -15,8 +15,9 @@ from tsynd.utils.errors import require
 __all__ = [
     "COVERAGE",
     "SCORES",
+    "conformal_coverage",
     "conformal_limit",
-    "conformal_scores",
+    "conformal_size",
     "errors",
     "scores",
     "survival",
@@ -100,36 +101,33 @@ def survival(right: Tensor, labels: Tensor, task: str = "multiclass") -> dict[st
     return {"balanced_accuracy": sum(recalls) / len(recalls), "accuracy": share, "images": len(right)}
 
 
-def conformal_limit(logits: Tensor, labels: Tensor, error: float = 0.1) -> float:
+def conformal_limit(chances: Tensor, labels: Tensor, error: float = 0.1) -> float:
     """Least probability of a class that belongs to the conformal set (split conformal prediction, Vovk et al. 2005).
 
     Sets of all classes of at least this probability hold the right one for a share of 1 − ``error`` of new images,
     whatever the classifier, as long as these are of the kind of the calibration images.
 
     Args:
-        logits: [N, C] of calibration images.
+        chances: [N, C], probabilities of calibration images.
         labels: int64 [N].
         error: share of images whose set may miss the right class.
 
     Returns:
         A probability; 0 where N is too small for that error.
     """
-    chances = logits.double().softmax(1).gather(1, labels[:, None])[:, 0].sort().values
-    rank = math.floor(error * (len(chances) + 1))
-    return float(chances[rank - 1]) if rank else 0.0
+    own = chances.gather(1, labels[:, None])[:, 0].sort().values
+    rank = math.floor(error * (len(own) + 1))
+    return float(own[rank - 1]) if rank else 0.0
 
 
-def conformal_scores(logits: Tensor, labels: Tensor, limit: float) -> dict[str, float]:
-    """Share of the images whose conformal set holds the right class, and the sets' mean size.
+def conformal_coverage(chances: Tensor, labels: Tensor, limit: float) -> float:
+    """Share of images whose conformal set holds the right class: of probabilities [N, C] and labels int64 [N]."""
+    return float((chances >= limit).gather(1, labels[:, None]).double().mean())
 
-    Args:
-        logits: [N, C].
-        labels: int64 [N].
-        limit: see :func:`conformal_limit`.
-    """
-    held = logits.double().softmax(1) >= limit
-    covered = held.gather(1, labels[:, None])
-    return {"conformal_coverage": float(covered.double().mean()), "conformal_size": float(held.sum(1).double().mean())}
+
+def conformal_size(chances: Tensor, labels: Tensor, limit: float) -> float:
+    """Mean number of classes in the conformal sets of probabilities [N, C]."""
+    return float((chances >= limit).sum(1).double().mean())
 
 
 def uncertainty_scores(uncertainty: Tensor, wrong: Tensor) -> dict[str, Any]:

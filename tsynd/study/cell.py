@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from tsynd.data.dataset import DataSource, LabelledImages, parts
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
-from tsynd.evaluation.evaluate import choose_conditions, evaluate, evaluate_uncertainty, spread_indices
+from tsynd.evaluation.evaluate import (
+    choose_conditions,
+    conformal_metrics,
+    evaluate,
+    evaluate_uncertainty,
+    spread_indices,
+)
 from tsynd.evaluation.image_quality import (
     distribution_distances,
     gradient_cosine,
@@ -43,6 +49,7 @@ from tsynd.study.settings import (
 )
 from tsynd.training.loop import FitReport
 from tsynd.utils.atomic import atomic_path, save_npz
+from tsynd.utils.fingerprint import seal
 
 __all__ = ["plain", "run_cell", "train_autoencoder"]
 
@@ -92,12 +99,13 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
 
     start = time.perf_counter()
     tested = getattr(source, settings.split)
+    conformal = source.task == "multiclass" and settings.split == "test" and len(source.val) > 0
     scores = evaluate(
         model,
         tested,
         task=source.task,
         conditions=_remembered(settings.conditions, tested),
-        calibration=source.val if settings.split == "test" else None,
+        metrics=conformal_metrics(model, source.val) if conformal else None,
         batch_size=64,  # what stays in cache is faster
     )
     seconds["conditions"] = time.perf_counter() - start
@@ -135,7 +143,7 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     }
     result = dict(plain(result))
     with atomic_path(cell_path(place, cell)) as temporary:
-        temporary.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(seal(result), allow_nan=False) + "\n", encoding="utf-8")
     return result
 
 
