@@ -380,11 +380,13 @@ def test_arms_in_turn() -> None:
     assert (first.loss, first.weight, len(first.images)) == ("consistency", 2.0, 3)
     assert (first.images - images[:3]).abs().max() <= 0.02 + 1e-6
     torch.testing.assert_close(second[0], autoencoder.decode(autoencoder.encode(images[:3])).detach())
-    assert parse_arm("recipe").kinds[0] == "trades"
-    assert parse_arm("recipe,radius=0.3").latent().options[0]["radius"] == 0.3
+    assert parse_arm("trades+entropy,radius=0.3").latent().options[0]["radius"] == 0.3
+    assert parse_arm("recipe").generative
+    augmentation_of(parse_arm("recipe,flip=both"), autoencoder, {}, **common)
     assert parse_arm("real,iterations=9").training == {"iterations": 9}
     for bad in (
         "real+entropy",
+        "recipe+entropy",
         "entropy+entropy",
         "trades+magic",
         "real,ratio=0.5",

@@ -23,9 +23,9 @@ from tsynd.evaluation.metrics import (
     uncertainty_scores,
 )
 from tsynd.evaluation.shifts import SEVERITIES, SHIFTS, Condition, gaussian_noise, rotation
-from tsynd.models.classifier import as_classifier
+from tsynd.models.classifier import logits_of
+from tsynd.models.held import evaluating
 from tsynd.posteriors.mc_dropout import MCDropout
-from tsynd.posteriors.posterior import frozen
 from tsynd.utils.device import device_of, place
 from tsynd.utils.errors import InputError
 
@@ -157,13 +157,12 @@ def evaluate(
     if wanted:
         check_robustness()
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = as_classifier(classifier)
+    classifier = logits_of(classifier)
     target = place(device, classifier)
-    modes = {module: module.training for module in classifier.modules()}
-    classifier.eval()
     results: dict[str, dict[str, float]] = {}
-    try:
+    with evaluating(classifier):
         with torch.no_grad():
+            classifier.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
             classes = classifier(batches.first.to(target)).shape[1]
             labels = batches.labels(classes)
             for name, disturb in chosen.items():
@@ -182,9 +181,6 @@ def evaluate(
             for attack in sorted(wanted, key=lambda a: a.kind == "square"):  # after PGD, to be compared with it
                 attacked.add(attack, subsets.get(attack.kind, pool), queries, target)
             results |= attacked.results | attacked.worst()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return results
 
 
@@ -208,12 +204,9 @@ def conformal_metrics(classifier: nn.Module, data: Any, *, batch_size: int = 512
     Returns:
         ``conformal_coverage`` and ``conformal_size``, see :func:`tsynd.evaluation.metrics.conformal_limit`.
     """
-    batches, network, target = (
-        LabelledBatches(data, name="data", by_index=True),
-        as_classifier(classifier),
-        device_of(classifier),
-    )
-    with frozen(network), torch.no_grad():
+    batches, network, target = LabelledBatches(data, by_index=True), logits_of(classifier), device_of(classifier)
+    with evaluating(network), torch.no_grad():
+        network.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
         logits = [network(batches.at(part).images.to(target)).float().cpu() for part in batches.chunks(batch_size)]
     chances = torch.cat(logits).softmax(1)
     limit = conformal_limit(chances, batches.labels(chances.shape[1]))
@@ -296,7 +289,7 @@ def evaluate_uncertainty(
     """
     check_task(task)
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = as_classifier(classifier)
+    classifier = logits_of(classifier)
     target = place(device, classifier)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []

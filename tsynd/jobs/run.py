@@ -287,7 +287,7 @@ def _finish(
         _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metrics
 
 

@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.extra_images import Alternation, BatchAugmentation
 from tsynd.training.pixels import PixelAdversarial, PixelConsistency
-from tsynd.utils.errors import InputError, check_choice, require
+from tsynd.training.recipe import recipe
+from tsynd.training.standard import RandAugmentation, StandardAugmentation
+from tsynd.utils.errors import InputError
 
-__all__ = ["ARMS", "RECIPE", "Arm", "RandAugmentation", "StandardAugmentation", "augmentation_of", "parse_arm"]
+__all__ = ["ARMS", "Arm", "augmentation_of", "parse_arm"]
 
 _LATENT: dict[str, dict[str, str]] = {
     "reconstruction": {"direction": "reconstruction"},
@@ -29,25 +28,25 @@ _LATENT: dict[str, dict[str, str]] = {
 }
 _PIXEL = ("standard", "randaugment", "adversarial", "trades")
 
-ARMS = ("real", *_PIXEL, *_LATENT)
+ARMS = ("real", *_PIXEL, *_LATENT, "recipe")
 """``real`` adds nothing. On pixels: ``standard`` turns, shifts, scales and flips a little, ``randaugment`` is
 RandAugment (Cubuk et al. 2020), ``adversarial`` is PGD training (Madry et al. 2018), ``trades`` learns the same
 prediction in a ball (Zhang et al. 2019). Through the autoencoder: ``reconstruction`` decodes the latents as they are,
 ``random`` moves them in a random direction to the radius, ``entropy`` and ``mutual_information`` up the classifier's
 uncertainty, ``expected_information`` up what the image would tell about others, ``loss`` up the label's cross-entropy.
-``A+B`` takes them in turn, step by step. All but ``real`` add the same number of images to the same steps."""
-
-RECIPE = "trades+mutual_information"
-"""What the arm ``recipe`` stands for."""
+``A+B`` takes two of these in turn, step by step; ``recipe`` is the ``robust`` one of :func:`tsynd.recipe`. All but
+``real`` add the same number of images to the same steps."""
 
 _TRAINING = ("augmentation_weight", "warmup_fraction", "iterations")
 _FIXED = ("autoencoder", "direction", "objective", "task", "latent_std", "seed")
 _NAMES = [*inspect.signature(TargetedAugmentation.__init__).parameters, *(f.name for f in fields(AscentSettings))]
 _OPTIONS = tuple(name for name in _NAMES if name not in ("self", "settings", "targets", "ascent", *_FIXED))
 _OWN: dict[str, tuple[str, ...]] = {
-    "standard": ("flip",),
-    "adversarial": ("budget", "steps", "persistent"),
-    "trades": ("budget", "steps", "persistent", "weight"),
+    "standard": ("flip", "every", "ratio"),
+    "randaugment": ("every", "ratio"),
+    "adversarial": ("budget", "steps", "persistent", "every", "ratio"),
+    "trades": ("budget", "steps", "persistent", "weight", "every", "ratio"),
+    "recipe": ("flip",),
 }
 # what an option needs climbing for is not asked of the arms that do not climb
 _CLIMBING = {"typicality": ("uncertainty", "loss")}
@@ -72,20 +71,22 @@ class Arm:
     @property
     def generative(self) -> bool:
         """Whether any of its images come out of the autoencoder."""
-        return any(kind in _LATENT for kind in self.kinds)
+        return self.kinds == ("recipe",) or any(kind in _LATENT for kind in self.kinds)
 
     def latent(self) -> Arm:
         """Its first part that goes through the autoencoder, making an image of every one it is given."""
+        if self.kinds == ("recipe",):
+            return Arm(self.text, ("expected_information",), ({},), {})
         place = next(i for i, kind in enumerate(self.kinds) if kind in _LATENT)
         return Arm(self.text, (self.kinds[place],), ({**self.options[place], "ratio": 1.0, "every": 1},), self.training)
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm from ``KIND``, ``KIND+KIND`` or ``recipe``, with ``,option=value`` behind it.
+    """An arm from ``KIND`` or ``KIND+KIND``, with ``,option=value`` behind it.
 
     Options are those of :class:`tsynd.TargetedAugmentation`; ``budget``, ``steps`` and ``persistent`` of
     ``adversarial`` and ``trades``, ``weight`` of ``trades``, ``flip`` (``none``, ``horizontal`` or ``both``) of
-    ``standard``;
+    ``standard`` and ``recipe``;
     ``augmentation_weight``, ``warmup_fraction`` and ``iterations`` of :func:`tsynd.fit_classifier`. A pair is written
     ``radius=0.2:0.8``; ``trades.steps=3`` means one of several kinds that know the option. ``real,iterations=750`` is
     real only with as much time as a dearer arm.
@@ -94,13 +95,16 @@ def parse_arm(text: str) -> Arm:
         InputError: an unknown kind or option, or a value that is no number or word.
     """
     head, *settings = text.split(",")
-    kinds = tuple((RECIPE if head == "recipe" else head).split("+"))
-    if not set(kinds) <= set(ARMS) or len(set(kinds)) < len(kinds) or ("real" in kinds and len(kinds) > 1):
+    kinds = tuple(head.split("+"))
+    if (
+        not set(kinds) <= set(ARMS)
+        or len(set(kinds)) < len(kinds)
+        or (len(kinds) > 1 and {"real", "recipe"} & set(kinds))
+    ):
         raise InputError(
-            f"arms: got {text!r}, wanted KIND, KIND+KIND or recipe, and perhaps ,option=value, with KIND one of"
-            f" {', '.join(ARMS)}"
+            f"arms: got {text!r}, wanted KIND or KIND+KIND, then ,option=value, with KIND one of {', '.join(ARMS)}"
         )
-    known = [() if k == "real" else _OPTIONS if k in _LATENT else ("every", "ratio", *_OWN.get(k, ())) for k in kinds]
+    known = [_OPTIONS if kind in _LATENT else _OWN.get(kind, ()) for kind in kinds]
     training = ("iterations",) if kinds == ("real",) else _TRAINING
     options: tuple[dict[str, Any], ...] = tuple({} for _ in kinds)
     own: dict[str, Any] = {}
@@ -125,59 +129,6 @@ def _value(text: str) -> Any:
         return json.loads({"None": "null"}.get(text, text))
     except ValueError:
         return text
-
-
-_GROUP = 8  # kornia draws one pair of operations per call; this many images share it
-
-
-class RandAugmentation(BatchAugmentation):
-    """RandAugment by kornia: two operations of strength 10 of 30; grey images pass as RGB with equal channels.
-
-    Args:
-        ratio: see :class:`tsynd.training.extra_images.BatchAugmentation`.
-        every: see there.
-        seed: call n draws from seed + n; torch's global state is left as it was.
-    """
-
-    def __init__(self, ratio: float = 1.0, every: int = 1, seed: int = 0) -> None:
-        super().__init__(ratio, every, seed)
-        self.augment = require("kornia.augmentation.auto", "train").RandAugment(n=2, m=10)
-
-    def make(self, classifier: nn.Module, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """See :meth:`tsynd.training.extra_images.BatchAugmentation.make`."""
-        grey = images.shape[1] == 1
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(self.seed + self.calls)
-            coloured = images.expand(-1, 3, -1, -1) if grey else images
-            made = torch.cat([self.augment(part) for part in torch.split(coloured, _GROUP)]).clamp(0, 1)
-        return made.mean(1, keepdim=True) if grey else made
-
-
-class StandardAugmentation(BatchAugmentation):
-    """What most trainings do, by kornia: turns of up to 10°, shifts of 5 % of the sides, scales of 0.9 to 1.1, flips.
-
-    Args:
-        flip: ``none``, ``horizontal`` or ``both``: the flips that leave a picture possible, each by an even chance.
-        ratio: see :class:`tsynd.training.extra_images.BatchAugmentation`.
-        every: see there.
-        seed: call n draws from seed + n; torch's global state is left as it was.
-    """
-
-    def __init__(self, flip: str = "horizontal", ratio: float = 1.0, every: int = 1, seed: int = 0) -> None:
-        super().__init__(ratio, every, seed)
-        check_choice("flip", flip, ("none", "horizontal", "both"))
-        kornia = require("kornia.augmentation", "train")
-        steps = [kornia.RandomAffine(10.0, (0.05, 0.05), (0.9, 1.1), padding_mode="border", p=1.0)]
-        steps += [kornia.RandomHorizontalFlip(p=0.5)] if flip != "none" else []
-        steps += [kornia.RandomVerticalFlip(p=0.5)] if flip == "both" else []
-        self.augment = kornia.AugmentationSequential(*steps, data_keys=["input"])
-
-    def make(self, classifier: nn.Module, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """See :meth:`tsynd.training.extra_images.BatchAugmentation.make`."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(self.seed + self.calls)
-            made: Tensor = self.augment(images)
-            return made.clamp(0, 1)
 
 
 def augmentation_of(
@@ -206,6 +157,8 @@ def augmentation_of(
     """
     if arm.kinds == ("real",):
         return None
+    if arm.kinds == ("recipe",):
+        return recipe("robust", autoencoder, task=task, seed=seed, **arm.options[0])
     budget = {"budget": adversarial_budget, "steps": adversarial_steps}
     made = [
         _one(kind, autoencoder, options, {"task": task, "seed": seed}, budget, own)
