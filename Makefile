@@ -119,6 +119,16 @@ wheel: $(VENV)/.torch $(SOURCES)
 	done
 	rm -rf $(VENV)-wheel
 
+# every package at its lowest declared version (torch at its pin): something of every extra must run
+lowest: $(VENV)/.torch $(SOURCES)
+	rm -rf dist $(VENV)-lowest
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install -q "$(TORCH)" $$($(PYTHON) packaging/lowest.py test dicom-codecs | grep -v "^torch==")
+	$(VENV)-lowest/bin/pip install -q --no-deps $(subst >=,==,$(LAPLACE)) dist/tsynd-*.whl
+	cd "$$(mktemp -d)" && OMP_NUM_THREADS=1 "$(abspath $(VENV)-lowest)/bin/python" "$(abspath tests/extras.py)"
+	rm -rf $(VENV)-lowest
+
 lint: build
 	$(BIN)/pip install -q mypy ruff "clang-format>=18"
 	$(BIN)/ruff check .
@@ -133,4 +143,4 @@ format: build
 	$(BIN)/clang-format -i $$(find csrc tests/cpp examples -name "*.[ch]*")
 
 clean:
-	rm -rf build dist $(VENV) $(VENV)-wheel
+	rm -rf build dist $(VENV) $(VENV)-wheel $(VENV)-lowest
