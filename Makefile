@@ -7,12 +7,13 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help build test test-fast test-slow test-kernels test-python sanitize gpu-check registers demo docs wheel lowest bench \
-  lint format clean
+.PHONY: help build test test-fast test-slow test-kernels test-python fuzz sanitize gpu-check registers demo docs wheel \
+  lowest bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests, the slow ones in a second step"
 	@echo "make test-fast  without the slow ones"
+	@echo "make fuzz    read damaged files for some minutes: nothing but clear errors may come of it"
 	@echo "make bench   measure everything against its floor and its peers, into docs/benchmarks.md"
 	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
 	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
@@ -45,6 +46,9 @@ $(VENV)/.tested: $(VENV)/.built pyproject.toml
 	touch $@
 
 build: $(VENV)/.built
+
+fuzz: $(VENV)/.tested
+	$(BIN)/python tests/fuzz.py
 
 # two processes of one thread each; a file's tests stay in one process
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
