@@ -31,6 +31,7 @@ from tsynd.study.settings import (
     classifier_path,
     read_samples,
 )
+from tsynd.study.study_report import write_study
 from tsynd.utils.atomic import atomic_path, clear_leftovers
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
