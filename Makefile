@@ -7,8 +7,8 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help fuzz build test test-fast test-kernels test-python sanitize gpu-check registers demo docs wheel lowest bench \
-  lint format clean
+.PHONY: help build test test-fast test-slow test-kernels test-python fuzz sanitize gpu-check registers demo docs wheel \
+  lowest bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests, the slow ones in a second step"
@@ -56,17 +56,22 @@ test-fast: $(VENV)/.tested $(VENV)/.torch
 	$(MAKE) --no-print-directory -j 2 test-kernels test-python
 
 test: test-fast
+	$(MAKE) --no-print-directory -j 2 test-kernels test-slow ORDERS=others
+
+test-slow: $(VENV)/.tested
 	$(PYTEST) -m "slow and not study"
 
 test-python: $(VENV)/.tested
 	$(PYTEST) -m "not slow and not study"
 
-# the CUDA kernels' own code on the host, by one order of the threads; ORDERS=all: by three
+# the CUDA kernels' own code on the host, by one order of the threads; ORDERS=others, ORDERS=all: by the rest, by all
 ORDERS ?= one
+ORDERS_one := -LE orders
+ORDERS_others := -L orders
 test-kernels: $(VENV)/.torch
 	$(BIN)/cmake -S tests/cpp -B build/kernel-tests -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" > /dev/null
 	$(BIN)/cmake --build build/kernel-tests
-	$(BIN)/ctest --test-dir build/kernel-tests -j 2 --output-on-failure $(if $(filter all,$(ORDERS)),,-LE orders)
+	$(BIN)/ctest --test-dir build/kernel-tests -j 2 --output-on-failure $(ORDERS_$(ORDERS))
 
 # with the torch, cmake and ninja that $(PYTHON) has: no network, nothing installed but tsynd itself
 gpu-check:
