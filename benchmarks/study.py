@@ -23,8 +23,9 @@ from tsynd.study.settings import StudySettings
 from tsynd.study.statistics import mean_interval, sign_flip_p
 from tsynd.study.summary import Row, measure_of
 from tsynd.utils.atomic import atomic_path
+from tsynd.utils.errors import require
 
-__all__ = ["ARMS", "RECIPE", "SETS", "SETTINGS", "against", "merge", "name_of", "per_set", "shrink"]
+__all__ = ["ARMS", "RECIPE", "SETS", "SETTINGS", "against", "draw", "merge", "name_of", "per_set", "shrink"]
 
 SETS = {"pneumoniamnist": "none", "busi_64": "horizontal", "braintumor3_64": "horizontal", "papsmear7_64": "horizontal"}
 """File names of the sets, and which flips their modality allows."""
@@ -182,6 +183,30 @@ def per_set(rows: Sequence[Row]) -> list[str]:
     return text
 
 
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A row of dots for each arm, a column for each measure, a colour for each set: means over seeds."""
+    figure = require("matplotlib.figure", "cli").Figure(figsize=(11, 4.2), layout="constrained")
+    shown = [(key, title) for (key, scale), title in zip(_MEASURES.items(), _TITLES, strict=True) if scale == 100]
+    arms = [arm for arm in _NAMES.values() if any(name_of(row["arm"]) == arm for row in rows)]
+    axes = figure.subplots(1, len(shown), sharey=True)
+    for axis, (key, title) in zip(axes, shown, strict=True):
+        for name in dict.fromkeys(row["data"] for row in rows):
+            means = [
+                np.mean(
+                    [measure_of(r, key) for r in rows if r["data"] == name and name_of(r["arm"]) == arm] or [math.nan]
+                )
+                for arm in arms
+            ]
+            axis.plot(np.multiply(means, 100), range(len(arms)), "o-", markersize=5, linewidth=0.6, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_yticks(range(len(arms)), [arm.replace("*", "").split(":")[0] for arm in arms], fontsize=9)
+    axes[0].invert_yaxis()
+    axes[-1].legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
 def main() -> None:
     """Run what is left of the study, a seed of all sets before the next."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
@@ -201,7 +226,7 @@ def main() -> None:
             short = name.split("_")[0]
             arms = [f"{arm},flip={flip}" if "standard" in arm.split(",")[0].split("+") else arm for arm in ARMS]
             small, place = options.output / "data" / f"{short}.npz", options.output / short
-            experiment(small, place, options.sizes, seeds, arms, SETTINGS, workers=options.workers)
+            experiment(small, place, options.sizes, seeds, arms, SETTINGS, workers=options.workers, report=False)
         print(f"{seeds} seeds: {merge(options.output, Path('docs/study.jsonl'))} cells in docs/study.jsonl", flush=True)
 
 
