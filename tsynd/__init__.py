@@ -34,6 +34,7 @@ _HOME = {
     "SampledHead": "posteriors.last_layer",
     "SmallAutoencoder": "models.networks",
     "SmallResNet": "models.networks",
+    "StandardAugmentation": "training.standard",
     "Status": "synthesis.ascent",
     "SynthesisResult": "synthesis.result",
     "TargetedAugmentation": "training.augmentation",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
     from tsynd.training.rounds import RoundsAugmentation
+    from tsynd.training.standard import StandardAugmentation
     from tsynd.utils.errors import InputError
 
 
