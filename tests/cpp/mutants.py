@@ -1,7 +1,8 @@
 """``make mutants``: seeded faults in the CUDA sources, each of which the host's kernel tests must find.
 
-A fault (``faults.json``) is a line that says something else: a barrier or a wait left out, an index, a bound. Each is put alone into a copy of ``csrc`` and ``tests/cpp``; the section of ``test_kernels`` that runs the code is
-compiled and run by one order of the threads. A fault is found where a check fails, the emulator refuses, or the program
+A fault (``faults.json``) is a line that says something else: a barrier or a wait left out, an index, a bound. Each is
+put alone into a copy of ``csrc`` and ``tests/cpp``; the section of ``test_kernels`` that runs the code is compiled and
+run by one order of the threads. A fault is found where a check fails, the emulator refuses, or the program
 does not end. Faults that change nothing are listed with the reason, and must stay unfound.
 
     python tests/cpp/mutants.py [NAME ...] [--jobs N] [--list]

@@ -47,7 +47,7 @@ _IMAGES = (
     "adversarial_budget",
     "adversarial_steps",
 )
-_TEST = ("split", "conditions", "attacks", "attack_images", "query_images", "uncertainty_samples")
+_TEST = ("split", "conditions", "attacks", "attack_images", "query_images", "queries", "uncertainty_samples")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class _Cells:
 
     Attributes:
         seeds: how many; they are 0, 1, ...
-        arms: ``real``, reconstruction, random, entropy, mutual_information, loss, adversarial, randaugment; with own
-            options as mutual_information,radius=1.0,typicality=0.1.
+        arms: ``real``, standard, randaugment, adversarial, trades, reconstruction, random, entropy, mutual_information,
+            expected_information, loss, two in turn as trades+entropy, recipe; with own options as entropy,radius=1.0.
     """
 
     seeds: int = 5
@@ -83,7 +83,7 @@ def experiment(
     test["conditions"] = tuple(test["conditions"])
     test["attacks"] = () if test["attacks"] == ["none"] else tuple(test["attacks"])
     if not test["attacks"]:
-        refuse(context, ("attack_images", "query_images"), "without attacks")
+        refuse(context, ("attack_images", "query_images", "queries"), "without attacks")
     for name in ("attack_images", "query_images"):
         test[name] = test[name] or None
     settings = StudySettings(**training, **images, **test, reading=ReadOptions(**reading))
