@@ -53,7 +53,7 @@ def build(folder: Path, architecture: str) -> Path:
 def rungs(program: Path) -> list[Rung]:
     """The ladder's rungs, lowest first; needs no GPU."""
     told = subprocess.run([program, "--list"], capture_output=True, text=True, check=True, timeout=60).stdout
-    return [Rung(*line.split("\t")) for line in told.splitlines()]
+    return [Rung(name, meaning) for name, _, meaning in (line.partition("\t") for line in told.splitlines())]
 
 
 def climb(program: Path, ladder: list[Rung], seconds: float) -> None:
