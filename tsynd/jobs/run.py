@@ -180,6 +180,8 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
 
 def _check(settings: RunSettings) -> None:
     """What the stages would only refuse after training has begun."""
+    if settings.objective == "expected_information":
+        raise InputError("objective: got 'expected_information', which needs target images; wanted another for a run")
     for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < 1:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tsynd.data.dataset import LabelledBatches
 from tsynd.models.adapters import first_tensor
-from tsynd.models.autoencoder import as_autoencoder, autoencoder_of, check_autoencoder, measure_latent_std
+from tsynd.models.autoencoder import as_autoencoder, autoencoder_of, check_autoencoder, latent_deviation
 from tsynd.training.global_batch import batch_variance
 from tsynd.training.loop import Checkpoint, FitReport, TrainingSettings, _Loop
 from tsynd.utils.errors import InputError
@@ -73,7 +73,7 @@ def fit_autoencoder(
 
     The loss is the mean squared error. Each image's latent is disturbed by Gaussian noise of up to ``latent_noise``
     deviations, so that the surroundings of a real latent decode to images too. At the end the autoencoder's buffer
-    ``latent_std``, where it has one, is set (``measure_latent_std``).
+    ``latent_std``, where it has one, is set (``latent_deviation``).
 
     Args:
         autoencoder: of modules, as :func:`tsynd.synthesize` takes it; it is moved to the device and left in eval mode.
@@ -110,5 +110,5 @@ def fit_autoencoder(
     if isinstance(getattr(autoencoder, "latent_std", None), Tensor):
         with torch.no_grad():
             latents = (model.encode(batches.at(part).images.to(loop.device)) for part in batches.chunks(256))
-            autoencoder.latent_std.copy_(measure_latent_std(latents))  # type: ignore[operator]
+            autoencoder.latent_std.copy_(latent_deviation(latents))  # type: ignore[operator]
     return FitReport(losses, settings.iterations, seconds)
