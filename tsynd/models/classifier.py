@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from tsynd.models.pixel_range import Numbers, PixelMap, make_pixel_map
 from tsynd.utils.errors import InputError
 
-__all__ = ["ClassifierAdapter", "as_classifier"]
+__all__ = ["ClassifierAdapter", "as_classifier", "logits_of"]
 
 
 class ClassifierAdapter(nn.Module):
@@ -31,10 +31,11 @@ class ClassifierAdapter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, ...] in [0, 1]."""
-        return _logits(self.model(images if self.pixels is None else self.pixels(images)))
+        return logits_of(self.model(images if self.pixels is None else self.pixels(images)))
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a classifier returned: a tensor, an object or dict with "logits", or a tuple's first."""
     if isinstance(output, (Tensor, fx.Proxy)):  # a proxy: while being traced
         return output  # type: ignore[return-value]
     found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
