@@ -6,6 +6,7 @@
 // task: multiclass | multilabel.
 STABLE_TORCH_LIBRARY(tsynd, m) {
   m.def("logits_uncertainty(Tensor logits, str objective, str task) -> (Tensor value, Tensor gradient)");
+  m.def("expected_information(Tensor logits, Tensor targets, str task) -> (Tensor value, Tensor gradient)");
   m.def(
       "head_uncertainty(Tensor features, Tensor weight, Tensor? bias, str objective, str task)"
       " -> (Tensor value, Tensor gradient)");

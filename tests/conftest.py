@@ -18,8 +18,9 @@ else:  # the same examples in every run; HYPOTHESIS_PROFILE=search looks for new
     settings.register_profile("search", derandomize=False)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
-# TSYND_TEST_THREADS: with another number of threads than the suite's two
-torch.set_num_threads(int(os.environ.get("TSYND_TEST_THREADS", min(2, torch.get_num_threads()))))
+# TSYND_TEST_THREADS: with another number of threads than the suite's two, or one in each of several processes
+_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads())
+torch.set_num_threads(int(os.environ.get("TSYND_TEST_THREADS", _THREADS)))
 
 
 class TinyAutoencoder(nn.Module):

@@ -89,7 +89,9 @@ def test_modules_and_files_that_texts_name_exist() -> None:
     texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "CMakeLists.txt", "mkdocs.yml")]
     for folder in ("docs", "tsynd", "csrc", "benchmarks", "packaging", "examples"):
         texts += [
-            p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in {".md", ".py", ".cpp", ".cu", ".h", ".cuh"}
+            p
+            for p in sorted((ROOT / folder).rglob("*"))
+            if p.suffix in {".md", ".py", ".cpp", ".cu", ".h", ".cuh", ".svg"}
         ]
     gone = []
     for path in texts:

@@ -1,4 +1,4 @@
-"""Volumes through every part: phantom, networks, ascent, shifts, attacks, saliency, files, shards, reports, the job."""
+"""Volumes through every part: phantom, networks, ascent, shifts, attacks, files, shards, reports, the job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tsynd.distributed.driver import synthesize_shards
 from tsynd.distributed.pack import pack
 from tsynd.distributed.worker import ShardSettings
 from tsynd.evaluation.attacks import parse_attacks, perturb
-from tsynd.evaluation.saliency import grad_cam
 from tsynd.evaluation.shifts import SHIFTS, blur
 from tsynd.fx.folding import folded_decoder
 from tsynd.report.pictures import centre, draw_examples, focus, slices, views
@@ -158,7 +157,7 @@ def test_ascent_of_volumes(models: tuple[nn.Module, nn.Module], volumes: Tensor,
     assert torch.equal(part.images, exact.images[order])
 
 
-# Shifts, attacks, saliency
+# Shifts, attacks
 
 
 @pytest.mark.parametrize("kind", SHIFTS)
@@ -193,12 +192,6 @@ def test_attacks_on_volumes(models: tuple[nn.Module, nn.Module], volumes: Tensor
     assert not torch.equal(found, volumes)
     assert found.shape == volumes.shape
     assert float((found - volumes).abs().max()) <= parsed.budget + 1e-6
-
-
-def test_saliency_of_volumes(models: tuple[nn.Module, nn.Module], volumes: Tensor) -> None:
-    heat = grad_cam(models[1], volumes, torch.arange(5) % 4)
-    assert heat.shape == (5, 12, 16, 20)
-    assert 0 <= float(heat.min()) <= float(heat.max()) <= 1
 
 
 # Slices

@@ -14,9 +14,9 @@ from tsynd.utils.errors import InputError
 pytest.importorskip("torchmetrics")
 pytest.importorskip("kornia")
 
+from tsynd.data.dataset import LabelledBatches
 from tsynd.evaluation.evaluate import (
     CONDITIONS,
-    Batches,
     evaluate,
     evaluate_uncertainty,
     gaussian_noise,
@@ -160,13 +160,13 @@ def test_all_kinds_of_data_read_alike(data):
 
     indices = torch.tensor([5, 1])
     for source in (pairs, Fast(), (whole, labels)):
-        batches = Batches(source)
-        got, named = batches(indices)
-        assert torch.equal(got, whole[indices].float() / 255)
-        assert torch.equal(named, labels[indices])
-        assert torch.equal(batches.labels("multiclass", 2), labels)
-    assert Batches(whole)(indices)[1] is None
-    assert [part.tolist() for part in Batches(whole[:3]).chunks(2)] == [[0, 1], [2]]
+        batches = LabelledBatches(source)
+        got = batches.at(indices)
+        assert torch.equal(got.images, whole[indices].float() / 255)
+        assert torch.equal(got.labels, labels[indices])
+        assert torch.equal(batches.labels(2), labels)
+    assert LabelledBatches(whole).at(indices).labels is None
+    assert [part.tolist() for part in LabelledBatches(whole[:3]).chunks(2)] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("name", list(shifts()))
@@ -302,15 +302,15 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
         (3, {}, "data: got int"),
         ((IMAGES, LABELS[:2]), {}, "4 images but 2 labels"),
         ((IMAGES[:0], LABELS[:0]), {}, "holds no images"),
-        ((IMAGES[0], LABELS[:1]), {}, r"an image has shape \[8, 8\]"),
+        ((IMAGES[0], LABELS[:1]), {}, r"data: shape \[1, 8, 8\]"),
         ((IMAGES * 255, LABELS), {}, r"wanted \[0, 1\]"),
         ((IMAGES * math.nan, LABELS), {}, r"wanted \[0, 1\]"),
         (IMAGES, {}, "no labels"),
-        ((IMAGES, LABELS + 1), {}, r"labels lie in \[1, 2\] but the classifier gives 2 logits"),
-        ((IMAGES, LABELS - 1), {}, r"labels lie in \[-1, 0\]"),
+        ((IMAGES, LABELS + 1), {}, "values from 1 to 2; wanted 0 to 1 .the classifier gives 2 logits"),
+        ((IMAGES, LABELS - 1), {}, "values from -1 to 0"),
         ((IMAGES, LABELS.float()), {}, "wanted integers"),
-        ((IMAGES, LABELS), {"task": "multilabel"}, r"wanted \[N, 2\]"),
-        ((IMAGES, torch.full((4, 2), 0.5)), {"task": "multilabel"}, "other values than 0 and 1"),
+        ((IMAGES, LABELS), {"task": "multilabel"}, r"wanted \[4, L\]"),
+        ((IMAGES, torch.full((4, 2), 0.5)), {"task": "multilabel"}, "values other than 0 and 1"),
         ((IMAGES, LABELS), {"task": "regression"}, "task: got 'regression'"),
         ((IMAGES, LABELS), {"conditions": ("clean", "fog")}, "conditions: got 'fog', wanted some of clean"),
         ((IMAGES, LABELS), {"conditions": ("noise:6",)}, "conditions: got 'noise:6'"),

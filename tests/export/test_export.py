@@ -386,8 +386,8 @@ def test_aoti(autoencoder: TinyAutoencoder, classifier: TinyClassifier, tmp_path
 def test_the_networks_are_as_before(autoencoder: nn.Module, classifier: nn.Module) -> None:
     before = {name: (p.data_ptr(), p.stride(), p.requires_grad) for name, p in classifier.named_parameters()}
     classifier.train()
-    settings = tsynd.AscentSettings()
-    with prepare("synthesizer", classifier, autoencoder, [1, 12, 12], settings, 4, 0, 0.4, None):
+    settings = tsynd.AscentSettings(samples=4, latent_std=0.4)
+    with prepare("synthesizer", classifier, autoencoder, [1, 12, 12], settings, 0, None):
         assert not any(p.requires_grad for p in classifier.parameters())
     assert before == {n: (p.data_ptr(), p.stride(), p.requires_grad) for n, p in classifier.named_parameters()}
     assert classifier.training

@@ -115,10 +115,7 @@ def test_checkpointing_gives_the_same_images(kind: str, images: Tensor) -> None:
 def prepared(shape: tuple[int, ...], **options: Any) -> AscentStream:
     torch.manual_seed(0)
     autoencoder, classifier = tsynd.SmallAutoencoder(3).eval(), tsynd.SmallResNet(3, 4).eval()
-    base: dict[str, Any] = {"batch_size": None, "device": None, "precision": "float32", "compile": False}
-    stream = AscentStream(
-        autoencoder, classifier, AscentSettings(), samples=8, masks="shared", seed=0, **(base | options)
-    )
+    stream = AscentStream(autoencoder, classifier, AscentSettings(samples=8), **options)
     with stream:
         stream.check(torch.rand(1, *shape))
         stream.prepare(0.5, torch.rand(1, *shape))

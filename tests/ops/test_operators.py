@@ -99,6 +99,41 @@ def test_logits_uncertainty(
 
 
 @kinds
+@pytest.mark.parametrize("task", reference.TASKS)
+@FAST
+@given(
+    shape=dims,
+    count=st.sampled_from([1, 2, 7, 30]),
+    scale=st.sampled_from([0.01, 1.0, 8.0]),
+    seed=st.integers(0, 99),
+    strided=st.booleans(),
+)
+def test_expected_information(
+    shape: tuple[int, int, int, int],
+    count: int,
+    scale: float,
+    seed: int,
+    strided: bool,
+    dtype: torch.dtype,
+    task: str,
+    device: str,
+) -> None:
+    images, _, classes, samples = shape
+    logits = random(samples, images, classes, seed=seed, scale=scale).to(dtype)
+    targets = random(samples, count, classes, seed=seed + 1, scale=scale).to(dtype)
+    given_logits, given_targets = logits.to(device), targets.to(device)
+    if strided:
+        given_logits = given_logits.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+        given_targets = given_targets.permute(1, 0, 2).contiguous().permute(1, 0, 2)
+    actual = ops.expected_information(given_logits, given_targets, task)
+    exact = reference.expected_information(logits.double(), targets.double(), task)
+    assert_pairs_close(actual, exact, reference.expected_information(logits, targets, task))
+    assert (actual[0] >= 0).all()
+    most = reference.uncertainty_value(logits.double(), "mutual_information", task)
+    assert (actual[0].cpu() <= most + 1e-5).all()
+
+
+@kinds
 @choices
 @FAST
 @given(shape=dims, bias=st.booleans(), seed=st.integers(0, 99), strided=st.booleans())
@@ -189,6 +224,81 @@ def test_twin_heads_gradient_is_the_derivative(objective: str, task: str) -> Non
     torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-13)
 
 
+def double_sum(logits: Tensor, targets: Tensor, task: str) -> Tensor:
+    """Expected information as its definition says, a target and a pair of outcomes at a time."""
+    if task == "multilabel":  # each label by itself, with the outcomes 1 and 0
+        split = [torch.stack([x, torch.zeros_like(x)], -1).unbind(2) for x in (logits, targets)]
+        return torch.stack([double_sum(*pair, "multiclass") for pair in zip(*split, strict=True)]).sum(0)
+    p, q = logits.softmax(-1), targets.softmax(-1)
+    total = torch.zeros(p.shape[1], dtype=p.dtype)
+    for m in range(q.shape[1]):
+        for c in range(p.shape[2]):
+            for k in range(q.shape[2]):
+                joint = (p[:, :, c] * q[:, m, None, k]).mean(0)
+                total = total + joint * torch.log(joint / (p[:, :, c].mean(0) * q[:, m, k].mean()))
+    return total / q.shape[1]
+
+
+@pytest.mark.parametrize("task", reference.TASKS)
+@pytest.mark.parametrize(("classes", "samples", "count"), [(1, 3, 2), (2, 2, 1), (3, 1, 4), (4, 9, 5)])
+def test_twin_of_expected_information_is_the_double_sum(classes: int, samples: int, count: int, task: str) -> None:
+    logits = random(samples, 6, classes, seed=classes, scale=2.0).requires_grad_(True)
+    targets = random(samples, count, classes, seed=1, scale=2.0)
+    value = double_sum(logits, targets, task)
+    (wanted,) = torch.autograd.grad(value.sum(), logits)
+    got_value, got = reference.expected_information(logits.detach(), targets, task)
+    torch.testing.assert_close(got_value, value.detach(), rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-14)
+
+
+@kinds
+@pytest.mark.parametrize("task", reference.TASKS)
+def test_known_expected_information(task: str, dtype: torch.dtype, device: str) -> None:
+    def value(logits: Tensor, targets: Tensor) -> Tensor:
+        return ops.expected_information(logits.to(device, dtype), targets.to(device, dtype), task)[0].cpu()
+
+    logits, target = random(8, 5, 3, scale=2.0), random(8, 1, 3, seed=1, scale=2.0)
+    # a target whose samples agree has nothing to learn: exactly 0, and so is an image's
+    assert torch.equal(value(logits, target[:1].expand(8, 1, 3)), torch.zeros(5))
+    assert torch.equal(value(logits[:1].expand(8, 5, 3), target), torch.zeros(5))
+    # targets said again, in any order, change nothing
+    several = random(8, 4, 3, seed=2)
+    torch.testing.assert_close(value(logits, several[:, [2, 0, 1, 3, 3, 1, 0, 2]]), value(logits, several))
+    # an image and a target that vary independently over the samples
+    apart = [x.repeat_interleave(8, 0) if first else x.repeat(8, 1, 1) for first, x in ((1, logits), (0, target))]
+    assert (value(*apart) < (1e-9 if dtype == torch.float32 else 1e-4)).all()
+    # samples that are sure of themselves: label and target's label tell the sample alike, so that the information
+    # that they share is all that the label has about the sample, the mutual information, the entropy of the mean
+    sure = torch.full((4, 1, 3), -40.0, dtype=torch.float64)
+    sure[[0, 1, 2, 3], 0, [0, 0, 1, 2]] = 40.0
+    both = (
+        math.log(4) - 0.5 * math.log(2)
+        if task == "multiclass"
+        else math.log(2) + 2 * (0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    )
+    torch.testing.assert_close(value(sure, sure), torch.tensor([both], dtype=torch.float32))
+    # and otherwise less: a label is a noisy word about its sample
+    exact = reference.uncertainty_value(logits.to(dtype).double(), "mutual_information", task)
+    for image in range(5):
+        own = logits[:, image : image + 1]
+        assert 0 < value(own, own) < exact[image]
+
+
+@devices
+@pytest.mark.parametrize("task", reference.TASKS)
+@pytest.mark.parametrize("sure", [8.0, 14.0, 30.0])
+def test_tiny_expected_information_keeps_its_digits(sure: float, task: str, device: str) -> None:
+    """Of confident predictions, where every probability is 0 or 1 to seven digits and the ascent needs a direction."""
+    signs = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    logits = (sure * signs + random(16, 6, 3)).float()
+    targets = (sure * signs.flip(0) + random(16, 9, 3, seed=1)).float()
+    value, gradient = ops.expected_information(logits.to(device), targets.to(device), task)
+    exact_value, exact = reference.expected_information(logits.double(), targets.double(), task)
+    torch.testing.assert_close(value.cpu().double(), exact_value, rtol=1e-4, atol=1e-37)
+    largest = exact.abs().amax((0, 2))
+    assert ((gradient.cpu() - exact).abs().amax((0, 2)) <= 1e-4 * largest + 1e-37).all()
+
+
 def test_mutual_information_is_entropy_of_the_mean_minus_mean_entropy() -> None:
     p = random(7, 5, 4).softmax(-1)
     value = reference.uncertainty_value(p.log())
@@ -227,6 +337,8 @@ def test_masked_classes_and_not_a_number(objective: str, task: str, device: str)
 @pytest.mark.parametrize("task", reference.TASKS)
 def test_no_images(task: str) -> None:
     value, gradient = ops.logits_uncertainty(torch.empty(4, 0, 3), "entropy", task)
+    assert (value.shape, gradient.shape) == ((0,), (4, 0, 3))
+    value, gradient = ops.expected_information(torch.empty(4, 0, 3), torch.ones(4, 2, 3), task)
     assert (value.shape, gradient.shape) == ((0,), (4, 0, 3))
     value, gradient = ops.head_uncertainty(torch.empty(0, 7), torch.ones(4, 3, 7), None, "entropy", task)
     assert (value.shape, gradient.shape) == ((0,), (0, 7))
@@ -420,6 +532,7 @@ def _samples() -> dict[str, tuple[object, ...]]:
     logits = random(3, 4, 5).float().requires_grad_(True)
     return {
         "logits_uncertainty": (logits, "mutual_information", "multiclass"),
+        "expected_information": (logits, random(3, 2, 5, seed=1).float(), "multilabel"),
         "head_uncertainty": (
             features,
             random(3, 5, 6).float(),
@@ -451,6 +564,16 @@ def test_backward_is_the_returned_gradient(objective: str, task: str) -> None:
     scale = torch.arange(1.0, 5.0)
     (got,) = torch.autograd.grad((value * scale).sum(), logits)
     torch.testing.assert_close(got, gradient * scale[:, None])
+
+
+@pytest.mark.parametrize("task", reference.TASKS)
+def test_backward_of_expected_information(task: str) -> None:
+    logits, targets = (random(3, n, 5, seed=n).float().requires_grad_(True) for n in (4, 2))
+    value, gradient = ops.expected_information(logits, targets, task)
+    scale = torch.arange(1.0, 5.0)
+    got, none = torch.autograd.grad((value * scale).sum(), [logits, targets], allow_unused=True)
+    torch.testing.assert_close(got, gradient * scale[:, None])
+    assert none is None  # a target is fixed
 
 
 def test_compile_and_script() -> None:

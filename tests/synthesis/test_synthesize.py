@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tsynd
 from tsynd import Status
-from tsynd.synthesis.ascent import AscentSettings
+from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
 
 QUIET: dict[str, Any] = {"progress": False, "samples": 8}
 
@@ -276,6 +277,26 @@ def test_bad_input_is_refused_before_work(
 def test_settings_lengths() -> None:
     assert AscentSettings(steps=5, radius=0.5).lengths(2.0, 16) == (0.25 * 8, 0.5 * 8)
     assert AscentSettings(radius=0.5, step_size=0.1, rule="linf").lengths(2.0, 16) == (0.2, 1.0)
+
+
+def test_settings_from_keywords() -> None:
+    names = [field.name for field in dataclasses.fields(AscentSettings)]
+    assert list(AscentOptions.__annotations__) == names
+    assert ascent_settings(None, {}) == AscentSettings()
+    assert ascent_settings(AscentSettings(steps=2, samples=4), {"steps": 7}) == AscentSettings(steps=7, samples=4)
+    with pytest.raises(tsynd.InputError, match="stepz: is no setting of the ascent, wanted one of objective, task"):
+        ascent_settings(None, {"stepz": 7})
+    with pytest.raises(tsynd.InputError, match="steps: got 0"):
+        ascent_settings(AscentSettings(), {"steps": 0})
+
+
+def test_uncertainty_takes_settings_or_keywords(classifier: nn.Module, images: Tensor) -> None:
+    plain = tsynd.uncertainty(classifier, images, objective="entropy", samples=8, masks="independent")
+    settings = AscentSettings(objective="entropy", samples=8, masks="independent")
+    assert torch.equal(tsynd.uncertainty(classifier, images, settings=settings), plain)
+    assert not torch.equal(tsynd.uncertainty(classifier, images, settings=settings, masks="shared"), plain)
+    with pytest.raises(tsynd.InputError, match="sample: is no setting"):
+        tsynd.uncertainty(classifier, images, sample=8)  # type: ignore[call-arg]
 
 
 def test_import_is_light() -> None:

@@ -272,7 +272,6 @@ def info(
         "pooch",
         "matplotlib",
         "adversarial-robustness-toolbox",
-        "captum",
         "onnx",
         "onnxscript",
         "onnxruntime",

@@ -42,7 +42,7 @@ def check_images(images: object, *, name: str = "images") -> Tensor:
     low, high = (v.item() for v in x.aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
         bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise InputError(f"{name}: a pixel of image {bad} is not finite; wanted values in [0, 1]")
+        raise InputError(f"{name}: a pixel of image {bad} is not finite; wanted [0, 1]")
     if low < -1e-4 or high > 1 + 1e-4:
         raise InputError(f"{name}: values from {low:g} to {high:g}; wanted [0, 1] (or uint8)")
     return x.clamp(0, 1) if low < 0 or high > 1 else x
@@ -94,7 +94,9 @@ def check_labels(
 def as_tensor(values: object, name: str) -> Tensor:
     """A tensor of numbers, sharing memory where it can."""
     if isinstance(values, Tensor):
-        return values.detach()
+        # a subclass, such as MONAI's MetaTensor, would run its own rules in every operation
+        with torch._C.DisableTorchFunctionSubclass():
+            return values.detach().as_subclass(Tensor)
     try:
         array = np.asarray(values)
         if array.dtype.kind not in "buif":

@@ -28,7 +28,7 @@ import numpy as np
 
 from tsynd.utils.atomic import atomic_path, check_writable
 from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import hash_file
+from tsynd.utils.fingerprint import differences, hash_file
 
 __all__ = ["Sample", "ShardFolder", "Unit", "image_bytes", "plan_units"]
 
@@ -191,11 +191,7 @@ class ShardFolder:
             self._write_manifest(None)
 
     def _compare(self, then: dict[str, Any]) -> None:
-        keys = list(dict.fromkeys([*then, *self.fingerprint]))
-        now = json.loads(json.dumps(self.fingerprint))
-        differ = [key for key in keys if then.get(key) != now.get(key)]
-        if differ:
-            changes = ", ".join(f"{key} {then.get(key)!r} → {now.get(key)!r}" for key in differ)
+        if changes := differences(then, self.fingerprint):
             raise InputError(f"output: {self.folder} holds another job ({changes}); wanted another folder")
 
     def _paths(self, unit: Unit) -> tuple[Path, Path, Path]:

@@ -124,19 +124,18 @@ class ShardWorker:
             steps=settings.steps,
             radius=settings.radius,
             label_consistency=settings.label_consistency,
+            samples=settings.samples,
+            masks=settings.masks,
         )
         device = "cpu" if look_only else settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.stream = AscentStream(
             autoencoder,
             classifier,
             ascent,
-            samples=settings.samples,
-            masks=settings.masks,
             seed=settings.seed,
             batch_size=settings.batch_size,
             device=device,
             precision="float32" if look_only else settings.precision,
-            compile=False,
             checkpointing=settings.checkpointing,
             memory_limit=settings.memory_limit,
         )

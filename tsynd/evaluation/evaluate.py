@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.dataset import Batches, check_task, parts
+from tsynd.data.dataset import LabelledBatches, check_task, parts
 from tsynd.evaluation.attacks import Attack, check_robustness, parse_attacks, perturb
 from tsynd.evaluation.metrics import errors, scores, uncertainty_scores
 from tsynd.evaluation.shifts import Condition, gaussian_noise, rotation, shifts
 from tsynd.models.classifier import as_classifier
 from tsynd.posteriors.mc_dropout import MCDropout
-from tsynd.utils.device import resolve_device
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError
 
 __all__ = [
     "CONDITIONS",
-    "Batches",
     "Condition",
     "check_task",
     "choose_conditions",
@@ -83,7 +82,7 @@ def evaluate(
 
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; its modes are restored.
-        data: labelled images, as :class:`Batches` reads them.
+        data: labelled images, as :class:`tsynd.data.dataset.LabelledBatches` reads them.
         task: "multiclass" or "multilabel".
         conditions: names from ``CONDITIONS``, ``shifts`` for all of its kinds and severities, or a mapping
             name → function.
@@ -112,19 +111,19 @@ def evaluate(
     chosen, wanted = choose_conditions(conditions), parse_attacks(attacks)
     if wanted:
         check_robustness()
-    batches = Batches(data)
+    batches = LabelledBatches(data, task=task, name="data", by_index=True)
     classifier = as_classifier(classifier)
-    target = _place(classifier, device)
+    target = place(device, classifier)
     modes = {module: module.training for module in classifier.modules()}
-    classifier.to(target).eval()
+    classifier.eval()
     results: dict[str, dict[str, float]] = {}
     try:
         with torch.no_grad():
-            classes = classifier(batches(torch.tensor([0]))[0].to(target)).shape[1]
-            labels = batches.labels(task, classes).cpu()
+            classes = classifier(batches.first.to(target)).shape[1]
+            labels = batches.labels(classes)
             for name, disturb in chosen.items():
                 logits = [
-                    classifier(disturb(batches(indices)[0].to(target), indices, seed)).cpu()
+                    classifier(disturb(batches.at(indices).images.to(target), indices, seed)).cpu()
                     for indices in batches.chunks(batch_size)
                 ]
                 results[name] = scores(torch.cat(logits), labels, task)
@@ -138,12 +137,6 @@ def evaluate(
     return results
 
 
-def _place(classifier: nn.Module, device: torch.device | str | None) -> torch.device:
-    first = next(iter(classifier.parameters()), None)
-    own = first.device if first is not None else torch.device("cpu")
-    return resolve_device(device) if device is not None else own
-
-
 def spread_indices(labels: Tensor, count: int | None) -> Tensor:
     """``count`` indices, evenly spaced in the order of the classes, so that these keep their shares; all if None."""
     order = labels.argsort(stable=True) if labels.ndim == 1 else torch.arange(len(labels))
@@ -154,7 +147,7 @@ def spread_indices(labels: Tensor, count: int | None) -> Tensor:
 
 def _attacked(
     classifier: nn.Module,
-    batches: Batches,
+    batches: LabelledBatches,
     labels: Tensor,
     attacks: Sequence[Attack],
     subsets: Mapping[str, Tensor],
@@ -168,7 +161,9 @@ def _attacked(
     for attack in sorted(attacks, key=lambda a: a.kind == "square"):  # after PGD, to be compared with it
         indices = subsets.get(attack.kind, pool)
         truth = labels[indices]
-        found = perturb(classifier, batches(indices)[0].to(device), truth.to(device), attack, task=task, seed=seed)
+        found = perturb(
+            classifier, batches.at(indices).images.to(device), truth.to(device), attack, task=task, seed=seed
+        )
         with torch.no_grad():
             logits = torch.cat([classifier(part).cpu() for part in parts(found)])
         results[attack.name] = scores(logits, truth, task) | {"images": len(indices)}
@@ -196,7 +191,7 @@ def evaluate_uncertainty(
 
     Args:
         classifier: with an active dropout; its modes are restored.
-        data: labelled images, as :class:`Batches` reads them.
+        data: labelled images, as :class:`tsynd.data.dataset.LabelledBatches` reads them.
         task: "multiclass" or "multilabel"; an image of several labels is wrong where any of them is.
         objective: ``mutual_information`` or ``entropy``.
         samples: T, posterior samples.
@@ -212,17 +207,16 @@ def evaluate_uncertainty(
         InputError: no active dropout, or data that do not fit the classifier.
     """
     check_task(task)
-    batches = Batches(data)
+    batches = LabelledBatches(data, task=task, name="data", by_index=True)
     classifier = as_classifier(classifier)
-    target = _place(classifier, device)
-    classifier.to(target)
+    target = place(device, classifier)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []
     with posterior.frozen(), torch.no_grad():
         for indices in batches.chunks(batch_size):
-            images = batches(indices)[0].to(target)
+            images = batches.at(indices).images.to(target)
             values.append(posterior.uncertainty(images, indices.to(target), objective, task).cpu())
             logits.append(classifier(images).float().cpu())
     outputs = torch.cat(logits)
-    labels = batches.labels(task, outputs.shape[1]).cpu()
+    labels = batches.labels(outputs.shape[1])
     return uncertainty_scores(torch.cat(values), errors(outputs, labels, task))

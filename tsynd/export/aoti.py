@@ -53,7 +53,8 @@ def export_aoti(
     """
     target = write_path(path, ".pt2")
     inductor = torch._inductor
-    with prepare(kind, classifier, autoencoder, image_shape, AscentSettings(), 1, 0, None, None, AOTI_KINDS) as program:
+    settings = AscentSettings(samples=1)
+    with prepare(kind, classifier, autoencoder, image_shape, settings, 0, None, AOTI_KINDS) as program:
         shapes = list(program.inputs.values())
         exported = to_program(record(program.run, shapes, {}), shapes)
         with atomic_path(target) as temporary:

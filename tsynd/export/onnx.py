@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from tsynd.export.onnx_operators import decompositions
 from tsynd.export.programs import Program, prepare, write_path
 from tsynd.export.tracing import layer_of, quiet, record, to_program
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.ascent import AscentSettings
+from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, require
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["OPSET", "export_onnx"]
 
@@ -32,16 +35,10 @@ def export_onnx(
     kind: str = "synthesizer",
     *,
     image_shape: Sequence[int],
-    objective: str = "mutual_information",
-    task: str = "multiclass",
-    samples: int = 32,
-    steps: int = 5,
-    radius: float = 0.5,
-    step_size: float | None = None,
-    rule: str = "l2",
-    latent_std: float | None = None,
+    settings: AscentSettings | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    **ascent: Unpack[AscentOptions],
 ) -> Path:
     """Write an ONNX file that gives what torch gives, and check that it does.
 
@@ -65,16 +62,11 @@ def export_onnx(
         path: the ``.onnx`` file to write; replaced if it exists.
         kind: see above.
         image_shape: [C, H, W]; the file is for this one.
-        objective: ``mutual_information`` or ``entropy``.
-        task: ``multiclass`` or ``multilabel``.
-        samples: T.
-        steps: K.
-        radius: see :func:`tsynd.synthesize`.
-        step_size: see :func:`tsynd.synthesize`.
-        rule: ``l2`` or ``linf``.
-        latent_std: standard deviation of the latents; None takes the autoencoder's.
+        settings: of the ascent and of its posterior samples, None for the defaults; ``masks`` are shared, and a file
+            has no labels, so no ``label_consistency``.
         seed: of the posterior samples.
         class_names: kept in the file.
+        ascent: fields of the settings, instead of those given there.
 
     Returns:
         The path.
@@ -84,13 +76,11 @@ def export_onnx(
             file's results differ from torch's.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
-    settings = AscentSettings(objective, task, steps, radius, step_size, rule)
+    chosen = ascent_settings(settings, ascent)
     target = write_path(path, ".onnx")
     onnx, runtime = require("onnx", "onnx"), require("onnxruntime", "onnx")
     require("onnxscript", "onnx")
-    with prepare(
-        kind, classifier, autoencoder, image_shape, settings, samples, seed, latent_std, class_names
-    ) as program:
+    with prepare(kind, classifier, autoencoder, image_shape, chosen, seed, class_names) as program:
         file = _convert(program)
         properties = {f"tsynd.{key}": json.dumps(value) for key, value in program.metadata.items()}
         onnx.helper.set_model_props(file, properties)

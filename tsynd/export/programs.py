@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tsynd.export.runtime import FORMAT_VERSION, KINDS
 from tsynd.fx.folding import folded_decoder
-from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
+from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, known_latent_std
 from tsynd.models.layout import contiguous
 from tsynd.ops import operators as ops
 from tsynd.ops import reference
@@ -86,9 +86,7 @@ def prepare(
     autoencoder: Any,
     image_shape: Sequence[int],
     settings: AscentSettings,
-    samples: int,
     seed: int,
-    latent_std: float | None,
     class_names: Sequence[str] | None,
     kinds: Sequence[str] = KINDS,
     layout: Callable[..., AbstractContextManager[None]] = contiguous,
@@ -100,10 +98,8 @@ def prepare(
         classifier: see :func:`tsynd.export_onnx`, as the other arguments.
         autoencoder: see there.
         image_shape: [C, H, W] or [C, D, H, W].
-        settings: of the ascent.
-        samples: T.
+        settings: of the ascent and of its posterior samples.
         seed: of the posterior samples.
-        latent_std: None for the autoencoder's own.
         class_names: kept in the metadata.
         kinds: what can be asked for.
         layout: puts the weights in order for the recording.
@@ -112,8 +108,10 @@ def prepare(
         InputError: an argument does not fit.
     """
     check_choice("kind", kind, tuple(kinds))
+    if settings.label_consistency is not None:
+        raise InputError("label_consistency: got a limit, wanted None: an exported file sees no labels")
     shape = _check_shape(image_shape)
-    posterior = _posterior(kind, classifier, samples, seed) if kind in _NEEDS_POSTERIOR else None
+    posterior = _posterior(kind, classifier, settings, seed) if kind in _NEEDS_POSTERIOR else None
     model = as_autoencoder(autoencoder) if kind in _NEEDS_AUTOENCODER else None
     modules = (*(posterior.networks if posterior else ()), *((model,) if isinstance(model, nn.Module) else ()))
     _check_parameters(modules)
@@ -145,7 +143,7 @@ def prepare(
             raise InputError(
                 f"classifier: failed on images {list(probe.shape)}: {str(error).splitlines()[0]}"
             ) from None
-        yield _program(kind, posterior, model, decode, settings, shape, latent, latent_std, class_names, modules, warm)
+        yield _program(kind, posterior, model, decode, settings, shape, latent, class_names, modules, warm)
 
 
 def _program(
@@ -156,7 +154,6 @@ def _program(
     settings: AscentSettings,
     shape: list[int],
     latent: list[int],
-    latent_std: float | None,
     class_names: Sequence[str] | None,
     modules: tuple[nn.Module, ...],
     warm: Callable[[], Any],
@@ -182,7 +179,7 @@ def _program(
     assert posterior is not None
     assert model is not None
     assert decode is not None
-    deviation = _deviation(model, latent_std)
+    deviation = _deviation(model, settings.latent_std)
     step, radius = settings.lengths(deviation, math.prod(latent))
     metadata |= {
         "objective": settings.objective,
@@ -262,10 +259,10 @@ def _check_shape(image_shape: Sequence[int]) -> list[int]:
     return shape
 
 
-def _posterior(kind: str, classifier: nn.Module | Posterior | None, samples: int, seed: int) -> Posterior:
+def _posterior(kind: str, classifier: nn.Module | Posterior | None, settings: AscentSettings, seed: int) -> Posterior:
     if classifier is None:
         raise InputError("classifier: got None, wanted a module or a tsynd.Posterior for this kind")
-    posterior = as_posterior(classifier, samples, "shared", seed)
+    posterior = as_posterior(classifier, settings.samples, settings.masks, seed)
     if kind == "features" and not isinstance(posterior, MCDropout):
         raise InputError(f"classifier: got {type(posterior).__name__}, wanted MC dropout for 'features'")
     if isinstance(posterior, MCDropout) and posterior.masks != "shared":
@@ -286,12 +283,11 @@ def _check_parameters(modules: Sequence[nn.Module]) -> None:
 
 
 def _deviation(model: Autoencoder, given: float | None) -> float:
-    known = getattr(model, "latent_std", None)
-    value = float(given) if given is not None else float(known) if known is not None else math.nan
-    if not (math.isfinite(value) and value > 0):
+    value = given or known_latent_std(model)
+    if value is None:
         raise InputError(
-            f"latent_std: got {given}, and the autoencoder's own is {None if known is None else value}; wanted a "
-            "number above 0, for instance from tsynd.fit_autoencoder"
+            f"latent_std: got None, and the autoencoder's own is {getattr(model, 'latent_std', None)}; wanted a number "
+            "above 0, for instance from tsynd.fit_autoencoder"
         )
     return value
 

@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,9 +17,12 @@ from tsynd.export.programs import prepare, write_path
 from tsynd.export.tracing import record
 from tsynd.models.layout import channels_last
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.ascent import AscentSettings
+from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["export_torchscript"]
 
@@ -31,16 +34,10 @@ def export_torchscript(
     kind: str = "synthesizer",
     *,
     image_shape: Sequence[int],
-    objective: str = "mutual_information",
-    task: str = "multiclass",
-    samples: int = 32,
-    steps: int = 5,
-    radius: float = 0.5,
-    step_size: float | None = None,
-    rule: str = "l2",
-    latent_std: float | None = None,
+    settings: AscentSettings | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    **ascent: Unpack[AscentOptions],
 ) -> Path:
     """Write a TorchScript file that gives what eager torch gives, and check that it does.
 
@@ -57,16 +54,10 @@ def export_torchscript(
         path: the ``.pt`` file to write; replaced if it exists.
         kind: see there; the module's inputs and outputs are in the order given there.
         image_shape: see there.
-        objective: see there.
-        task: see there.
-        samples: see there.
-        steps: see there.
-        radius: see there.
-        step_size: see there.
-        rule: see there.
-        latent_std: see there.
+        settings: see there.
         seed: see there.
         class_names: see there.
+        ascent: see there.
 
     Returns:
         The path.
@@ -74,19 +65,10 @@ def export_torchscript(
     Raises:
         InputError: an argument does not fit, or the file's results differ from eager torch's.
     """
-    settings = AscentSettings(objective, task, steps, radius, step_size, rule)
+    chosen = ascent_settings(settings, ascent)
     target = write_path(path, ".pt")
     with prepare(
-        kind,
-        classifier,
-        autoencoder,
-        image_shape,
-        settings,
-        samples,
-        seed,
-        latent_std,
-        class_names,
-        layout=channels_last,
+        kind, classifier, autoencoder, image_shape, chosen, seed, class_names, layout=channels_last
     ) as program:
         module = _scriptable(record(program.run, list(program.inputs.values()), {}))
         with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from typing import Any
 
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError
+from tsynd.utils.fingerprint import differences
 
 __all__ = ["Job"]
 
@@ -41,9 +42,7 @@ class Job:
             then: dict[str, Any] = state["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"output: {self._path} cannot be read ({type(error).__name__}); delete it") from None
-        differ = [key for key in {**then, **fingerprint} if then.get(key) != fingerprint.get(key)]
-        if differ:
-            changes = ", ".join(f"{key} {then.get(key)!r} → {fingerprint.get(key)!r}" for key in differ)
+        if changes := differences(then, fingerprint):
             raise InputError(
                 f"output: {self.folder} holds a run with other settings ({changes}); wanted another folder"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -20,20 +19,18 @@ from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.evaluate import evaluate
 from tsynd.jobs.job import Job
-from tsynd.models.checkpoint import load_model, save_model
-from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.models.checkpoint import load_model
 from tsynd.report.pictures import draw_examples
 from tsynd.report.run_report import write_report
 from tsynd.synthesis.api import synthesize, uncertainty
 from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.autoencoder import fit_autoencoder
-from tsynd.training.classifier import fit_classifier
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import plain_settings
+from tsynd.utils.fingerprint import fingerprint, plain_settings
 from tsynd.utils.timing import Phases
 from tsynd.utils.version import __version__
 
@@ -122,48 +119,39 @@ def run(
     _check(settings)
     for module in _NEEDED:  # now, not after the training
         require(module, "cli")
-    where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
-    job = Job(Path(output).expanduser(), _fingerprint(source, settings))
+    content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
+    job = Job(Path(output).expanduser(), fingerprint(settings, content))
 
     def train_autoencoder(path: Path) -> dict[str, Any]:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            model = SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
-        images = source.unlabelled if settings.autoencoder_data == "all" else source.train
-        fit_autoencoder(
-            model,
-            images,
-            iterations=settings.autoencoder_iterations,
+        fit_autoencoder_step(
+            source,
+            path,
             seed=settings.seed,
+            which=settings.autoencoder_data,
+            iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
         )
-        save_model(model, path, image_shape=source.image_shape)
         return {}
 
     job.stage("autoencoder", "autoencoder.safetensors", train_autoencoder)
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
     def train_classifier(path: Path, augmentation: TargetedAugmentation | None) -> dict[str, Any]:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            model = SmallResNet(
-                source.channels, source.num_classes, dropout=settings.dropout, spatial_dims=source.spatial_dims
-            )
-        report = fit_classifier(
-            model,
-            source.train,
-            task=source.task,
+        _, report = fit_classifier_step(
+            source,
+            path,
+            seed=settings.seed,
+            network={"dropout": settings.dropout},
             iterations=settings.iterations,
             batch_size=settings.batch_size,
             augmentation=augmentation,
             augmentation_weight=settings.augmentation_weight,
-            seed=settings.seed,
             device=where,
             progress=progress,
         )
-        save_model(model, path, class_names=source.class_names, image_shape=source.image_shape, task=source.task)
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
     job.stage("classifier_real", "classifier_real.safetensors", lambda path: train_classifier(path, None))
@@ -212,14 +200,6 @@ def _check(settings: RunSettings) -> None:
             raise InputError(f"{name}: got {getattr(settings, name)!r}, wanted one of {', '.join(wanted)}")
     if not settings.augmentation_weight >= 0:
         raise InputError(f"augmentation_weight: got {settings.augmentation_weight!r}, wanted at least 0")
-
-
-def _fingerprint(source: DataSource, settings: RunSettings) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for part in (source.train, source.unlabelled, source.test):
-        digest.update(part.images.contiguous().numpy().tobytes())
-        digest.update(part.labels.contiguous().numpy().tobytes())
-    return {"tsynd": __version__, "data": digest.hexdigest()[:16], **plain_settings(settings)}
 
 
 def _synthesise(

@@ -13,15 +13,12 @@ from tsynd.data.dataset import DataSource
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.job import Job
-from tsynd.models.checkpoint import load_model, read_card, save_model
-from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.models.checkpoint import load_model, read_card
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.autoencoder import fit_autoencoder
-from tsynd.training.classifier import fit_classifier
-from tsynd.training.loop import Checkpoint
+from tsynd.training.loop import Checkpoint, FitReport
 from tsynd.utils.errors import InputError, check_choice, require
-from tsynd.utils.fingerprint import hash_parts, plain_settings
-from tsynd.utils.version import __version__
+from tsynd.utils.fingerprint import fingerprint
 
 __all__ = ["TrainSettings", "train_model"]
 
@@ -53,14 +50,6 @@ class TrainSettings:
     radius: float = 0.5
     label_consistency: float | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
-
-
-def _fingerprint(source: DataSource, settings: TrainSettings) -> dict[str, Any]:
-    content = (source.train.images.contiguous().numpy().data, source.train.labels.contiguous().numpy().data)
-    given = plain_settings(settings)
-    if settings.autoencoder is not None:
-        given["autoencoder"] = read_card(settings.autoencoder).sha256
-    return {"tsynd": __version__, "data": hash_parts(*content), **given}
 
 
 def train_model(
@@ -99,42 +88,33 @@ def train_model(
     folder = Path(output).expanduser()
     try:
         with state.main_process_first():
-            Job(folder, _fingerprint(source, settings))
-        checkpoint = Checkpoint(folder / "training.safetensors", checkpoint_every)
-        network, losses = _fit(source, settings, device, checkpoint, progress)
+            Job(folder, fingerprint(settings, [source.train.images, source.train.labels], **_parts(settings)))
         path = folder / f"{settings.model}.safetensors"
-        if state.is_main_process:
-            names = source.class_names if settings.model == "classifier" else None
-            task = source.task if settings.model == "classifier" else None
-            save_model(network, path, class_names=names, image_shape=source.image_shape, task=task)
+        report = _fit(
+            source,
+            settings,
+            path if state.is_main_process else None,
+            device=device,
+            progress=progress,
+            checkpoint=Checkpoint(folder / "training.safetensors", checkpoint_every),
+        )
         state.wait_for_everyone()  # a process that leaves while others talk to it can abort them
-        return (path if state.is_main_process else None), losses[-1]
+        return (path if state.is_main_process else None), report.losses[-1]
     finally:
         if torch.distributed.is_initialized():
             gc.collect()  # what still holds the group, as the traceback of a failed step, goes before it
             torch.distributed.destroy_process_group()
 
 
-def _fit(
-    source: DataSource, settings: TrainSettings, device: str | None, checkpoint: Checkpoint, progress: bool
-) -> tuple[torch.nn.Module, tuple[float, ...]]:
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        network: torch.nn.Module = (
-            SmallAutoencoder(source.channels, spatial_dims=source.spatial_dims)
-            if settings.model == "autoencoder"
-            else SmallResNet(source.channels, source.num_classes, spatial_dims=source.spatial_dims)
-        )
-    shared: dict[str, Any] = {
-        "iterations": settings.iterations,
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-        "device": device,
-        "progress": progress,
-        "checkpoint": checkpoint,
-    }
+def _parts(settings: TrainSettings) -> dict[str, Any]:
+    """The autoencoder by its content, wherever its file lies."""
+    return {} if settings.autoencoder is None else {"autoencoder": read_card(settings.autoencoder).sha256}
+
+
+def _fit(source: DataSource, settings: TrainSettings, path: Path | None, **fitting: Any) -> FitReport:
+    fitting |= {"seed": settings.seed, "iterations": settings.iterations, "batch_size": settings.batch_size}
     if settings.model == "autoencoder":
-        return network, fit_autoencoder(network, source.train, **shared).losses
+        return fit_autoencoder_step(source, path, **fitting)[1]
     augmentation = None
     if settings.autoencoder is not None:
         augmentation = TargetedAugmentation(
@@ -146,4 +126,4 @@ def _fit(
             label_consistency=settings.label_consistency,
             seed=settings.seed,
         )
-    return network, fit_classifier(network, source.train, task=source.task, augmentation=augmentation, **shared).losses
+    return fit_classifier_step(source, path, augmentation=augmentation, **fitting)[1]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,14 @@ from tsynd.models.adapters import (
 from tsynd.models.pixel_range import Numbers, PixelMap, make_pixel_map
 from tsynd.utils.errors import InputError
 
-__all__ = ["Autoencoder", "as_autoencoder", "check_autoencoder", "check_pixel_range", "measure_latent_std"]
+__all__ = [
+    "Autoencoder",
+    "as_autoencoder",
+    "check_autoencoder",
+    "check_pixel_range",
+    "known_latent_std",
+    "measure_latent_std",
+]
 
 
 @runtime_checkable
@@ -230,6 +238,13 @@ def _other_ranges(image: Tensor, current: PixelMap | None) -> list[tuple[PixelMa
     if own is not None:
         ranges.append((own, "tsynd.as_autoencoder(model, mean=..., std=...) with the numbers of its training images"))
     return ranges
+
+
+def known_latent_std(autoencoder: Any) -> float | None:
+    """The autoencoder's own ``latent_std``; None where it has none that is finite and above 0."""
+    known = getattr(autoencoder, "latent_std", None)
+    value = float(known) if known is not None else math.nan
+    return value if math.isfinite(value) and value > 0 else None
 
 
 def measure_latent_std(batches: Iterable[Tensor]) -> Tensor:

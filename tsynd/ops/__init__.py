@@ -6,6 +6,7 @@ from tsynd.ops.operators import (
     dropout_gather,
     dropout_head_uncertainty,
     dropout_mask,
+    expected_information,
     head_uncertainty,
     logits_uncertainty,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "dropout_gather",
     "dropout_head_uncertainty",
     "dropout_mask",
+    "expected_information",
     "head_uncertainty",
     "library_path",
     "logits_uncertainty",

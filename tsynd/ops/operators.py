@@ -11,6 +11,7 @@ __all__ = [
     "dropout_gather",
     "dropout_head_uncertainty",
     "dropout_mask",
+    "expected_information",
     "head_uncertainty",
     "logits_uncertainty",
 ]
@@ -34,6 +35,32 @@ def logits_uncertainty(
         RuntimeError: wrong rank, dtype, device, objective or task; the message names the argument.
     """
     out: tuple[Tensor, Tensor] = torch.ops.tsynd.logits_uncertainty(logits, objective, task)
+    return out
+
+
+def expected_information(logits: Tensor, targets: Tensor, task: str = "multiclass") -> tuple[Tensor, Tensor]:
+    """What an image's label would tell about those of the targets (EPIG, Bickford Smith et al. 2023), and its gradient.
+
+    With p_t and q_mt the class probabilities of an image and of target m under posterior sample t, and
+    J_m = mean_t p_t q_mt^T, the value is the mean over targets of the mutual information of J_m,
+    sum_ck J_m log(J_m / (pbar qbar_m^T)); multilabel: of each label with itself, summed over labels. It is 0 where a
+    target's samples agree, does not depend on how often the targets are repeated, and is at most the image's
+    mutual information.
+
+    Args:
+        logits: [T, B, C] float32 or bfloat16 (float16 on CUDA).
+        targets: [T, M, C], at least one target: its logits (not log-probabilities) under the same T posterior samples
+            in the same order, of the same dtype and device; no gradient flows to them.
+        task: ``multiclass`` (softmax over C) or ``multilabel`` (a sigmoid per label).
+
+    Returns:
+        value [B] float32 in nats (at least 0) and d value / d logits [T, B, C]; differentiable as in
+        :func:`logits_uncertainty`.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.tsynd.expected_information(logits, targets, task)
     return out
 
 

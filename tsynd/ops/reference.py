@@ -19,6 +19,7 @@ __all__ = [
     "dropout_gather",
     "dropout_head_uncertainty",
     "dropout_mask",
+    "expected_information",
     "head_uncertainty",
     "keep_count",
     "logits_uncertainty",
@@ -99,6 +100,49 @@ def logits_uncertainty(
     gradient = slope[..., 0, :] if task == "multiclass" else slope[..., 0]
     value = inner.squeeze(-1).sum(-1).mean(0).clamp_min(0)
     return value, gradient.to(logits.dtype)
+
+
+def _log1p_excess(x: Tensor) -> Tensor:
+    """log1p(x) - x, by its series near 0, where the difference would keep no digits."""
+    series = torch.full_like(x, -1.0 / 12)
+    for n in range(11, 1, -1):
+        series = series * x + (-1.0 if n % 2 == 0 else 1.0) / n
+    return torch.where(x.abs() < 0.0625, series * x * x, torch.log1p(x) - x)
+
+
+def expected_information(logits: Tensor, targets: Tensor, task: str = "multiclass") -> tuple[Tensor, Tensor]:
+    """Twin of the operator: expected predictive information gain (EPIG) about target images.
+
+    With a = p / pbar - 1 and b = q / qbar - 1, J / (pbar qbar^T) = 1 + d for d = mean_t a_t b_t^T, and since the
+    means of a and b under pbar and qbar are 0,
+
+        value = mean_m sum_ck pbar_c qbar_mk ((1 + d) log(1 + d) - d)
+        d value / d p_tc = 1 / (T M) sum_mk (qbar_mk b_mtk log(1 + d_mck) + qbar_mk (log(1 + d_mck) - d_mck)) + const
+
+    where no sum cancels: tiny information keeps its digits, and its gradient a direction.
+
+    Args:
+        logits: [T, B, C].
+        targets: [T, M, C], logits under the same posterior samples.
+        task: ``multiclass`` (softmax) or ``multilabel`` (each label with itself; summed over labels).
+
+    Returns:
+        value [B] in nats, at least 0, and its gradient [T, B, C].
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp, logq = (_log_probabilities(x.to(wide), task) for x in (logits, targets))  # [T, B or M, groups, K]
+    samples, count = logits.shape[0], targets.shape[1]
+    log_p_mean, log_q_mean = _log_mean(logp), _log_mean(logq)
+    a, b = (logp - log_p_mean).expm1(), (logq - log_q_mean).expm1()
+    p, p_mean, q_mean = logp.exp(), log_p_mean[0].exp(), log_q_mean[0].exp()
+    # above -1: what rounding takes below stands for a joint probability of almost 0
+    d = (torch.einsum("tbgc,tmgk->bmgck", a, b) / samples).clamp_min(torch.finfo(wide).eps / 2 - 1)
+    ratio, excess = torch.log1p(d), _log1p_excess(d)
+    value = torch.einsum("bgc,mgk,bmgck->b", p_mean, q_mean, excess + d * ratio) / count
+    slope = torch.einsum("tmgk,bmgck->tbgc", b * q_mean, ratio) + torch.einsum("mgk,bmgck->bgc", q_mean, excess)
+    slope = p * (slope - (p * slope).sum(-1, keepdim=True)) / (samples * count)
+    gradient = slope[..., 0, :] if task == "multiclass" else slope[..., 0]
+    return value.clamp_min(0), gradient.to(logits.dtype)
 
 
 def head_uncertainty(

@@ -23,6 +23,7 @@ __all__ = ["compiled", "library_path", "served_by"]
 
 _SCHEMAS = {
     "logits_uncertainty": "(Tensor logits, str objective, str task) -> (Tensor value, Tensor gradient)",
+    "expected_information": "(Tensor logits, Tensor targets, str task) -> (Tensor value, Tensor gradient)",
     "head_uncertainty": "(Tensor features, Tensor weight, Tensor? bias, str objective, str task)"
     " -> (Tensor value, Tensor gradient)",
     "dropout_head_uncertainty": "(Tensor features, Tensor weight, Tensor? bias, float p, int samples, int seed,"
@@ -64,7 +65,7 @@ def _eager_twin(name: str) -> Any:
     def run(*arguments: Any) -> Any:
         with torch.no_grad():
             out = twin(*arguments)
-        return (out[0].float(), out[1]) if isinstance(out, tuple) else out
+        return (out[0].float(), out[1].contiguous()) if isinstance(out, tuple) else out
 
     return run
 
@@ -95,7 +96,7 @@ def served_by() -> dict[str, dict[str, str]]:
     }
 
 
-def _logits_uncertainty_fake(logits: Tensor, objective: str, task: str) -> tuple[Tensor, Tensor]:
+def _logits_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape[1], dtype=torch.float32), torch.empty_like(
         logits, memory_format=torch.contiguous_format
     )
@@ -159,7 +160,8 @@ def _expand_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return (torch.ops.tsynd.dropout_expand(gradient, *ctx.address), *[None] * 6)
 
 
-torch.library.register_fake("tsynd::logits_uncertainty", _logits_uncertainty_fake)
+torch.library.register_fake("tsynd::logits_uncertainty", _logits_fake)
+torch.library.register_fake("tsynd::expected_information", _logits_fake)
 torch.library.register_fake("tsynd::head_uncertainty", _head_fake)
 torch.library.register_fake("tsynd::dropout_head_uncertainty", _head_fake)
 torch.library.register_fake("tsynd::dropout_mask", _dropout_mask_fake)
@@ -169,6 +171,8 @@ torch.library.register_fake("tsynd::ascend_", _ascend_fake)
 
 
 torch.library.register_autograd("tsynd::logits_uncertainty", _scale_logits_gradient, setup_context=_keep_gradient)
+# a target is fixed: no gradient flows to it
+torch.library.register_autograd("tsynd::expected_information", _scale_logits_gradient, setup_context=_keep_gradient)
 torch.library.register_autograd("tsynd::head_uncertainty", _scale_features_gradient(5), setup_context=_keep_gradient)
 torch.library.register_autograd(
     "tsynd::dropout_head_uncertainty", _scale_features_gradient(10), setup_context=_keep_gradient

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tsynd.data.dataset import Batches
+from tsynd.data.dataset import LabelledBatches
 from tsynd.fx.checkpointing import staged
 from tsynd.fx.folding import FoldedGraph
 from tsynd.models.classifier import as_classifier
@@ -305,16 +305,16 @@ def training_features(
     Raises:
         InputError: data or a layer that do not fit.
     """
-    network, batches = as_classifier(classifier), Batches(data)
+    network, batches = as_classifier(classifier), LabelledBatches(data, name="data", by_index=True)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1")
     name, linear = find_layer(classifier, layer)
     device = linear.weight.device
-    labels = batches.labels("multiclass", linear.out_features).to(device)
+    labels = batches.labels(linear.out_features).to(device)
     with evaluating(classifier), torch.no_grad():
         trunk = trunk_to(network, linear)
-        _head_features(network, linear, trunk, batches(torch.arange(min(2, len(batches))))[0].to(device), name)
-        features = [trunk(batches(part)[0].to(device))[0] for part in batches.chunks(batch_size)]
+        _head_features(network, linear, trunk, batches.at(torch.arange(min(2, len(batches)))).images.to(device), name)
+        features = [trunk(batches.at(part).images.to(device))[0] for part in batches.chunks(batch_size)]
     return torch.cat(features), labels, name, linear
 
 

@@ -25,8 +25,9 @@ from tsynd.evaluation.image_quality import (
     reconstruction_error,
 )
 from tsynd.evaluation.shifts import Condition
-from tsynd.models.checkpoint import load_model, save_model
-from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.models.checkpoint import load_model
+from tsynd.models.networks import SmallResNet
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.study.arms import Arm, parse_arm
 from tsynd.study.settings import (
@@ -39,8 +40,6 @@ from tsynd.study.settings import (
     make_augmentation,
     samples_path,
 )
-from tsynd.training.autoencoder import fit_autoencoder
-from tsynd.training.classifier import fit_classifier
 from tsynd.training.loop import FitReport
 from tsynd.utils.atomic import atomic_path, save_npz
 
@@ -60,21 +59,17 @@ def _load(data: str, size: int, seed: int, reading: ReadOptions) -> DataSource:
 
 def train_autoencoder(place: Workplace, size: int, seed: int) -> None:
     """Train and save the autoencoder of a size and seed."""
-    settings, source = place.settings, _load(place.data, size, seed, place.settings.reading)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = SmallAutoencoder(
-            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
-        )
-    fit_autoencoder(
-        model,
-        source.unlabelled if settings.autoencoder_data == "all" else source.train,
-        iterations=settings.autoencoder_iterations,
+    settings = place.settings
+    fit_autoencoder_step(
+        _load(place.data, size, seed, settings.reading),
+        autoencoder_path(place, size, seed),
         seed=seed,
+        which=settings.autoencoder_data,
+        network=settings.autoencoder(),
+        iterations=settings.autoencoder_iterations,
         device=place.device,
         progress=False,
     )
-    save_model(model, autoencoder_path(place, size, seed), image_shape=source.image_shape)
 
 
 def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
@@ -134,41 +129,24 @@ def _train(
     place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource
 ) -> tuple[SmallResNet, FitReport]:
     settings = place.settings
-    with torch.random.fork_rng():
-        torch.manual_seed(cell.seed)  # the same first weights in all arms
-        model = SmallResNet(
-            source.channels,
-            source.num_classes,
-            dropout=settings.dropout,
-            dropout_rate=settings.dropout_rate,
-            spatial_dims=source.spatial_dims,
-        )
     training = {
         "augmentation_weight": settings.augmentation_weight,
         "warmup_fraction": settings.warmup_fraction,
         **arm.training,
     }
-    report = fit_classifier(
-        model,
-        source.train,
-        task=source.task,
+    return fit_classifier_step(
+        source,
+        classifier_path(place, cell),
+        seed=cell.seed,  # the same first weights in all arms
+        network=settings.classifier(),
         iterations=settings.iterations,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         augmentation=make_augmentation(arm, autoencoder, settings, source.task, _SPACING * cell.seed),
-        seed=cell.seed,
         device=place.device,
         progress=False,
         **training,
     )
-    save_model(
-        model,
-        classifier_path(place, cell),
-        class_names=source.class_names,
-        image_shape=source.image_shape,
-        task=source.task,
-    )
-    return model, report
 
 
 def _training_facts(report: FitReport) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from tsynd.study.settings import (
     cells_of,
     check_study,
     classifier_path,
-    fingerprint,
     samples_path,
 )
 from tsynd.study.study_report import write_study
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
+from tsynd.utils.fingerprint import fingerprint
 from tsynd.utils.progress import progress_bar
 from tsynd.utils.version import __version__
 
@@ -48,7 +48,6 @@ _NEEDED = {
     "PIL": "data",
     "matplotlib.figure": "cli",
     "scipy.stats": "robustness",
-    "captum.attr": "robustness",
 }
 
 
@@ -97,11 +96,13 @@ def experiment(
         require(module, extra)
     if settings.attacks or any(parse_arm(arm).kind == "adversarial" for arm in arms):
         check_robustness()
-    where = str(resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    where = str(resolve_device(device))
     for size in dict.fromkeys(train_sizes):  # refuses one that is too small or too large
         source = load_data(data, train_size=size, **settings.reading.given())
     check_study(settings, source, [parse_arm(arm) for arm in arms])
-    job = Job(Path(output).expanduser(), fingerprint(load_data(data, **settings.reading.given()), settings))
+    whole = load_data(data, **settings.reading.given())
+    content = [x for part in (whole.unlabelled, whole.val, whole.test) for x in (part.images, part.labels)]
+    job = Job(Path(output).expanduser(), fingerprint(settings, content, kind="experiment"))
     place = Workplace(str(data), job.folder, settings, where)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = workers or (1 if where.startswith("cuda") else cores)

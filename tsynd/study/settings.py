@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -17,12 +16,10 @@ from tsynd.data.dataset import DataSource
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.attacks import parse_attacks
 from tsynd.evaluation.evaluate import choose_conditions
+from tsynd.jobs.steps import new_autoencoder, new_classifier
 from tsynd.models.autoencoder import check_autoencoder
-from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.study.arms import Arm, augmentation_of, parse_arm
 from tsynd.utils.errors import InputError, check_choice
-from tsynd.utils.fingerprint import plain_settings
-from tsynd.utils.version import __version__
 
 __all__ = [
     "DEFAULT_ARMS",
@@ -35,7 +32,6 @@ __all__ = [
     "cells_of",
     "check_study",
     "classifier_path",
-    "fingerprint",
     "make_augmentation",
     "samples_path",
 ]
@@ -124,6 +120,14 @@ class StudySettings:
         names = ("samples", "masks", "steps", "radius", "step_size", "rule", "label_consistency", "ratio", "every")
         return {name: getattr(self, name) for name in (*names, "typicality")}
 
+    def autoencoder(self) -> dict[str, Any]:
+        """The options of :class:`tsynd.SmallAutoencoder`."""
+        return {"latent_channels": self.latent_channels, "widths": self.autoencoder_widths}
+
+    def classifier(self) -> dict[str, Any]:
+        """The options of :class:`tsynd.SmallResNet`."""
+        return {"dropout": self.dropout, "dropout_rate": self.dropout_rate}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -187,17 +191,8 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     parse_attacks(settings.attacks)
-    with torch.random.fork_rng(devices=[]):
-        SmallResNet(
-            source.channels,
-            source.num_classes,
-            dropout=settings.dropout,
-            dropout_rate=settings.dropout_rate,
-            spatial_dims=source.spatial_dims,
-        )
-        autoencoder = SmallAutoencoder(
-            source.channels, settings.latent_channels, settings.autoencoder_widths, source.spatial_dims
-        )
+    new_classifier(source, 0, **settings.classifier())
+    autoencoder = new_autoencoder(source, 0, **settings.autoencoder())
     check_autoencoder(autoencoder.eval(), source.train.batch(torch.tensor([0]))[0])
     autoencoder.latent_std.fill_(1.0)
     for arm in arms:
@@ -229,25 +224,6 @@ def make_augmentation(arm: Arm, autoencoder: Any, settings: StudySettings, task:
         adversarial_budget=settings.adversarial_budget,
         adversarial_steps=settings.adversarial_steps,
     )
-
-
-def fingerprint(source: DataSource, settings: StudySettings) -> dict[str, Any]:
-    """What two studies must share to be one; sizes, seeds and arms may be added later.
-
-    Args:
-        source: the whole data, drawn with seed 0.
-        settings: of the study.
-    """
-    digest = hashlib.sha256()
-    for part in (source.unlabelled, source.val, source.test):
-        digest.update(part.images.contiguous().numpy().tobytes())
-        digest.update(part.labels.contiguous().numpy().tobytes())
-    return {
-        "kind": "experiment",
-        "tsynd": __version__,
-        "data": digest.hexdigest()[:16],
-        **plain_settings(settings),
-    }
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsynd.data.load import load_data
-from tsynd.evaluation.evaluate import spread_indices
-from tsynd.evaluation.saliency import grad_cam, overlay
 from tsynd.evaluation.shifts import SHIFTS
-from tsynd.models.checkpoint import load_model
 from tsynd.report.pictures import centre, inline_png, nats
 from tsynd.report.run_report import STYLE
 from tsynd.study.arms import parse_arm
@@ -28,7 +24,7 @@ from tsynd.study.score_tables import (
     to_html,
     to_markdown,
 )
-from tsynd.study.settings import Cell, Workplace, by_class, classifier_path, samples_path
+from tsynd.study.settings import Cell, Workplace, samples_path
 from tsynd.study.summary import Row, arms_of, attack_budgets, difference, headline, sizes_of
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.fingerprint import plain_settings
@@ -46,7 +42,6 @@ figure.card figcaption b { display: block; color: var(--ink); font-size: 1rem; }
 .row img.small { image-rendering: pixelated; } .row .cap { font-size: .74rem; line-height: 1.3; margin-top: .2rem; }
 .row .cap span { display: block; color: var(--ink); font-variant-numeric: tabular-nums; }
 """
-_CAM_IMAGES = 8
 
 
 def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> None:
@@ -97,8 +92,6 @@ Label kept: that classifier still predicts the source's label. Distances are roo
 the source; to the nearest training image, and that in units of a real held-out image's distance (well below 1: close to
 a copy). KID and FID: distance to the {place.settings.split} images in the features of real only.</p>
 {"".join(to_html(quality_table(rows, size)) for size in sizes if quality_table(rows, size).rows)}
-<h2>Where the classifiers look</h2>
-{_looks(place, rows, facts)}
 <h2>Method and limits</h2>
 {_method(rows, facts, place)}
 {_details(rows, facts, place)}
@@ -215,44 +208,6 @@ def _samples(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> st
             f'<div class="example"><b>{label}</b><div class="row" style="{style}">{"".join(pictures)}</div></div>'
         )
     return f'<div class="pair">{"".join(cards)}</div>'
-
-
-def _looks(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
-    """Grad-CAM of real only and of a targeted arm, side by side."""
-    size, arms = max(sizes_of(rows)), arms_of(rows)
-    targeted = _targeted(arms)
-    compared = ["real", *([targeted] if targeted else [])]
-    tested = getattr(
-        load_data(place.data, train_size=size, seed=0, **place.settings.reading.given()), place.settings.split
-    )
-    chosen = by_class(tested.labels, spread_indices(tested.labels, _CAM_IMAGES))
-    images, labels = tested.batch(chosen)
-    asked = labels if labels.dim() == 1 else labels.argmax(1)
-    cards: list[list[str]] = [[_picture(_rgb((x * 255).byte().numpy()), "image", "")] for x in images]
-    for arm in compared:
-        path = classifier_path(place, Cell(size, 0, arm))
-        if not path.exists():
-            return "<p>The classifiers of seed 0 are not there.</p>"
-        model = load_model(path)
-        heat = grad_cam(model, images, asked)
-        with torch.no_grad():
-            logits = model(images)
-        chances = logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()
-        for card, x, h, p, k in zip(cards, images, heat, chances, asked, strict=True):
-            card.append(_picture(overlay(centre(x), centre(h[None])[0]), label_of(arm), f"p = {p[k]:.2f}"))
-    style = f"grid-template-columns: repeat({1 + len(compared)}, minmax(0, 1fr))"
-    blocks = [
-        f'<div class="example"><b>{html.escape(facts["class_names"][int(k)])}</b>'
-        f'<div class="row" style="{style}">{"".join(card)}</div></div>'
-        for card, k in zip(cards, asked, strict=True)
-    ]
-    note = (
-        "Grad-CAM: what speaks for the true class (orange), each picture scaled to its own maximum; p is the "
-        f"probability given to that class. Seed 0, {size} labelled images; {place.settings.split} images spread over "
-        "the classes, not picked. The maps are as coarse as the network's last feature maps and are no proof of what a "
-        "decision rests on."
-    )
-    return f'<p class="soft">{html.escape(note)}</p><div class="pair">{"".join(blocks)}</div>'
 
 
 def _method(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:

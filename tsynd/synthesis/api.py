@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.dataset import ImageSource, at_once
+from tsynd.data.dataset import LabelledBatches, at_once
 from tsynd.models.autoencoder import measure_latent_std
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.ascent import Ascent, AscentSettings
+from tsynd.synthesis.ascent import Ascent, AscentOptions, AscentSettings, ascent_settings
 from tsynd.synthesis.result import Collector, SynthesisResult
 from tsynd.synthesis.synthesizer import AscentStream, place
 from tsynd.utils.errors import InputError
 from tsynd.utils.progress import progress_bar
 from tsynd.utils.timing import Phases
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["synthesize", "uncertainty"]
 
@@ -99,16 +102,23 @@ def synthesize(
     """
     if phases is not None and compile:
         raise InputError("phases: got phases to measure with compile=True, wanted one of the two")
-    settings = AscentSettings(objective, task, steps, radius, step_size, rule, label_consistency)
-    if latent_std is not None and not (math.isfinite(latent_std) and latent_std > 0):
-        raise InputError(f"latent_std: got {latent_std!r}, wanted a number above 0, or None")
+    settings = AscentSettings(
+        objective=objective,
+        task=task,
+        samples=samples,
+        masks=masks,
+        steps=steps,
+        radius=radius,
+        step_size=step_size,
+        rule=rule,
+        label_consistency=label_consistency,
+        latent_std=latent_std,
+    )
     with (phases or Phases())("prepare"):
         stream = AscentStream(
             autoencoder,
             classifier,
             settings,
-            samples=samples,
-            masks=masks,
             seed=seed,
             batch_size=batch_size,
             device=device,
@@ -118,13 +128,13 @@ def synthesize(
             memory_limit=memory_limit,
             phases=phases,
         )
-        source = ImageSource(images, labels, sample_ids, task)
+        source = LabelledBatches(images, labels, sample_ids, task)
     collector = Collector(source.count)
     with stream:
         with stream.phase("prepare"):
             classes = stream.check(source.first)
             source.check_labels(classes, needed=label_consistency is not None)
-            stream.prepare(latent_std or _latent_std(stream, source), source.first)
+            stream.prepare(_latent_std(stream, source), source.first)
         with progress_bar("synthesising", source.count, progress) as advance:
             for batch, latents, climbed in stream.run(source.batches(stream.size)):
                 with stream.phase("collect"):
@@ -137,42 +147,40 @@ def uncertainty(
     classifier: nn.Module | Posterior,
     images: Any,
     *,
-    objective: str = "mutual_information",
-    task: str = "multiclass",
-    samples: int = 32,
-    masks: str = "shared",
+    settings: AscentSettings | None = None,
     seed: int = 0,
     sample_ids: Any = None,
     batch_size: int = 256,
+    **ascent: Unpack[AscentOptions],
 ) -> Tensor:
     """Uncertainty of given images, for instance under a seed that the ascent has not seen.
 
     Args:
         classifier: see :func:`synthesize`.
         images: tensor, array, Dataset or DataLoader, see :func:`synthesize`.
-        objective: ``mutual_information`` or ``entropy``.
-        task: ``multiclass`` or ``multilabel``.
-        samples: T.
-        masks: ``shared`` or ``independent``.
+        settings: whose ``objective``, ``task``, ``samples`` and ``masks`` count; None for the defaults.
         seed: of the posterior samples.
         sample_ids: see :func:`synthesize`.
         batch_size: images at once; fewer where they are large.
+        ascent: fields of the settings, instead of those given there.
 
     Returns:
         [N] float32 in nats, on the CPU.
     """
-    posterior = as_posterior(classifier, samples, masks, seed)
-    source = ImageSource(images, None, sample_ids, task)
-    device = place(posterior, None, None)
+    chosen = ascent_settings(settings, ascent)
+    posterior = as_posterior(classifier, chosen.samples, chosen.masks, seed)
+    source = LabelledBatches(images, None, sample_ids, None)
+    device = place(None, *posterior.networks)
     values = []
     with posterior.frozen(), torch.no_grad():
         for batch in source.batches(at_once(source.first.numel(), batch_size)):
             ids = batch.sample_ids.to(device)
-            values.append(posterior.uncertainty(batch.images.to(device), ids, objective, task).cpu())
+            value = posterior.uncertainty(batch.images.to(device), ids, chosen.objective, chosen.task)
+            values.append(value.cpu())
     return torch.cat(values)
 
 
-def _latent_std(stream: AscentStream, source: ImageSource) -> float:
+def _latent_std(stream: AscentStream, source: LabelledBatches) -> float:
     model, known = stream.model, stream.known_latent_std
     if known is not None:
         return known

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,7 +17,15 @@ from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.objectives import Goal, PlausibleGoal, Uncertainty
 from tsynd.utils.errors import InputError, check_choice
 
-__all__ = ["Ascent", "AscentSettings", "Status", "ascend_latents", "label_probability"]
+__all__ = [
+    "Ascent",
+    "AscentOptions",
+    "AscentSettings",
+    "Status",
+    "ascend_latents",
+    "ascent_settings",
+    "label_probability",
+]
 
 
 class Status(IntEnum):
@@ -34,17 +43,20 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class AscentSettings:
-    """What one ascent maximises and how far it goes.
+    """What an ascent maximises, under which posterior samples, and how far it goes.
 
     Attributes:
         objective: ``mutual_information`` or ``entropy``.
         task: ``multiclass`` or ``multilabel``.
-        steps: K, at least 1.
+        steps: K, ascent steps, at least 1.
         radius: of the ball around the source latent, times latent standard deviation times sqrt(dimension)
             (rule ``l2``) or times latent standard deviation (rule ``linf``).
-        step_size: length of one step in the same unit; None is 2.5 * radius / steps.
+        step_size: length of one step in the unit of the radius; None is 2.5 * radius / steps.
         rule: ``l2`` (normalised gradient) or ``linf`` (its sign).
-        label_consistency: least mean probability that the source label must keep, or None.
+        label_consistency: least mean probability that the source label must keep; None for no limit.
+        samples: T, posterior samples, at least 1.
+        masks: ``shared`` or ``independent`` dropout masks, see :class:`tsynd.MCDropout`.
+        latent_std: standard deviation of the latents; None takes the autoencoder's own or measures it.
 
     Raises:
         InputError: a value out of range.
@@ -57,17 +69,25 @@ class AscentSettings:
     step_size: float | None = None
     rule: str = "l2"
     label_consistency: float | None = None
+    samples: int = 32
+    masks: str = "shared"
+    latent_std: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("task", self.task, TASKS)
         check_choice("rule", self.rule, RULES)
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"steps: got {self.steps!r}, wanted an integer of at least 1")
+        check_choice("masks", self.masks, ("shared", "independent"))
+        for name in ("steps", "samples"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
         if not (math.isfinite(self.radius) and self.radius > 0):
             raise InputError(f"radius: got {self.radius!r}, wanted a number above 0")
-        if self.step_size is not None and not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise InputError(f"step_size: got {self.step_size!r}, wanted a number above 0, or None")
+        for name in ("step_size", "latent_std"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name}: got {value!r}, wanted a number above 0, or None")
         if self.label_consistency is not None and not 0 < self.label_consistency < 1:
             raise InputError(f"label_consistency: got {self.label_consistency!r}, wanted a number between 0 and 1")
 
@@ -76,6 +96,33 @@ class AscentSettings:
         unit = latent_std * (math.sqrt(dimension) if self.rule == "l2" else 1.0)
         step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
         return step * unit, self.radius * unit
+
+
+class AscentOptions(TypedDict, total=False):
+    """The fields of :class:`AscentSettings` as keywords."""
+
+    objective: str
+    task: str
+    steps: int
+    radius: float
+    step_size: float | None
+    rule: str
+    label_consistency: float | None
+    samples: int
+    masks: str
+    latent_std: float | None
+
+
+def ascent_settings(settings: AscentSettings | None, options: AscentOptions | Mapping[str, Any]) -> AscentSettings:
+    """The settings (None: the defaults) with other values for the fields that ``options`` name.
+
+    Raises:
+        InputError: an option of another name, or a value out of range.
+    """
+    names = [field.name for field in fields(AscentSettings)]
+    if unknown := [name for name in options if name not in names]:
+        raise InputError(f"{unknown[0]}: is no setting of the ascent, wanted one of {', '.join(names)}")
+    return replace(settings or AscentSettings(), **options)
 
 
 @dataclass(frozen=True)

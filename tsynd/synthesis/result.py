@@ -57,6 +57,9 @@ class Collector:
         for name, row in rows.items():
             if name not in self._arrays:
                 self._arrays[name] = torch.empty((self.count, *row.shape[1:]), dtype=row.dtype)
+            if (more := self.filled + len(row) - len(self._arrays[name])) > 0:  # a loader gave more than it announced
+                spare = torch.empty((more + self.filled, *row.shape[1:]), dtype=row.dtype)
+                self._arrays[name] = torch.cat([self._arrays[name], spare])
             self._arrays[name][self.filled : self.filled + len(row)] = row
         self.filled += len(batch.images)
 

@@ -14,14 +14,20 @@ from torch import Tensor, nn
 from tsynd.data.dataset import Batch
 from tsynd.fx.checkpointing import kept_per_image, staged
 from tsynd.fx.folding import folded_decoder
-from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, check_pixel_range
+from tsynd.models.autoencoder import (
+    Autoencoder,
+    as_autoencoder,
+    check_autoencoder,
+    check_pixel_range,
+    known_latent_std,
+)
 from tsynd.models.layout import channels_last
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.synthesis.cuda import GraphedAscent, fetch, send
 from tsynd.synthesis.objectives import PlausibleGoal, Uncertainty
-from tsynd.utils.device import resolve_device
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.timing import Phases
 
@@ -48,9 +54,9 @@ class AscentStream:
     Use: ``with stream: stream.check(first); stream.prepare(latent_std, first); for part in stream.run(batches): ...``
 
     Args:
-        autoencoder, classifier, samples, masks, seed, batch_size, device, precision, compile, checkpointing,
-            memory_limit: see :func:`tsynd.synthesize`.
+        autoencoder, classifier: see :func:`tsynd.synthesize`.
         settings: of the ascent.
+        seed, batch_size, device, precision, compile, checkpointing, memory_limit: see :func:`tsynd.synthesize`.
         phases: takes the seconds of every phase, see :func:`tsynd.synthesize`.
 
     Attributes:
@@ -68,13 +74,11 @@ class AscentStream:
         classifier: nn.Module | Posterior,
         settings: AscentSettings,
         *,
-        samples: int,
-        masks: str,
-        seed: int,
-        batch_size: int | None,
-        device: torch.device | str | None,
-        precision: str,
-        compile: bool,
+        seed: int = 0,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        precision: str = "float32",
+        compile: bool = False,
         checkpointing: bool | None = None,
         memory_limit: float | None = None,
         phases: Phases | None = None,
@@ -86,9 +90,9 @@ class AscentStream:
             raise InputError("checkpointing: got True with compile=True, wanted one of the two")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
-        self.posterior = as_posterior(classifier, samples, masks, seed)
+        self.posterior = as_posterior(classifier, settings.samples, settings.masks, seed)
         self.model = as_autoencoder(autoencoder)
-        self.device = place(self.posterior, self.model, device)
+        self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
         self.size = batch_size or 0
@@ -127,10 +131,8 @@ class AscentStream:
 
     @property
     def known_latent_std(self) -> float | None:
-        """The autoencoder's own ``latent_std``, None where it has none that is finite and above 0."""
-        known = getattr(self.model, "latent_std", None)
-        value = float(known) if known is not None else math.nan
-        return value if math.isfinite(value) and value > 0 else None
+        """The deviation that the settings give, or else the autoencoder's own; None where neither is there."""
+        return self._settings.latent_std or known_latent_std(self.model)
 
     def check(self, first: Tensor) -> int:
         """Run both models on one image [1, C, H, W]; return the number of classes.
@@ -237,20 +239,6 @@ def _halved(size: int, count: int) -> int:
     while size > 1 and -(-size // 2) >= count:
         size = -(-size // 2)
     return size
-
-
-def place(posterior: Posterior, model: Autoencoder | None, device: torch.device | str | None) -> torch.device:
-    """Move the models and tell where the work happens."""
-    if device is None:
-        parameters = (p for network in posterior.networks for p in network.parameters())
-        target = next((p.device for p in parameters), torch.device("cpu"))
-    else:
-        target = resolve_device(device)
-        for network in posterior.networks:
-            network.to(target)
-    if isinstance(model, nn.Module):
-        model.to(target)
-    return target
 
 
 def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> int:

@@ -18,6 +18,7 @@ from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents, label_probability
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
 from tsynd.synthesis.objectives import LabelLoss, Measure, PlausibleGoal, Uncertainty
+from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.timing import clock
 
@@ -178,7 +179,7 @@ class TargetedAugmentation:
         count = 0
         with torch.no_grad(), frozen(*self._modules()):
             for images in batches:
-                self._place(images.device)
+                place(images.device, self.autoencoder)
                 latents.append(self.autoencoder.encode(images).float().cpu())
                 count += len(images)
                 if count >= _MOST_FITTED:
@@ -212,7 +213,7 @@ class TargetedAugmentation:
         posterior = self._posterior_of(classifier)
         if isinstance(posterior, MCDropout):
             posterior.seed = self.seed + call
-        self._place(images.device)
+        place(images.device, self.autoencoder)
         with ExitStack() as stack:
             stack.enter_context(frozen(*self._modules()))
             if posterior is not None:
@@ -264,10 +265,6 @@ class TargetedAugmentation:
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return (self.autoencoder,) if isinstance(self.autoencoder, nn.Module) else ()
-
-    def _place(self, device: torch.device) -> None:
-        for module in self._modules():
-            module.to(device)
 
     def _prior_at(self, device: torch.device) -> LatentPrior | None:
         if self.prior is not None and self.prior.mean.device != device:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tsynd.evaluation.evaluate import Batches
+from tsynd.data.dataset import LabelledBatches
 from tsynd.models.autoencoder import check_autoencoder, measure_latent_std
 from tsynd.training.global_batch import batch_variance
 from tsynd.training.loop import Checkpoint, FitReport, _check_settings, _Loop
@@ -64,7 +64,7 @@ def fit_autoencoder(
 
     Args:
         autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
-        images: [N, C, H, W], or labelled data, as ``tsynd.data.dataset.Batches`` reads them.
+        images: [N, C, H, W], or labelled data, as ``LabelledBatches`` reads them.
         iterations: optimiser steps.
         batch_size: images per step over all processes; at most the number of images is used.
         learning_rate: peak of a cosine schedule (AdamW).
@@ -83,10 +83,10 @@ def fit_autoencoder(
     settings: dict[str, Any] = dict(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate)
     settings |= dict(weight_decay=weight_decay, seed=seed, precision=precision)
     _check_settings(settings | {"latent_noise": latent_noise})
-    batches = Batches(images, "images")
+    batches = LabelledBatches(images, task=None, by_index=True)
     loop = _Loop(ReconstructionLoss(autoencoder, latent_noise), batches, device, settings)
     model: Any = autoencoder.eval()
-    check_autoencoder(model, batches(torch.tensor([0]))[0].to(loop.device))
+    check_autoencoder(model, batches.first.to(loop.device))
 
     def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
         with loop.over_all(loop.rows, loop.batch_size), loop.autocast():
@@ -100,6 +100,6 @@ def fit_autoencoder(
         autoencoder.eval()
     if isinstance(getattr(autoencoder, "latent_std", None), Tensor):
         with torch.no_grad():
-            latents = (model.encode(batches(part)[0].to(loop.device)) for part in batches.chunks(256))
+            latents = (model.encode(batches.at(part).images.to(loop.device)) for part in batches.chunks(256))
             model.latent_std.copy_(measure_latent_std(latents))
     return FitReport(losses, iterations, seconds)

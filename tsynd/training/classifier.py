@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tsynd.evaluation.evaluate import Batches, check_task, evaluate
+from tsynd.data.dataset import LabelledBatches, check_task
+from tsynd.evaluation.evaluate import evaluate
 from tsynd.models.classifier import as_classifier
 from tsynd.training.loop import Augmentation, Checkpoint, FitReport, _check_settings, _Loop
 from tsynd.utils.errors import InputError
@@ -74,7 +75,7 @@ def fit_classifier(
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; it is moved to the device and left in eval
             mode.
-        data: labelled images, as ``tsynd.data.dataset.Batches`` reads them.
+        data: labelled images, as ``LabelledBatches`` reads them.
         task: "multiclass" (labels int64 [N]) or "multilabel" (labels 0/1 [N, K]).
         balanced: weigh the loss so that every class (every label's positives) counts the same.
         augmentation: called with the classifier and each step's real batch after the warm-up; it may change
@@ -105,13 +106,13 @@ def fit_classifier(
     _check_settings(settings | {"augmentation_weight": augmentation_weight, "warmup_fraction": warmup_fraction})
     if warmup_fraction > 1:
         raise InputError(f"warmup_fraction: got {warmup_fraction}, wanted a number in [0, 1]")
-    batches, classifier = Batches(data), as_classifier(classifier)
+    batches, classifier = LabelledBatches(data, task=task, name="data", by_index=True), as_classifier(classifier)
     loop = _Loop(classifier, batches, device, settings)
     with torch.no_grad():
-        shape = list(classifier.eval()(batches(torch.tensor([0]))[0].to(loop.device)).shape)
+        shape = list(classifier.eval()(batches.first.to(loop.device)).shape)
     if len(shape) != 2:
         raise InputError(f"classifier: one image gave logits {shape}, wanted [1, K]")
-    everything = batches.labels(task, shape[1])
+    everything = batches.labels(shape[1])
     weights = _class_weights(everything, task, shape[1]) if balanced else torch.ones(shape[1])
     weights = weights.to(loop.device)
     start_at = math.ceil(warmup_fraction * iterations)
@@ -120,7 +121,7 @@ def fit_classifier(
     tell_progress, tell_rows = getattr(augmentation, "set_progress", None), getattr(augmentation, "set_rows", None)
     prepare = getattr(augmentation, "prepare", None)
     if prepare is not None:
-        prepare(batches(part)[0].to(loop.device) for part in batches.chunks(256))
+        prepare(batches.at(part).images.to(loop.device) for part in batches.chunks(256))
 
     def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent

@@ -19,11 +19,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tsynd.evaluation.evaluate import Batches
+from tsynd.data.dataset import LabelledBatches
 from tsynd.training.global_batch import GlobalBatch
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
+from tsynd.utils.fingerprint import differences
 from tsynd.utils.progress import progress_bar
 
 __all__ = ["Augmentation", "Checkpoint", "FitReport", "TrainingState", "batch_order", "load_state", "save_state"]
@@ -117,7 +118,7 @@ class _Loop:
     """What both trainings share: device, processes, optimiser, schedule, precision, batch order."""
 
     def __init__(
-        self, module: nn.Module, batches: Batches, device: torch.device | str | None, settings: dict[str, Any]
+        self, module: nn.Module, batches: LabelledBatches, device: torch.device | str | None, settings: dict[str, Any]
     ) -> None:
         if len(batches) < 2:
             raise InputError(f"{batches.name}: holds {len(batches)} image, wanted two or more")
@@ -198,9 +199,9 @@ class _Loop:
                 self.schedule = self._schedule_from(state.step)
             engine = self.accelerator.prepare_model(self.module) if self.ranks > 1 else self.module
             for step in range(state.step, self.iterations):
-                images, labels = self.batches(next(draws)[self.rows])
-                labels = None if labels is None else labels.to(self.device)
-                loss = compute_loss(engine, step, images.to(self.device), labels)
+                batch = self.batches.at(next(draws)[self.rows])
+                labels = None if batch.labels is None else batch.labels.to(self.device)
+                loss = compute_loss(engine, step, batch.images.to(self.device), labels)
                 state.losses.append(self.total(loss.detach()))
                 if not math.isfinite(state.losses[-1]):
                     raise InputError(
@@ -292,9 +293,7 @@ def load_state(
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (require("safetensors", "models").SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint: {path} cannot be read ({type(error).__name__}); delete it") from None
-    differ = [key for key in settings if then.get(key) != settings[key]]
-    if differ:
-        changes = ", ".join(f"{key} {then.get(key)!r} → {settings[key]!r}" for key in differ)
+    if changes := differences(then, settings):
         raise InputError(f"checkpoint: {path} is of a training with other settings ({changes}); wanted another file")
     try:
         module.load_state_dict({k.removeprefix("module."): v for k, v in held.items() if k.startswith("module.")})

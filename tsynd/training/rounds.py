@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.evaluation.evaluate import Batches
+from tsynd.data.dataset import LabelledBatches
 from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import frozen
@@ -40,7 +40,9 @@ class RoundsReport:
 class _GrowingSet:
     """An augmentation that draws from the images synthesised so far and adds to them when a round begins."""
 
-    def __init__(self, autoencoder: Autoencoder, batches: Batches, rounds: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, autoencoder: Autoencoder, batches: LabelledBatches, rounds: int, options: dict[str, Any]
+    ) -> None:
         self.autoencoder, self.batches, self.rounds, self.options = autoencoder, batches, rounds, options
         self.results: list[SynthesisResult] = []
         self.progress = 0.0
@@ -70,8 +72,9 @@ class _GrowingSet:
         return torch.stack([result.images[row] for result, row in chosen]), torch.stack(own)
 
     def _round(self, classifier: nn.Module) -> SynthesisResult:
-        parts = [self.batches(part) for part in self.batches.chunks(256)]
-        images, labels = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts if y is not None])
+        parts = [self.batches.at(part) for part in self.batches.chunks(256)]
+        images = torch.cat([part.images for part in parts])
+        labels = torch.cat([part.labels for part in parts if part.labels is not None])
         options = self.options | {"seed": self.options["seed"] + len(self.results)}
         return synthesize(self.autoencoder, classifier, images, labels, progress=False, **options)
 
@@ -114,7 +117,7 @@ def fit_rounds(
 
     Args:
         classifier: as in :func:`tsynd.fit_classifier`, with active dropout.
-        data: labelled images, as ``tsynd.data.dataset.Batches`` reads them; a synthetic copy per round stays in memory.
+        data: labelled images, as ``LabelledBatches`` reads them; a synthetic copy per round stays in memory.
         autoencoder: anything :func:`tsynd.as_autoencoder` takes.
         rounds: R, at least 1 and at most the steps after the warm-up.
         objective: as in :func:`tsynd.synthesize`, like all that follow until `iterations`.
@@ -166,7 +169,9 @@ def fit_rounds(
         "latent_std": latent_std,
         "seed": seed,
     }
-    growing = _GrowingSet(as_autoencoder(autoencoder), Batches(data), rounds, options)
+    growing = _GrowingSet(
+        as_autoencoder(autoencoder), LabelledBatches(data, task=task, name="data", by_index=True), rounds, options
+    )
     report = fit_classifier(
         classifier,
         data,

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from tsynd.utils.errors import InputError
 
-__all__ = ["resolve_device"]
+__all__ = ["device_of", "place", "resolve_device"]
 
 
-def resolve_device(device: torch.device | str) -> torch.device:
-    """The device, tried once.
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device, tried once; None takes a GPU where there is one.
 
     Raises:
         InputError: it does not exist or cannot be used here.
     """
     try:
-        target = torch.device(device)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device: got {str(device)!r}, which cannot be used here: {reason}") from None
+    return target
+
+
+def device_of(*models: object) -> torch.device:
+    """Where the first parameter of the modules among the models is; the CPU where there is none."""
+    parameters = (p for model in models if isinstance(model, nn.Module) for p in model.parameters())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def place(device: torch.device | str | None, *models: object) -> torch.device:
+    """Move the modules among the models to a device, None: to that of the first, and tell which it is.
+
+    Raises:
+        InputError: the device cannot be used.
+    """
+    target = device_of(*models) if device is None else resolve_device(device)
+    for model in models:
+        if isinstance(model, nn.Module):
+            model.to(target)
     return target

@@ -1,13 +1,19 @@
-"""Hashes of content and of settings."""
+"""Hashes of content and of settings, and what tells two jobs apart."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["hash_file", "hash_parts", "plain_settings"]
+from torch import Tensor
+
+from tsynd.utils.version import __version__
+
+__all__ = ["differences", "fingerprint", "hash_file", "hash_parts", "plain_settings"]
 
 
 _BLOCK = 2**20
@@ -44,3 +50,24 @@ def plain_settings(settings: Any) -> dict[str, Any]:
     """
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(settings).items() if key != "reading"}
     return values | ({"reading": given} if (given := settings.reading.given()) else {})
+
+
+def fingerprint(settings: Any, data: Sequence[Tensor], **parts: Any) -> dict[str, Any]:
+    """What a job belongs to: the version, the content of its data and its settings.
+
+    Args:
+        settings: see :func:`plain_settings`.
+        data: tensors on the CPU; shape, type and content count.
+        parts: more, JSON-able; they go before settings of the same name.
+    """
+    content: list[str | memoryview] = []
+    for tensor in data:
+        content += [f"{tensor.dtype} {list(tensor.shape)}", tensor.contiguous().numpy().data]
+    return {"tsynd": __version__, "data": hash_parts(*content)[:16], **plain_settings(settings), **parts}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """``KEY THEN → NOW, ...`` for what differs between two fingerprints, as JSON reads them; empty for the same."""
+    now = json.loads(json.dumps(now))
+    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return ", ".join(f"{key} {then.get(key)!r} → {now.get(key)!r}" for key in keys)
