@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tsynd.models import networks
+from tsynd.models.pretrained import PretrainedClassifier
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.version import __version__
@@ -23,6 +24,7 @@ __all__ = ["ModelCard", "load_model", "read_card", "save_model"]
 _REGISTRY: dict[str, type[nn.Module]] = {
     "SmallResNet": networks.SmallResNet,
     "SmallAutoencoder": networks.SmallAutoencoder,
+    "PretrainedClassifier": PretrainedClassifier,
 }
 
 
@@ -32,7 +34,7 @@ class ModelCard:
 
     Attributes:
         model: class name, a key of the registry.
-        config: the class's constructor arguments.
+        config: what the class's ``rebuild`` takes or, where it has none, its constructor.
         class_names: names of the classes or labels, in the order of the logits.
         image_shape: [C, H, W] of the training images.
         task: "multiclass" or "multilabel", None for an autoencoder.
@@ -66,7 +68,7 @@ def save_model(
     """Write ``NAME.safetensors`` and ``NAME.json``; both appear whole or not at all.
 
     Args:
-        module: a ``SmallResNet`` or a ``SmallAutoencoder``, on any device.
+        module: one of tsynd's networks, or what :func:`tsynd.classifier` made, on any device.
         path: ``NAME`` or ``NAME.safetensors``; the folder is made if missing.
         class_names: names of the classes or labels, in the order of the logits.
         image_shape: [C, H, W] of the training images.
@@ -161,9 +163,12 @@ def load_model(path: str | os.PathLike[str], *, device: torch.device | str = "cp
         raise InputError(f"{weights}: no safetensors file: {error}") from error
     try:
         with torch.random.fork_rng(devices=[]):  # construction draws initial weights
-            module = _REGISTRY[card.model](**card.config)
+            kind = _REGISTRY[card.model]
+            module: nn.Module = getattr(kind, "rebuild", kind)(**card.config)
         module.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except InputError as error:
+        raise InputError(f"{sheet}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{weights}: does not fit the {card.model} in {sheet.name}: {reason}") from error
     return module.to(device).eval()

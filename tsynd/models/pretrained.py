@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from tsynd.models.sources import Source, parse_source, trusted
 from tsynd.models.weights import load_weights
 from tsynd.utils.errors import InputError, MissingExtraError, check_choice, require
 
-__all__ = ["TRAINS", "PretrainedClassifier", "classifier"]
+__all__ = ["TRAINS", "PretrainedClassifier", "build_classifier"]
 
 TRAINS = ("head", "last_block", "all")
 """Which parts of a pretrained classifier are trained; the others stay as they came."""
@@ -126,7 +126,9 @@ class PretrainedClassifier(nn.Module):
             InputError: images of another shape.
         """
         if isinstance(images, Tensor) and (images.dim() != 4 or images.shape[1] not in (1, 3)):
-            raise InputError(f"images: got shape {list(images.shape)}, wanted [B, 1 or 3, H, W] for a pretrained network")
+            raise InputError(
+                f"images: got shape {list(images.shape)}, wanted [B, 1 or 3, H, W] for a pretrained network"
+            )
         pixels = images.expand(-1, 3, -1, -1)
         if self.size is not None:
             pixels = functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
@@ -152,51 +154,20 @@ class PretrainedClassifier(nn.Module):
         return [{"params": part, "lr": learning_rate * decay**depth} for depth, part in enumerate(parts) if part]
 
 
-def classifier(
-    name: str | os.PathLike[str],
+def build_classifier(
+    text: str,
     classes: int,
     *,
-    pretrained: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    dropout: float = 0.5,
-    trains: str = "head",
-    channels: int = 1,
-    image_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    last_layer: str | None = None,
-) -> nn.Module:
-    """A classifier by name, with a new last layer behind a dropout; images of one or three channels in [0, 1].
-
-    Args:
-        name: ``timm:NAME`` (a model of timm), ``hf:NAME`` (on the Hugging Face hub, or the folder of a saved model),
-            ``MODULE:FUNCTION`` (anything installed that gives a network), ``small`` (:class:`tsynd.SmallResNet`, from
-            scratch), or the file of a model that :func:`tsynd.save_model` wrote. The first three take
-            ``,option=value,...`` for what makes the network.
-        classes: number of logits.
-        pretrained: load the library's own weights; False starts from random ones.
-        weights: a file of the network's weights (.safetensors, or .pth or .bin without pickled code) instead of the
-            library's own.
-        dropout: probability that a feature is dropped before the last layer.
-        trains: ``head`` (the encoder is frozen), ``last_block`` (and all behind it) or ``all``; see
-            :meth:`PretrainedClassifier.parameter_groups` for their learning rates.
-        channels: of the images, for ``small``.
-        image_size: images are resized to this square; None does so only for a network that takes no other size.
-        mean: what the network subtracts of pixels in [0, 1], one number a channel; None is its library's own, or
-            ImageNet's.
-        std: what it divides by.
-        last_layer: name of the linear layer that is replaced; None finds it.
-
-    Returns:
-        A :class:`PretrainedClassifier`, or what the file holds, in eval mode.
-
-    Raises:
-        InputError: a name, weights or a network that cannot be used.
-        MissingExtraError: the library is not installed.
-    """
-    text = os.fspath(name)
-    if text == "small" or _is_file(text):
-        return _own(text, classes, channels, dropout, weights)
+    pretrained: bool,
+    weights: Path | None,
+    dropout: float,
+    trains: str,
+    image_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    last_layer: str | None,
+) -> PretrainedClassifier:
+    """What :func:`tsynd.classifier` gives for another library's network; see there."""
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise InputError(f"image_size: got {image_size!r}, wanted an integer of 1 or more, or None")
     for argument, values in (("mean", mean), ("std", std)):
@@ -206,7 +177,7 @@ def classifier(
     trusted(source)
     network = _DOORS[source.kind](source, pretrained and weights is None, None)
     if weights is not None:
-        load_weights(network.module, Path(weights))
+        load_weights(network.module, weights)
     module = network.module.float().eval()
     probe = torch.rand(1, 3, *(2 * [image_size or network.size]), generator=torch.Generator().manual_seed(0))
     layer = last_layer or _find_last_layer(module, probe, text)
@@ -216,26 +187,6 @@ def classifier(
     shared |= {"mean": list(mean or network.mean), "std": list(std or network.std)}
     config = {"source": source.text, "blueprint": network.blueprint, "last_layer": layer, **shared}
     return PretrainedClassifier(encoder, features, **shared, config=config).eval()
-
-
-def _is_file(text: str) -> bool:
-    return text.endswith(".safetensors") or Path(text + ".safetensors").exists()
-
-
-def _own(text: str, classes: int, channels: int, dropout: float, weights: object) -> nn.Module:
-    """The small network, or a file's."""
-    from tsynd.models.checkpoint import load_model, read_card
-    from tsynd.models.networks import SmallResNet
-
-    if weights is not None:
-        raise InputError(f"weights: got {weights} beside classifier {text!r}, wanted them with another library's network")
-    if text == "small":
-        return SmallResNet(channels, classes, dropout_rate=dropout).eval()
-    card = read_card(text)
-    known = card.config.get("num_classes")
-    if known != classes:
-        raise InputError(f"classifier: {text} gives {known} logits, wanted {classes}")
-    return load_model(text)
 
 
 def _timm(source: Source, pretrained: bool | None, blueprint: Mapping[str, Any] | None) -> _Network:
@@ -253,6 +204,8 @@ def _timm(source: Source, pretrained: bool | None, blueprint: Mapping[str, Any] 
 
 def _hugging_face(source: Source, pretrained: bool | None, blueprint: Mapping[str, Any] | None) -> _Network:
     library = _import("transformers", "huggingface")
+    mean: Sequence[float]
+    std: Sequence[float]
     mean, std = _IMAGENET
     try:
         if blueprint is not None:
@@ -276,7 +229,9 @@ def _hugging_face(source: Source, pretrained: bool | None, blueprint: Mapping[st
 def _processor_pixels(library: Any, name: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation of the model's image processor; ImageNet's where it has none."""
     try:
-        about = json.loads(Path(library.utils.cached_file(name, "preprocessor_config.json")).read_text(encoding="utf-8"))
+        about = json.loads(
+            Path(library.utils.cached_file(name, "preprocessor_config.json")).read_text(encoding="utf-8")
+        )
     except Exception:  # no such file, or no way to get it
         return _IMAGENET
     if about.get("do_normalize") is False:
@@ -329,6 +284,7 @@ def _find_last_layer(network: nn.Module, image: Tensor, text: str) -> str:
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda module, inputs, output: given.append((name, output))
 
+    network = copy.deepcopy(network)  # some, as Swin, change with the first images that they see
     linears = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear)]
     handles = [module.register_forward_hook(note(name)) for name, module in linears]
     try:
@@ -367,11 +323,12 @@ def _cut(network: nn.Module, layer: str) -> tuple[nn.Module, int]:
 
 def _only_size(encoder: nn.Module, size: int) -> int | None:
     """The network's usual size if it takes no other, found by trying one."""
-    with torch.no_grad():
-        try:
-            encoder(torch.zeros(1, 3, size - 32, size - 32) if size > 64 else torch.zeros(1, 3, size + 32, size + 32))
-        except Exception:  # whatever the network's own code raises on another size
-            return size
+    another = size - 32 if size > 64 else size + 32
+    try:
+        with torch.no_grad():
+            copy.deepcopy(encoder)(torch.zeros(1, 3, another, another))
+    except Exception:  # whatever the network's own code raises on another size
+        return size
     return None
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from tsynd.utils.errors import InputError
 
 __all__ = ["Source", "parse_source", "trusted"]

@@ -70,13 +70,17 @@ def load_weights(network: nn.Module, path: Path) -> None:
     missing = [key for key in wanted if key not in held]
     unknown = [key for key in held if key not in wanted]
     if missing or unknown:
-        faults = [f"{len(keys)} {text} ({keys[0]}, ...)" for keys, text in ((missing, "missing"), (unknown, "unknown")) if keys]
+        faults = [
+            f"{len(keys)} {text} ({keys[0]}, ...)"
+            for keys, text in ((missing, "missing"), (unknown, "unknown"))
+            if keys
+        ]
         raise InputError(f"weights: {path} is not of {type(network).__name__}: {' and '.join(faults)} of {len(wanted)}")
     for key, value in held.items():
-        if value.shape != wanted[key].shape:
-            raise InputError(
-                f"weights: {path}: {key} is {list(value.shape)}, wanted {list(wanted[key].shape)} of the {type(network).__name__}"
-            )
+        shape = list(wanted[key].shape)
+        if list(value.shape) != shape:
+            kind = type(network).__name__
+            raise InputError(f"weights: {path}: {key} is {list(value.shape)}, wanted {shape} of the {kind}")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise InputError(f"weights: {path}: {key} holds values that are not finite")
     network.load_state_dict(held)
