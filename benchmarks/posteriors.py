@@ -18,7 +18,6 @@ from tsynd.posteriors.laplace import LaplaceHead
 from tsynd.posteriors.last_layer import SampledHead
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Ensemble, Posterior
-from tsynd.posteriors.swag import SWAGHead
 from tsynd.utils.errors import require
 
 __all__ = ["SHAPES", "run", "summary"]
@@ -70,20 +69,13 @@ def _with_head(network: nn.Module) -> nn.Module:
 
 
 def _sampled(network: nn.Module, samples: int, layer: str, device: str) -> dict[str, Posterior]:
-    """Laplace and SWAG over the last layer."""
-    linear = network.get_submodule(layer)
-    assert isinstance(linear, nn.Linear)
-    snapshots = [
-        {name: value.detach() + 0.05 * torch.randn_like(value) for name, value in linear.named_parameters()}
-        for _ in range(20)
-    ]
+    """Laplace over the last layer."""
     data = (torch.rand(64, 1, 28, 28), torch.arange(64) % _CLASSES)
     found: dict[str, Posterior] = {}
     try:
         found["tsynd, Laplace head"] = LaplaceHead.fit(network, data, prior_precision=1.0, samples=samples, layer=layer)
     except ImportError as error:
         print(f"without the Laplace head: {error}")
-    found["tsynd, SWAG head"] = SWAGHead(network, snapshots, samples=samples, layer=layer)
     return found
 
 

@@ -99,6 +99,16 @@ inline void check_logits(const Tensor& logits) {
   check_sizes(logits.size(2), 1);
 }
 
+inline void check_targets(const Tensor& logits, const Tensor& targets) {
+  check_logits(logits);
+  check_rank(targets, "targets", 3, "[samples, targets, classes]");
+  check_same_kind(targets, "targets", logits, "logits");
+  STD_TORCH_CHECK(targets.size(0) == logits.size(0) && targets.size(2) == logits.size(2),
+                  "targets: got shape ", shape_of(targets), ", wanted [", logits.size(0), ", targets, ",
+                  logits.size(2), "] as logits ", shape_of(logits));
+  STD_TORCH_CHECK(targets.size(1) >= 1, "targets: got none, wanted at least one");
+}
+
 inline void check_head(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_rank(features, "features", 2, "[images, units]");
   check_rank(weight, "weight", 3, "[samples, classes, units]");

@@ -44,6 +44,31 @@ TSYND_HD typename M::V log_mean(const LogP& logp, int64_t samples) {
   return top + M::log1p(sum * M::splat(1.f / static_cast<float>(samples)));
 }
 
+// Of a joint probability pbar qbar (1 + d): log(1 + d), and log(1 + d) - d by its series near 0, where the
+// difference would keep no digits. d is kept above -1, below which only rounding takes it.
+template <class M>
+struct JointRatio {
+  typename M::V d, log, excess;
+};
+
+template <class M>
+TSYND_HD JointRatio<M> joint_ratio(typename M::V d_in) {
+  using V = typename M::V;
+  const V d = M::max(d_in, M::splat(-1.f + 5.9604645e-8f));
+  // 1/2 .. 1/10 of (-d)^n / n: 4e-8 of the result at 1/8
+  V series = M::splat(-1.f / 10.f);
+  series = series * d + M::splat(1.f / 9.f);
+  series = series * d + M::splat(-1.f / 8.f);
+  series = series * d + M::splat(1.f / 7.f);
+  series = series * d + M::splat(-1.f / 6.f);
+  series = series * d + M::splat(1.f / 5.f);
+  series = series * d + M::splat(-1.f / 4.f);
+  series = series * d + M::splat(1.f / 3.f);
+  series = series * d + M::splat(-1.f / 2.f);
+  const V log = M::log1p(d), size = M::max(d, M::splat(0.f) - d);
+  return JointRatio<M>{d, log, M::select(M::less(size, M::splat(0.125f)), series * d * d, log - d)};
+}
+
 // Compensated (Kahan) sum: the passes' terms largely cancel in the mutual information.
 template <class M>
 struct Sum {
@@ -57,32 +82,37 @@ TSYND_HD void add(Sum<M>& sum, typename M::V x) {
   sum.total = total;
 }
 
+// Logits [classes] from `base` on become log-probabilities, and `p` their probabilities.
+template <class M, class Rows>
+TSYND_HD void log_softmax(Rows& rows, int64_t base, typename M::V* p, int64_t classes) {
+  using V = typename M::V;
+  const V zero = M::splat(0.f), one = M::splat(1.f), floor = M::splat(kLogFloor);
+  V top = rows.in(base);
+  for (int64_t c = 1; c < classes; ++c) top = M::max(top, rows.in(base + c));
+  V rest = zero,
+    ties = zero;  // the sum of exponentials is ties + rest, ties being those equal to the largest
+  for (int64_t c = 0; c < classes; ++c) {
+    const V shifted = M::max(rows.in(base + c) - top, floor);
+    const V e = M::exp(shifted);
+    const auto below = M::less(shifted, zero);
+    p[c] = e;
+    rows.put(base + c, shifted);
+    rest = rest + M::select(below, e, zero);
+    ties = ties + M::select(below, zero, one);
+  }
+  const V inverse = one / (rest + ties), log_sum = M::log1p(rest + (ties - one));
+  for (int64_t c = 0; c < classes; ++c) {
+    p[c] = p[c] * inverse;
+    rows.put(base + c, rows.get(base + c) - log_sum);
+  }
+}
+
 template <class M, class Rows>
 TSYND_HD typename M::V multiclass_uncertainty(Rows& rows, typename M::V* p, typename M::V* q, int64_t samples,
                                               int64_t classes, Objective objective) {
   using V = typename M::V;
-  const V zero = M::splat(0.f), one = M::splat(1.f), floor = M::splat(kLogFloor);
-  for (int64_t t = 0; t < samples; ++t) {
-    const int64_t base = t * classes;
-    V top = rows.in(base);
-    for (int64_t c = 1; c < classes; ++c) top = M::max(top, rows.in(base + c));
-    V rest = zero,
-      ties = zero;  // the sum of exponentials is ties + rest, ties being those equal to the largest
-    for (int64_t c = 0; c < classes; ++c) {
-      const V shifted = M::max(rows.in(base + c) - top, floor);
-      const V e = M::exp(shifted);
-      const auto below = M::less(shifted, zero);
-      p[base + c] = e;
-      rows.put(base + c, shifted);
-      rest = rest + M::select(below, e, zero);
-      ties = ties + M::select(below, zero, one);
-    }
-    const V inverse = one / (rest + ties), log_sum = M::log1p(rest + (ties - one));
-    for (int64_t c = 0; c < classes; ++c) {
-      p[base + c] = p[base + c] * inverse;
-      rows.put(base + c, rows.get(base + c) - log_sum);
-    }
-  }
+  const V zero = M::splat(0.f);
+  for (int64_t t = 0; t < samples; ++t) log_softmax<M>(rows, t * classes, p + t * classes, classes);
   for (int64_t c = 0; c < classes; ++c)
     q[c] = log_mean<M>([&](int64_t t) { return rows.get(t * classes + c); }, samples);
   const V inverse_samples = M::splat(1.f / static_cast<float>(samples));

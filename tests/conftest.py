@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tsynd.posteriors.mc_dropout import MCDropout
 
 try:
     from hypothesis import settings
@@ -55,6 +58,28 @@ class TinyClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.body(images)))
+
+
+class Untraceable(nn.Module):
+    """A network behind control flow on data: torch.fx cannot trace it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.network(images if images.sum() > -1 else -images)
+        return out * 1 if isinstance(out, Tensor) else out.logits * 1  # not the last layer's own output: no head
+
+
+def whole_network(network: nn.Module, samples: int, masks: str, seed: int) -> MCDropout:
+    """MC dropout of the network without any split."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        posterior = MCDropout(Untraceable(network), samples, masks, seed)
+        posterior.logits(torch.rand(2, 1, 28, 28) if hasattr(network, "config") else torch.rand(2, 1, 12, 12))
+    assert posterior.plan == "whole network"
+    return posterior
 
 
 @pytest.fixture

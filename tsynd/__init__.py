@@ -12,20 +12,25 @@ from typing import TYPE_CHECKING, Any
 from tsynd.utils.version import __version__
 
 _HOME = {
+    "Alternation": "training.extra_images",
     "Ascent": "synthesis.ascent",
     "AscentSettings": "synthesis.ascent",
+    "Augmentation": "training.extra_images",
     "Autoencoder": "models.autoencoder",
     "DataSource": "data.dataset",
     "Ensemble": "posteriors.posterior",
+    "ExtraImages": "training.extra_images",
     "InputError": "utils.errors",
     "LabelledImages": "data.dataset",
     "LaplaceHead": "posteriors.laplace",
     "MCDropout": "posteriors.mc_dropout",
+    "Mixture": "training.extra_images",
     "OnnxSynthesizer": "export.runtime",
+    "PixelAdversarial": "training.pixels",
+    "PixelConsistency": "training.pixels",
     "Posterior": "posteriors.posterior",
     "ReadOptions": "data.readers.options",
-    "RoundsReport": "training.rounds",
-    "SWAGHead": "posteriors.swag",
+    "RoundsAugmentation": "training.rounds",
     "SampledHead": "posteriors.last_layer",
     "SmallAutoencoder": "models.networks",
     "SmallResNet": "models.networks",
@@ -41,7 +46,6 @@ _HOME = {
     "export_torchscript": "export.torchscript",
     "fit_autoencoder": "training.autoencoder",
     "fit_classifier": "training.classifier",
-    "fit_rounds": "training.rounds",
     "load_data": "data.load",
     "load_model": "models.checkpoint",
     "save_model": "models.checkpoint",
@@ -69,14 +73,15 @@ if TYPE_CHECKING:
     from tsynd.posteriors.last_layer import SampledHead
     from tsynd.posteriors.mc_dropout import MCDropout
     from tsynd.posteriors.posterior import Ensemble, Posterior
-    from tsynd.posteriors.swag import SWAGHead
     from tsynd.synthesis.api import synthesize, uncertainty
     from tsynd.synthesis.ascent import Ascent, AscentSettings, Status
     from tsynd.synthesis.result import SynthesisResult
     from tsynd.training.augmentation import TargetedAugmentation
     from tsynd.training.autoencoder import fit_autoencoder
     from tsynd.training.classifier import fit_classifier
-    from tsynd.training.rounds import RoundsReport, fit_rounds
+    from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
+    from tsynd.training.pixels import PixelAdversarial, PixelConsistency
+    from tsynd.training.rounds import RoundsAugmentation
     from tsynd.utils.errors import InputError
 
 

@@ -34,6 +34,30 @@ struct LogitsTile {
   float* scratch;  // logits_scratch(samples, classes) floats, 64-byte aligned
 };
 
+// Posterior samples of `images` neighbouring images as ratios to their means. Outcomes are the classes of a
+// multiclass task (one group), or 1 and 0 of each label (a group each).
+struct RatiosTile {
+  const float* logits;  // of the first image in the first pass
+  int64_t pass_stride;  // floats from one pass to the next
+  int64_t images;       // 1 .. lanes
+  int64_t samples, classes;
+  Task task;
+  float* ratio;    // out [groups][samples][stride]: p / mean - 1 of image i, outcome k at i * outcomes + k
+  float* mean;     // out [groups][stride]
+  float* p;        // out as ratio, or null
+  int64_t stride;  // floats from one pass to the next of `ratio` and `p`
+  float* scratch;  // ratios_scratch(samples, classes) floats, 64-byte aligned
+};
+
+// Rows of an image's outcomes against columns of targets' outcomes.
+struct InformationTile {
+  float* joint;  // [rows][columns] in: sum over passes of ratio times ratio; out: log(1 + d)
+  int64_t rows, columns;
+  float scale;             // 1 / passes, which makes the sum d
+  const float* mean;       // [columns], the targets' mean probabilities
+  float *excess, *gained;  // [rows] += sum of mean (log(1 + d) - d), and of mean ((1 + d) log(1 + d) - d)
+};
+
 // A tile of images through an independently masked linear head.
 struct DropoutHeadTile {
   const float* features;  // [lanes][padded units], zero beyond the units and beyond `images`
@@ -70,6 +94,8 @@ struct Kernels {
   int lanes;
   void (*uncertainty)(const UncertaintyTile&);
   void (*logits)(const LogitsTile&);
+  void (*ratios)(const RatiosTile&);
+  void (*information)(const InformationTile&);
   void (*dropout_head)(const DropoutHeadTile&);
   // out[u] = kept ? x[u] * scale : 0 for `blocks` blocks of 16 units of one (sample, pass)
   void (*masked_copy)(const float* x, float* out, int64_t blocks, uint32_t pass, uint32_t keep,
@@ -89,6 +115,11 @@ constexpr int64_t uncertainty_scratch(int64_t samples, int64_t classes) {
 
 constexpr int64_t logits_scratch(int64_t samples, int64_t classes) {
   return samples * classes * kMaxLanes + uncertainty_scratch(samples, classes);
+}
+
+// log-probabilities of every pass and outcome, one pass' probabilities, the means
+constexpr int64_t ratios_scratch(int64_t samples, int64_t classes) {
+  return (samples + 2) * 2 * classes * kMaxLanes;
 }
 
 // logits tile + one image's logits + its mask bits (two bytes a block, rounded up to whole vectors)

@@ -220,12 +220,85 @@ void logits(const LogitsTile& tile) {
     logits_rows<float>(tile);
 }
 
+// [outcomes][lanes] to images' rows of outcomes.
+TSYND_HD void store_outcomes(const VFloat* from, float* to, int64_t outcomes, int64_t images) {
+  for (int64_t k = 0; k < outcomes; k += 4) {
+    const int count = static_cast<int>(outcomes - k < 4 ? outcomes - k : 4);
+    VFloat four[4] = {};
+    for (int i = 0; i < count; ++i) four[i] = from[k + i];
+    transpose_parts(four);
+    store_classes(to + k, outcomes, images, count, four);
+  }
+}
+
+void ratios(const RatiosTile& tile) {
+  const int64_t samples = tile.samples, classes = tile.classes;
+  const bool multiclass = tile.task == Task::kMulticlass;
+  const int64_t outcomes = multiclass ? classes : 2, groups = multiclass ? 1 : classes,
+                all = groups * outcomes;
+  VFloat* const logp = reinterpret_cast<VFloat*>(tile.scratch);  // [samples][groups][outcomes]
+  VFloat* const p = logp + samples * all;                        // [groups][outcomes], then the means
+  TileRows rows{tile.scratch, kLanes, nullptr};
+  for (int64_t t = 0; t < samples; ++t) {
+    for (int64_t c = 0; c < classes; c += 4) {
+      const int count = static_cast<int>(classes - c < 4 ? classes - c : 4);
+      VFloat four[4];
+      load_classes(tile.logits + t * tile.pass_stride + c, classes, tile.images, count, four);
+      transpose_parts(four);
+      for (int i = 0; i < count; ++i) {
+        if (multiclass) {
+          logp[t * all + c + i] = four[i];
+        } else {
+          const Bernoulli<VMath> b = bernoulli<VMath>(four[i]);
+          logp[t * all + 2 * (c + i)] = b.log1;
+          logp[t * all + 2 * (c + i) + 1] = b.log0;
+        }
+      }
+    }
+    if (multiclass) log_softmax<VMath>(rows, t * all, p, classes);
+    if (tile.p == nullptr) continue;
+    if (!multiclass)
+      for (int64_t i = 0; i < all; ++i) p[i] = VMath::exp(logp[t * all + i]);
+    for (int64_t g = 0; g < groups; ++g)
+      store_outcomes(p + g * outcomes, tile.p + (g * samples + t) * tile.stride, outcomes, tile.images);
+  }
+  VFloat* const mean = p;
+  for (int64_t i = 0; i < all; ++i)
+    mean[i] = log_mean<VMath>([&](int64_t t) { return logp[t * all + i]; }, samples);
+  for (int64_t t = 0; t < samples; ++t)
+    for (int64_t g = 0; g < groups; ++g) {
+      VFloat* const own = logp + t * all + g * outcomes;
+      for (int64_t k = 0; k < outcomes; ++k) own[k] = VMath::expm1(own[k] - mean[g * outcomes + k]);
+      store_outcomes(own, tile.ratio + (g * samples + t) * tile.stride, outcomes, tile.images);
+    }
+  for (int64_t i = 0; i < all; ++i) mean[i] = VMath::exp(mean[i]);
+  for (int64_t g = 0; g < groups; ++g)
+    store_outcomes(mean + g * outcomes, tile.mean + g * tile.stride, outcomes, tile.images);
+}
+
 // f(index, count) over `total` elements, kLanes at a time and then the rest.
 template <class F>
 TSYND_HD void for_vectors(int64_t total, const F& f) {
   int64_t i = 0;
   for (; i + kLanes <= total; i += kLanes) f(i, kLanes);
   if (i < total) f(i, static_cast<int>(total - i));
+}
+
+void information(const InformationTile& tile) {
+  const VFloat scale = splat(tile.scale);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    float* const joint = tile.joint + row * tile.columns;
+    VFloat excess = VFloat{}, gained = VFloat{};
+    for_vectors(tile.columns, [&](int64_t j, int n) {
+      const JointRatio<VMath> ratio = joint_ratio<VMath>(load_some(joint + j, n) * scale);
+      const VFloat mean = load_some(tile.mean + j, n);  // 0 behind the last column
+      excess += mean * ratio.excess;
+      gained += mean * (ratio.excess + ratio.d * ratio.log);
+      store_some(joint + j, ratio.log, n);
+    });
+    tile.excess[row] += sum_lanes(excess);
+    tile.gained[row] += sum_lanes(gained);
+  }
 }
 
 // The largest absolute value's bits: 0 where all are zero, at least 0x7F800000 where one is not finite.
@@ -311,7 +384,7 @@ void ascend(const AscentRow& row) {
 
 }  // namespace
 
-const Kernels kKernels = {TSYND_ISA_NAME, kLanes,     uncertainty, logits, dropout_head,
-                          masked_copy,    masked_add, mask_bytes,  ascend};
+const Kernels kKernels = {TSYND_ISA_NAME, kLanes,      uncertainty, logits,     ratios, information,
+                          dropout_head,   masked_copy, masked_add,  mask_bytes, ascend};
 
 }  // namespace tsynd::TSYND_ISA

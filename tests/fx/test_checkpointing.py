@@ -150,7 +150,10 @@ def test_images_of_small_tiles_do_not_depend_on_the_batch(images: Tensor, monkey
 def test_mc_dropout_is_as_before_after_stages() -> None:
     posterior = MCDropout(TinyClassifier(), samples=4)
     image = torch.rand(1, 1, 12, 12)
-    with posterior.frozen(), posterior.staged(image) as heaviest:
-        assert heaviest > 0
-        assert isinstance(posterior._trunk, Staged)
-    assert posterior._trunk is None
+    with posterior.frozen():
+        value, plain = posterior.uncertainty(image), kept_per_image(posterior.uncertainty, image)
+        with posterior.staged(image) as heaviest:
+            assert heaviest > 0
+            assert kept_per_image(posterior.uncertainty, image) < plain
+            assert torch.equal(posterior.uncertainty(image), value)
+        assert kept_per_image(posterior.uncertainty, image) == plain

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import TinyAutoencoder, TinyClassifier
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tsynd
 from tsynd.fx.folding import FoldedGraph, folded_decoder
@@ -30,6 +33,21 @@ def settled(network: nn.Module) -> nn.Module:
 
 def norms(network: nn.Module) -> int:
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+
+@contextmanager
+def counted(calls: list[nn.Module]) -> Iterator[None]:
+    """Notes every batch norm that is called."""
+
+    def note(module: nn.Module, *_: object) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            calls.append(module)
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 CASES = {
@@ -80,10 +98,13 @@ def test_posterior_folds_and_follows_the_weights(early: bool) -> None:
     for _ in range(2):
         with posterior.frozen():
             plain = posterior.uncertainty(x)
-            with channels_last(network), posterior.folded():
-                assert posterior._trunk is not None
+            calls: list[nn.Module] = []  # of batch norms: a folded one is not called
+            with channels_last(network), posterior.folded(), counted(calls):
                 torch.testing.assert_close(posterior.uncertainty(x), plain, rtol=1e-4, atol=1e-6)
-            assert posterior._trunk is None
+            assert not calls
+            with counted(calls):
+                assert torch.equal(posterior.uncertainty(x), plain)
+            assert calls
         with torch.no_grad():  # training goes on: the next block folds the new weights
             network.body[0].weight.mul_(1.5)
             network.body[1].running_mean.add_(0.3)

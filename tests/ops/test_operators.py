@@ -499,6 +499,11 @@ def test_keep_rate(p: float) -> None:
     assert (per_pass - keep).abs().max() <= 5 * math.sqrt(keep * (1 - keep) / mask[0].numel())
 
 
+def _images_first(logits: Tensor, heads: Tensor) -> list[Tensor]:
+    value, gradient = ops.expected_information(logits, heads[:, :, :5].contiguous())
+    return [value, gradient.transpose(0, 1)]
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_results_do_not_depend_on_threads_or_batch(count: int) -> None:
     features, weight = random(50, 70).float(), random(5, 70, seed=1).float()
@@ -509,7 +514,8 @@ def test_results_do_not_depend_on_threads_or_batch(count: int) -> None:
         own = ops.dropout_head_uncertainty(
             features[part], weight, None, 0.5, 9, 1, 0, ids[part], "mutual_information", "multiclass"
         )
-        return [*own, *ops.head_uncertainty(features[part], heads)]
+        logits = torch.einsum("bd,tcd->tbc", features[part], heads)
+        return [*own, *ops.head_uncertainty(features[part], heads), *_images_first(logits, heads)]
 
     whole = run(slice(None))
     threads = torch.get_num_threads()
@@ -601,6 +607,7 @@ class _Uncertainty(torch.nn.Module):
 
 
 _F, _W, _H, _I = torch.ones(4, 6), torch.ones(3, 6), torch.ones(2, 3, 6), torch.arange(4)
+_T = torch.ones(3, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -611,6 +618,13 @@ _F, _W, _H, _I = torch.ones(4, 6), torch.ones(3, 6), torch.ones(2, 3, 6), torch.
         (lambda: ops.logits_uncertainty(torch.ones(3, 4, 5).double()), ["logits", "float32"]),
         (lambda: ops.logits_uncertainty(torch.ones(3, 4, 5), "bald"), ["objective", "bald", "mutual_inf"]),
         (lambda: ops.logits_uncertainty(torch.ones(3, 4, 5), "entropy", "binary"), ["task", "binary"]),
+        (lambda: ops.expected_information(torch.ones(3, 4), _T), ["logits", "[3, 4]"]),
+        (lambda: ops.expected_information(_T, torch.ones(4, 5)), ["targets", "[4, 5]"]),
+        (lambda: ops.expected_information(_T, torch.ones(3, 2, 6)), ["targets", "[3, 2, 6]", "[3, targets, 5]"]),
+        (lambda: ops.expected_information(_T, torch.ones(2, 2, 5)), ["targets", "[2, 2, 5]"]),
+        (lambda: ops.expected_information(_T, torch.ones(3, 0, 5)), ["targets", "at least one"]),
+        (lambda: ops.expected_information(_T, _T.bfloat16()), ["targets", "dtype", "logits"]),
+        (lambda: ops.expected_information(_T, _T, "binary"), ["task", "binary"]),
         (lambda: ops.head_uncertainty(_F, torch.ones(2, 3, 7)), ["weight", "[2, 3, 7]", "6"]),
         (lambda: ops.head_uncertainty(_F, _H, torch.ones(3)), ["bias", "[3]", "[2, 3]"]),
         (lambda: ops.head_uncertainty(_F, _H.bfloat16()), ["weight", "dtype", "features"]),

@@ -1,4 +1,4 @@
-"""Sampled last layers: Laplace, SWAG, their files, and what they give to an ascent."""
+"""Sampled last layers: Laplace, their files, and what they give to an ascent."""
 
 from __future__ import annotations
 
@@ -63,6 +63,17 @@ def test_samples_are_addressed_by_seed_and_pass() -> None:
     assert torch.equal(gaussian.draw(8, 3 + 2**64), many)
     assert len(many.unique(dim=0)) == 8
     assert gaussian.draw(2, -1).isfinite().all()
+
+
+def test_low_rank_samples_have_the_covariance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(6, generator=generator, dtype=torch.float64)
+    rows = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    variance = torch.rand(6, generator=generator, dtype=torch.float64)
+    gaussian = HeadGaussian("low_rank", {"mean": mean, "variance": variance, "deviations": rows})
+    drawn, wanted = gaussian.draw(20000, 0), variance.diag() + rows.t() @ rows
+    assert (drawn.mean(0) - mean).abs().max() < 5 * float(wanted.diagonal().max() / 20000) ** 0.5
+    torch.testing.assert_close(drawn.t().cov(), wanted, rtol=0, atol=0.06 * float(wanted.abs().max()))
 
 
 # --- laplace-torch
@@ -174,84 +185,6 @@ def test_an_unfitted_laplace_is_refused(structure: str) -> None:
             tsynd.LaplaceHead(found)
 
 
-# --- SWAG
-
-
-def snapshots(classifier: TinyClassifier, count: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "head.weight": classifier.head.weight.detach() + 0.1 * torch.randn(3, 128, generator=generator),
-            "head.bias": classifier.head.bias.detach() + 0.1 * torch.randn(3, generator=generator),
-        }
-        for _ in range(count)
-    ]
-
-
-def test_swag_is_the_papers_formula(classifier: TinyClassifier) -> None:
-    taken = snapshots(classifier, 7)
-    posterior = tsynd.SWAGHead(classifier, taken, rank=4, samples=5)
-    points = torch.stack([torch.cat([s["head.weight"].flatten(), s["head.bias"]]) for s in taken]).double()
-    mean = points.mean(0)
-    torch.testing.assert_close(posterior.gaussian.tensors["mean"], mean)
-    running = torch.stack([points[: i + 1].mean(0) for i in range(7)])
-    columns = (points - running)[-4:]
-    covariance = (points.square().mean(0) - mean.square()).clamp_min(0).diag() / 2
-    covariance += columns.t() @ columns / (2 * 3)
-    drawn = posterior.gaussian.draw(8000, 0)[:, :20]
-    wanted = covariance[:20, :20]
-    torch.testing.assert_close(drawn.t().cov(), wanted, rtol=0, atol=0.08 * float(wanted.max()))
-    wide = tsynd.SWAGHead(classifier, taken, rank=4, scale=4.0, samples=5).gaussian.draw(5, 0)
-    narrow = posterior.gaussian.draw(5, 0)
-    torch.testing.assert_close(wide - mean, 2 * (narrow - mean))
-
-
-def test_swag_takes_the_layers_own_state_and_a_bias_free_layer() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(144, 3, bias=False))
-    states = [{"weight": torch.randn(3, 144)} for _ in range(3)]
-    posterior = tsynd.SWAGHead(network, states, samples=4)
-    assert posterior.logits(torch.rand(2, 1, 12, 12)).shape == (4, 2, 3)
-
-
-@pytest.mark.parametrize("network", [TinyClassifier, Opaque])
-def test_swag_fit(network: type[nn.Module], images: Tensor, labels: Tensor) -> None:
-    torch.manual_seed(2)
-    classifier = network()
-    before = {key: value.clone() for key, value in classifier.state_dict().items()}
-    random = torch.get_rng_state()
-    one = tsynd.SWAGHead.fit(classifier, (images, labels), epochs=6, samples=8)
-    two = tsynd.SWAGHead.fit(classifier, (images, labels), epochs=6, samples=8)
-    assert torch.equal(random, torch.get_rng_state())
-    assert torch.equal(one.uncertainty(images), two.uncertainty(images))
-    assert (one.uncertainty(images) > 0).all()
-    assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"snapshots": []}, "snapshots: got 0, wanted two or more"),
-        ({"snapshots": [{}, {}]}, "snapshots: number 0 has weight none"),
-        ({"snapshots": [{"weight": torch.zeros(2, 2)}] * 2}, r"has weight \[2, 2\], wanted \[3, 128\]"),
-        ({"snapshots": [3, 4]}, "has weight none"),
-        ({"rank": 1}, "rank: got 1"),
-        ({"scale": 0.0}, "scale: got 0.0"),
-        ({"samples": 0}, "samples: got 0"),
-        ({"layer": "body"}, "layer: got 'body', wanted one of head"),
-    ],
-)
-def test_bad_swag(classifier: TinyClassifier, change: dict[str, object], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        tsynd.SWAGHead(classifier, **({"snapshots": snapshots(classifier, 3)} | change))  # type: ignore[arg-type]
-
-
-def test_snapshots_that_blew_up_are_refused(classifier: TinyClassifier, images: Tensor, labels: Tensor) -> None:
-    with pytest.raises(InputError, match="not finite, wanted a smaller learning rate"):
-        tsynd.SWAGHead.fit(classifier, (images * 1e0, labels), learning_rate=1e30, epochs=3)
-    with pytest.raises(InputError, match="epochs: got 1"):
-        tsynd.SWAGHead.fit(classifier, (images, labels), epochs=1)
-
-
 # --- as a posterior
 
 
@@ -316,7 +249,9 @@ def test_save_and_load(kind: str, tmp_path: Path, images: Tensor, labels: Tensor
     torch.manual_seed(2)
     classifier = TinyClassifier()
     if kind == "low_rank":
-        posterior: SampledHead = tsynd.SWAGHead(classifier, snapshots(classifier, 5), samples=7, seed=3)
+        mean, rows = torch.randn(387, dtype=torch.float64), torch.randn(4, 387, dtype=torch.float64)
+        gaussian = HeadGaussian("low_rank", {"mean": mean, "variance": mean.square(), "deviations": rows / 5})
+        posterior: SampledHead = SampledHead(classifier, gaussian, samples=7, seed=3)
     else:
         pytest.importorskip("laplace", reason="laplace-torch is not installed")
         data = (images, labels)

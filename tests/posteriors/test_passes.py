@@ -53,7 +53,8 @@ def test_parts_equal_the_whole(
             counts.append(len(inputs[0]))
             return at_once
 
-        monkeypatch.setattr("tsynd.posteriors.mc_dropout.images_at_once", small)
+        for module in ("mc_dropout", "whole_network"):
+            monkeypatch.setattr(f"tsynd.posteriors.{module}.images_at_once", small)
         for got, wanted in zip(all_of(), whole, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
     assert counts == [6, 6, 6]

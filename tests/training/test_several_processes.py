@@ -35,9 +35,10 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # take for one.
 _WORKER = """
 import sys, torch
-from tsynd.augmentation import TargetedAugmentation
+from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
-from tsynd.training import fit_autoencoder, fit_classifier
+from tsynd.training.autoencoder import fit_autoencoder
+from tsynd.training.classifier import fit_classifier
 
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -89,13 +90,13 @@ _BAD = """
 import os, sys, time, torch
 from pathlib import Path
 from tsynd.models.networks import SmallResNet
-from tsynd.training import fit_classifier
+from tsynd.training.classifier import fit_classifier
 
 images, labels = torch.rand(24, 1, 8, 8), torch.arange(24) % 2
 def extra(classifier, x, y):
     bad = torch.distributed.get_rank() == 1
     return (x * float("nan") if bad else x), y
-from tsynd.errors import InputError
+from tsynd.utils.errors import InputError
 try:
     fit_classifier(SmallResNet(widths=(4, 8)).apply(lambda m: setattr(m, "training", True)), (images, labels),
                    augmentation=extra, iterations=4, batch_size=8, device="cpu", progress=False)

@@ -25,7 +25,7 @@ from tsynd.synthesis.api import synthesize
 from tsynd.training.autoencoder import fit_autoencoder
 from tsynd.training.classifier import fit_classifier
 from tsynd.training.loop import batch_order
-from tsynd.training.rounds import fit_rounds
+from tsynd.training.rounds import RoundsAugmentation
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -246,20 +246,22 @@ def test_rounds_append_and_continue_with_the_same_number_of_steps(monkeypatch):
     steps = []
     model.register_forward_hook(lambda m, x, out: steps.append((m.training, len(x[0]))))
     options = {"iterations": 13, "batch_size": 8, "warmup_fraction": 0.3, "seed": 2, **QUIET}
-    report = fit_rounds(model, data, coder, rounds=3, samples=8, steps=2, radius=0.7, latent_std=1.0, **options)
+    own = {"rounds": 3, "samples": 8, "steps": 2, "radius": 0.7, "latent_std": 1.0, "seed": 2}
+    growing = RoundsAugmentation(coder, data, **own)
+    report = fit_classifier(model, data, augmentation=growing, **options)
     assert torch.equal(torch.get_rng_state(), state)
-    assert report.fit.iterations == len(report.fit.losses) == 13
+    assert report.iterations == len(report.losses) == 13
     assert [size for training, size in steps if training] == [8] * 4 + [16] * 9
-    assert 0 < report.fit.augmentation_share < 1
-    assert len(report.results) == 3
+    assert 0 < report.augmentation_share < 1
+    assert len(growing.results) == 3
     assert seeds == [2, 3, 4]
-    for result in report.results:
+    for result in growing.results:
         assert torch.equal(result.labels, labels)
         assert torch.equal(result.sample_ids, torch.arange(24))
         assert (result.uncertainty >= result.initial_uncertainty).all()
-    assert (report.results[0].images - report.results[1].images).abs().max() > 1e-3
+    assert (growing.results[0].images - growing.results[1].images).abs().max() > 1e-3
     again = _classifier()
-    fit_rounds(again, data, coder, rounds=3, samples=8, steps=2, radius=0.7, latent_std=1.0, **options)
+    fit_classifier(again, data, augmentation=RoundsAugmentation(coder, data, **own), **options)
     assert _same(model, again)
     # the first round is made where the online augmentation would begin
     early = _classifier()
@@ -268,7 +270,7 @@ def test_rounds_append_and_continue_with_the_same_number_of_steps(monkeypatch):
     with torch.no_grad():
         source = coder.eval().decode(coder.encode(images))
         before = MCDropout(early, 8, seed=2).uncertainty(source)
-    torch.testing.assert_close(report.results[0].initial_uncertainty, before, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(growing.results[0].initial_uncertainty, before, rtol=1e-3, atol=1e-5)
 
 
 def _interrupt(classifier, images, labels):
@@ -295,8 +297,13 @@ def test_rounds_refuse_bad_input_before_training(options, message):
     given = {"classifier": _classifier(), "autoencoder": SmallAutoencoder(1, 4, (8, 16)), "latent_std": 1.0} | options
     model = given.pop("classifier")
     before = [weight.clone() for weight in model.state_dict().values()]
+
+    def train():
+        growing = RoundsAugmentation(given.pop("autoencoder"), (IMAGES, LABELS), **given)
+        fit_classifier(model, (IMAGES, LABELS), iterations=5, batch_size=4, augmentation=growing, **QUIET)
+
     with pytest.raises(InputError, match=message):
-        fit_rounds(model, (IMAGES, LABELS), given.pop("autoencoder"), iterations=5, batch_size=4, **given, **QUIET)
+        train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
 
 
@@ -427,9 +434,8 @@ _WORKER = """
 import hashlib, os, sys, torch
 from pathlib import Path
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
-from tsynd.rounds import fit_rounds
-from tsynd.synthesis import synthesize
-from tsynd.training import batch_order, fit_autoencoder, fit_classifier
+from tsynd.training.autoencoder import fit_autoencoder
+from tsynd.training.classifier import fit_classifier
 
 images, labels = torch.load(sys.argv[1], weights_only=True)
 torch.manual_seed(0)

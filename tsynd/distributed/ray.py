@@ -45,7 +45,7 @@ def _connected(ray: Any, address: str, workers: int, threads: int) -> Iterator[N
     quiet = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address == "local":
-            ray.init(num_cpus=workers * threads, include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=workers * threads, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:

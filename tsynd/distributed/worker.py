@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,26 @@ from tsynd.utils.version import __version__
 __all__ = ["ShardSettings", "ShardWorker"]
 
 
-@dataclass(frozen=True)
-class ShardSettings:
-    """A sharded job.
+@dataclass(frozen=True, kw_only=True)
+class ShardSettings(AscentSettings):
+    """A sharded job; ``task`` is the data's. Sample ids are positions in the data.
 
     Attributes:
         data: see ``tsynd.data.sources.open_source``.
-        autoencoder, classifier: files of :func:`tsynd.save_model`; with Ray, paths that every machine sees.
+        autoencoder: file of :func:`tsynd.save_model`; with Ray, a path that every machine sees.
+        classifier: file of :func:`tsynd.save_model`, likewise.
         output: folder, one that every machine sees.
-        split: of the data.
+        split: which images: train, val or test.
         reading: how its files are read.
-        shard_size: images per shard.
-        image_format: ``png`` (8 bits) or ``npy`` (float32 [C, H, W] or, of volumes, [C, D, H, W]).
-        objective, samples, masks, steps, radius, label_consistency, seed, batch_size, checkpointing, memory_limit,
-            precision: see :func:`tsynd.synthesize`. Sample ids are positions in the data.
-        device: of each worker; None takes a GPU where there is one.
-        threads: CPU threads of each worker; None leaves torch's choice.
+        shard_size: images per WebDataset shard in the folder ``output``; resumable.
+        image_format: of shards: ``png`` (8 bits) or ``npy`` (float32 [C, H, W], volumes [C, D, H, W]).
+        seed: of the posterior samples (and of the subset, where there is one).
+        batch_size: images at once; as many as fit by default.
+        checkpointing: less memory, about 1.4 times as long; where it is needed by default.
+        memory_limit: GiB for the activations of the images at once; 2 on a CPU, half of a GPU's free memory.
+        precision: see :func:`tsynd.synthesize`.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...; a GPU where there is one.
+        threads: CPU threads of each worker; torch's choice by default.
     """
 
     data: str
@@ -52,12 +56,6 @@ class ShardSettings:
     reading: ReadOptions = field(default_factory=ReadOptions)
     shard_size: int = 4096
     image_format: str = "png"
-    objective: str = "mutual_information"
-    samples: int = 32
-    masks: str = "shared"
-    steps: int = 5
-    radius: float = 0.5
-    label_consistency: float | None = None
     seed: int = 0
     batch_size: int | None = None
     checkpointing: bool | None = None
@@ -80,8 +78,8 @@ def _fingerprint(settings: ShardSettings, source: RangeSource, latent_std: float
         "images": source.count,
         "autoencoder": read_card(settings.autoencoder).sha256,
         "classifier": read_card(settings.classifier).sha256,
-        "latent_std": latent_std,
         **{key: value for key, value in plain_settings(settings).items() if key not in _NOT_THE_RESULT},
+        "latent_std": latent_std,
     }
 
 
@@ -109,7 +107,6 @@ class ShardWorker:
             if settings.threads < 1:
                 raise InputError(f"threads: got {settings.threads}, wanted 1 or more")
             torch.set_num_threads(settings.threads)
-        self.settings = settings
         autoencoder, classifier = load_model(settings.autoencoder), load_model(settings.classifier)
         self.source = open_source(settings.data, settings.split, settings.reading)
         names = read_card(settings.classifier).class_names or ()
@@ -118,20 +115,12 @@ class ShardWorker:
                 f"classifier: was trained for {', '.join(names)}, but the data have "
                 f"{', '.join(self.source.class_names)}"
             )
-        ascent = AscentSettings(
-            objective=settings.objective,
-            task=self.source.task,
-            steps=settings.steps,
-            radius=settings.radius,
-            label_consistency=settings.label_consistency,
-            samples=settings.samples,
-            masks=settings.masks,
-        )
+        self.settings = settings = replace(settings, task=self.source.task)
         device = "cpu" if look_only else settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.stream = AscentStream(
             autoencoder,
             classifier,
-            ascent,
+            settings,
             seed=settings.seed,
             batch_size=settings.batch_size,
             device=device,

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from tsynd.fx.tracing import subgraph
+
 __all__ = ["Staged", "kept_per_image", "staged"]
 
 Found = TypeVar("Found")
@@ -165,26 +167,9 @@ def _cut(module: fx.GraphModule, weighing: _Weighing) -> tuple[list[fx.GraphModu
         cost = heaviest + sum(weighing.given[nodes[index]] for index in picked)
         if cost < best:
             best, chosen, top = cost, [*picked, len(nodes) - 1], heaviest
-    pieces, start = [], 0
-    for index in chosen:
-        final = index == len(nodes) - 1
-        pieces.append(_piece(module, nodes[start : index + 1], entry, final))
-        entry, start = nodes[index], index + 1
-    return pieces, top
-
-
-def _piece(module: fx.GraphModule, nodes: Sequence[fx.Node], entry: fx.Node, final: bool) -> fx.GraphModule:
-    """The nodes as a network of their own, of what ``entry`` gave; the last one gives what the whole does."""
-    part = fx.Graph()
-    copies = {entry: part.placeholder("entry")}
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a constant, or a parameter
-            copies[node] = part.node_copy(node, copied)
-        return copies[node]
-
-    for node in nodes:
-        copies[node] = part.node_copy(node, copied)
     output = next(node for node in module.graph.nodes if node.op == "output")
-    part.output(fx.map_arg(output.args[0], copied) if final else copies[nodes[-1]])
-    return fx.GraphModule(module, part)
+    pieces = []
+    for index in chosen:
+        pieces.append(subgraph(module, [entry], output.args[0] if index == len(nodes) - 1 else nodes[index]))
+        entry = nodes[index]
+    return pieces, top

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+
+from tsynd.fx.tracing import subgraph, trace
 
 __all__ = ["FoldedGraph", "folded_decoder"]
 
@@ -34,9 +35,8 @@ class FoldedGraph:
     """
 
     def __init__(self, traced: fx.GraphModule) -> None:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(traced.graph, {}))
-        self.module = fx.GraphModule(traced, graph)
+        self.module = subgraph(traced, [], next(node for node in traced.graph.nodes if node.op == "output").args[0])
+        graph = self.module.graph
         self._folds: list[tuple[nn.Module, nn.Module, nn.Module]] = []
         for node in list(graph.nodes):
             before = node.args[0] if node.args else None
@@ -83,30 +83,6 @@ def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
     return norm.running_mean is not None and norm.running_var is not None and not any(hooks)
 
 
-class _Tracer(fx.Tracer):
-    """Leaves whole what it cannot look into."""
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        stack = OrderedDict(self.module_stack)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:  # whatever the module's own code raises under tracing
-            self.module_stack = stack
-            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
-
-
-class _Decode(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latents: Tensor) -> Tensor:
-        out: Tensor = self.model.decode(latents)  # type: ignore[operator]
-        return out
-
-
 def folded_decoder(model: Any, latents: Tensor) -> Callable[[Tensor], Tensor]:
     """``model.decode`` with its batch norms folded; as it is where it cannot be traced or folding changes it.
 
@@ -118,10 +94,7 @@ def folded_decoder(model: Any, latents: Tensor) -> Callable[[Tensor], Tensor]:
     if not isinstance(model, nn.Module):
         return decode
     try:
-        root = _Decode(model).eval()
-        traced = fx.GraphModule(root, _Tracer().trace(root))
-        traced.graph.eliminate_dead_code()  # what was begun of modules that then stayed whole
-        folded = FoldedGraph(traced).module
+        folded = FoldedGraph(trace(model, "decode", whole=True)).module
         with torch.no_grad():
             wanted, got = decode(latents), folded(latents)
         same = torch.allclose(got, wanted, rtol=1e-2, atol=1e-3, equal_nan=True)

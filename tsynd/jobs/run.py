@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +49,23 @@ _NEEDED = (
 )
 
 
-@dataclass(frozen=True)
-class RunSettings:
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(AscentSettings):
     """Everything that decides the result of :func:`run`, besides the data and the version.
 
+    The ascent's settings are those of the synthesis and, save for T and K, of the training loop; ``task`` is the
+    data's.
+
     Attributes:
-        train_size: labelled training images; None takes all.
+        train_size: labelled training images; all by default.
         seed: of the subset, the networks, the batches and the posterior samples.
         autoencoder_data: ``train`` (the labelled subset) or ``all`` (every training image, without labels).
-        autoencoder_iterations: optimiser steps.
+        autoencoder_iterations: optimiser steps of the autoencoder.
         iterations: optimiser steps of each classifier.
         batch_size: real images per step.
-        dropout: ``head`` or ``stages``, see :class:`tsynd.SmallResNet`.
-        objective: ``mutual_information`` or ``entropy``.
+        dropout: ``head`` (before the last layer) or ``stages`` (everywhere).
         samples: T, posterior samples of the synthesis; a quarter of them in the training loop.
-        masks: ``shared`` or ``independent``.
-        steps: K, ascent steps of the synthesis.
         augmentation_steps: K in the training loop.
-        radius: see :func:`tsynd.synthesize`.
-        label_consistency: see :func:`tsynd.synthesize`.
         augmentation_weight: weight of the targeted images' loss.
         reading: how the files of a folder or table are read.
     """
@@ -79,13 +77,7 @@ class RunSettings:
     iterations: int = 300
     batch_size: int = 64
     dropout: str = "head"
-    objective: str = "mutual_information"
-    samples: int = 32
-    masks: str = "shared"
-    steps: int = 5
     augmentation_steps: int = 3
-    radius: float = 0.5
-    label_consistency: float | None = None
     augmentation_weight: float = 1.0
     reading: ReadOptions = field(default_factory=ReadOptions)
 
@@ -121,6 +113,7 @@ def run(
         require(module, "cli")
     where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    settings = replace(settings, task=source.task)
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     job = Job(Path(output).expanduser(), fingerprint(settings, content))
 
@@ -164,14 +157,8 @@ def run(
     )
     augmentation = TargetedAugmentation(
         autoencoder,
-        objective=settings.objective,
-        task=source.task,
-        samples=max(1, settings.samples // 4),
-        masks=settings.masks,
-        steps=settings.augmentation_steps,
-        radius=settings.radius,
-        label_consistency=settings.label_consistency,
         seed=settings.seed,
+        **replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options(),
     )
     job.stage("classifier", "classifier.safetensors", lambda path: train_classifier(path, augmentation))
     targeted = load_model(job.folder / "classifier.safetensors", device=where)
@@ -180,20 +167,13 @@ def run(
 
 def _check(settings: RunSettings) -> None:
     """What the stages would only refuse after training has begun."""
-    AscentSettings(
-        objective=settings.objective,
-        steps=settings.steps,
-        radius=settings.radius,
-        label_consistency=settings.label_consistency,
-    )
-    for name in ("autoencoder_iterations", "iterations", "batch_size", "samples", "augmentation_steps"):
+    for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
     choices = {
         "autoencoder_data": ("train", "all"),
         "dropout": ("head", "stages"),
-        "masks": ("shared", "independent"),
     }
     for name, wanted in choices.items():
         if getattr(settings, name) not in wanted:
@@ -217,17 +197,11 @@ def _synthesise(
         classifier,
         source.train.pixels(),
         source.train.labels,
-        objective=settings.objective,
-        task=source.task,
-        samples=settings.samples,
-        masks=settings.masks,
-        steps=settings.steps,
-        radius=settings.radius,
-        label_consistency=settings.label_consistency,
         seed=settings.seed,
         device=device,
         progress=progress,
         phases=phases,
+        **settings.options(),
     )
     speed = len(result) / (time.perf_counter() - start)
     with phases("save"):
@@ -258,15 +232,7 @@ def _finish(
         reconstructions = _decode(autoencoder, result.source_latents, device, math.prod(source.image_shape))
 
     def fresh(images: Tensor) -> Tensor:
-        return uncertainty(
-            real,
-            images,
-            objective=settings.objective,
-            task=source.task,
-            samples=4 * settings.samples,
-            masks=settings.masks,
-            seed=settings.seed + _FRESH,
-        )
+        return uncertainty(real, images, settings=settings, samples=4 * settings.samples, seed=settings.seed + _FRESH)
 
     with phases("fresh_uncertainty"):
         before, after = fresh(reconstructions), fresh(result.images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.job import Job
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model, read_card
+from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.loop import Checkpoint, FitReport
 from tsynd.utils.errors import InputError, check_choice, require
@@ -23,19 +24,19 @@ from tsynd.utils.fingerprint import fingerprint
 __all__ = ["TrainSettings", "train_model"]
 
 
-@dataclass(frozen=True)
-class TrainSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(AscentSettings):
     """Everything that decides the trained model, besides the data and the version.
+
+    The ascent's settings are those of the targeted images; ``task`` is the data's.
 
     Attributes:
         model: ``classifier`` or ``autoencoder``.
-        autoencoder: file of a trained one: the classifier is then trained with targeted images
-            (:class:`tsynd.TargetedAugmentation`).
+        autoencoder: file of a trained one: the classifier is then trained with targeted images.
         iterations: optimiser steps.
         batch_size: real images per step, over all processes.
-        train_size: labelled training images; None takes all.
+        train_size: labelled training images; all by default.
         seed: of the subset, the network, the batches and the posterior samples.
-        samples, steps, radius, label_consistency: of the targeted images.
         reading: how the files of a folder or table are read.
     """
 
@@ -47,8 +48,6 @@ class TrainSettings:
     seed: int = 0
     samples: int = 8
     steps: int = 3
-    radius: float = 0.5
-    label_consistency: float | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
 
 
@@ -85,7 +84,7 @@ def train_model(
     if state.num_processes > 1 and device == "cuda":
         device = None
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
-    folder = Path(output).expanduser()
+    settings, folder = replace(settings, task=source.task), Path(output).expanduser()
     try:
         with state.main_process_first():
             Job(folder, fingerprint(settings, [source.train.images, source.train.labels], **_parts(settings)))
@@ -117,13 +116,5 @@ def _fit(source: DataSource, settings: TrainSettings, path: Path | None, **fitti
         return fit_autoencoder_step(source, path, **fitting)[1]
     augmentation = None
     if settings.autoencoder is not None:
-        augmentation = TargetedAugmentation(
-            load_model(settings.autoencoder),
-            task=source.task,
-            samples=settings.samples,
-            steps=settings.steps,
-            radius=settings.radius,
-            label_consistency=settings.label_consistency,
-            seed=settings.seed,
-        )
+        augmentation = TargetedAugmentation(load_model(settings.autoencoder), seed=settings.seed, **settings.options())
     return fit_classifier_step(source, path, augmentation=augmentation, **fitting)[1]

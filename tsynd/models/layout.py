@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from tsynd.models.held import Held
 
 __all__ = ["channels_last", "contiguous"]
 
-
-@contextmanager
-def _rearranged(parameters: list[nn.Parameter], rearrange: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    kept = [(p, p.data) for p in parameters]
-    try:
-        for parameter, data in kept:
-            parameter.data = rearrange(data)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
+_data = Held("data")
 
 
 def channels_last(*modules: nn.Module) -> AbstractContextManager[None]:
@@ -30,7 +21,7 @@ def channels_last(*modules: nn.Module) -> AbstractContextManager[None]:
     """
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     weights = [p for module in modules for p in module.parameters() if p.dim() in layouts]
-    return _rearranged(weights, lambda data: data.contiguous(memory_format=layouts[data.dim()]))
+    return _data(weights, lambda data: data.contiguous(memory_format=layouts[data.dim()]))
 
 
 def contiguous(*modules: nn.Module) -> AbstractContextManager[None]:
@@ -39,4 +30,4 @@ def contiguous(*modules: nn.Module) -> AbstractContextManager[None]:
     Copies: what is contiguous in both orders, as a 1 x 1 kernel is, would keep the other order's strides.
     """
     weights = [p for module in modules for p in module.parameters()]
-    return _rearranged(weights, lambda data: data.clone(memory_format=torch.contiguous_format))
+    return _data(weights, lambda data: data.clone(memory_format=torch.contiguous_format))

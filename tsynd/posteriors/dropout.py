@@ -7,8 +7,10 @@ image gets the same posterior samples in any batch, on any device and after any 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import keep_count
 
-__all__ = ["AddressedDropout", "MaskSource", "addressed", "dropout_kind", "expand_passes", "path_dropout"]
+__all__ = ["AddressedDropout", "MaskSource", "addressed", "addressing", "dropout_kind", "expand_passes", "path_dropout"]
 
 _ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what a dropped unit becomes (Klambauer et al., 2017)
 
@@ -70,24 +72,48 @@ def path_dropout(module: nn.Module) -> tuple[str, float] | None:
 
 @dataclass
 class MaskSource:
-    """What addresses the masks of the current call; set by the posterior before its tail runs.
+    """What addresses the masks of the current call.
 
     Attributes:
         samples: T, passes.
         seed: key of the generator.
         sample_ids: [B] int64 (independent masks) or [1] (shared by all images).
+        shared: whether the masks are one for all images.
         active: False lets everything through unmasked, still expanded to T passes.
+        kept: what may be kept until the weights change; None keeps nothing.
     """
 
     samples: int
     seed: int
     sample_ids: Tensor
+    shared: bool = True
     active: bool = True
+    kept: dict[str, Any] | None = None
+
+    def part(self, images: slice) -> MaskSource:
+        """That of some of the images."""
+        return self if self.shared else replace(self, sample_ids=self.sample_ids[images])
 
 
-def expand_passes(x: Tensor, source: MaskSource) -> Tensor:
-    """[B, ...] -> [T * B, ...], pass-major."""
-    return x.unsqueeze(0).expand(source.samples, *x.shape).reshape(-1, *x.shape[1:])
+_source: ContextVar[MaskSource] = ContextVar("source")
+
+
+@contextmanager
+def addressing(source: MaskSource) -> Iterator[None]:
+    """Inside, in this thread, the addressed dropouts of traced networks take their masks from ``source``."""
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def expand_passes(x: Any, source: MaskSource | None = None) -> Any:
+    """[B, ...] -> [T * B, ...], pass-major; what is no tensor stays: a check of the whole catches where it may not."""
+    if not isinstance(x, Tensor):
+        return x
+    samples = (source or _source.get()).samples
+    return x.unsqueeze(0).expand(samples, *x.shape).reshape(-1, *x.shape[1:])
 
 
 def addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, source: MaskSource) -> Tensor:
@@ -115,21 +141,19 @@ def addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, source
 
 
 class AddressedDropout(nn.Module):
-    """Stands in for one dropout of a traced network.
+    """Stands in for one dropout of a traced network; the masks are those of :func:`addressing`.
 
     Args:
         kind: see :func:`dropout_kind`.
         p: drop probability in (0, 1).
         layer: number of this dropout in the network.
         expanded: whether the input already holds T passes ([T * B, ...]) or still one ([B, ...]).
-        source: shared by all dropouts of a posterior.
     """
 
-    def __init__(self, kind: str, p: float, layer: int, expanded: bool, source: Callable[[], MaskSource]) -> None:
+    def __init__(self, kind: str, p: float, layer: int, expanded: bool) -> None:
         super().__init__()
         self.kind, self.p, self.layer, self.expanded = kind, p, layer, expanded
-        self._source = source
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] or [T * B, ...] -> [T * B, ...]."""
-        return addressed(x, self.kind, self.p, self.layer, self.expanded, self._source())
+        return addressed(x, self.kind, self.p, self.layer, self.expanded, _source.get())

@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.data.dataset import LabelledBatches
-from tsynd.fx.checkpointing import staged
-from tsynd.fx.folding import FoldedGraph
 from tsynd.models.classifier import as_classifier
-from tsynd.posteriors.posterior import Posterior, evaluating
-from tsynd.posteriors.sampled import heads_logits, heads_uncertainty
-from tsynd.posteriors.trunks import trunk_to
+from tsynd.models.held import evaluating
+from tsynd.posteriors.posterior import Posterior
+from tsynd.posteriors.runner import Runner, heads_logits, heads_uncertainty
+from tsynd.posteriors.splitting import trunk_to
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, MissingExtraError, require
 
@@ -148,9 +145,7 @@ class SampledHead(Posterior):
                 f"gaussian: over {len(gaussian.tensors['mean'])} parameters, wanted the {count} of layer {self.layer!r}"
             )
         with evaluating(classifier):
-            self._trunk = trunk_to(self._network, self._linear)
-        self._run: Callable[..., Any] = self._trunk
-        self._folded: FoldedGraph | None = None
+            self._runner = trunk_to(self._network, self._linear)
         self._drawn: Tensor | None = None
         self._placed: tuple[torch.device, Tensor, Tensor | None] | None = None
         self._checked = False
@@ -177,46 +172,10 @@ class SampledHead(Posterior):
         with evaluating(self.classifier):
             if not self._checked:
                 with torch.no_grad():
-                    _head_features(self._network, self._linear, self._trunk, images[:2], self.layer)
+                    _head_features(self._network, self._linear, self._runner, images[:2], self.layer)
                 self._checked = True
-            features: Tensor = self._run(images)[0]
+            features: Tensor = self._runner.once[0](images)[0]
         return features
-
-    @contextmanager
-    def folded(self) -> Iterator[Posterior]:
-        """See :meth:`Posterior.folded`."""
-        plain = self._run
-        if isinstance(self._trunk, fx.GraphModule):
-            if self._folded is None:
-                with evaluating(self.classifier):
-                    self._folded = FoldedGraph(self._trunk)
-            self._folded.refresh()
-            self._run = self._folded.module
-        try:
-            yield self
-        finally:
-            self._run = plain
-
-    @contextmanager
-    def compiled(self) -> Iterator[Posterior]:
-        """See :meth:`Posterior.compiled`."""
-        plain = self._run
-        if isinstance(self._trunk, fx.GraphModule):
-            self._run = torch.compile(plain, dynamic=False)
-        try:
-            yield self
-        finally:
-            self._run = plain
-
-    @contextmanager
-    def staged(self, image: Tensor) -> Iterator[int]:
-        """See :meth:`Posterior.staged`; the part before the last layer."""
-        plain, stages = self._run, staged(self._run, image, keep_last=True)
-        self._run = stages
-        try:
-            yield stages.heaviest
-        finally:
-            self._run = plain
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the Gaussian as safetensors: no pickle, whole or not at all. The classifier is saved elsewhere.
@@ -279,13 +238,13 @@ class SampledHead(Posterior):
         return self._placed[1:]
 
 
-def _head_features(network: nn.Module, linear: nn.Linear, trunk: nn.Module, images: Tensor, name: str) -> Tensor:
+def _head_features(network: nn.Module, linear: nn.Linear, trunk: Runner, images: Tensor, name: str) -> Tensor:
     """Features [B, D] of images [B, ...], after a look at whether layer and network give the same.
 
     Raises:
         InputError: they do not.
     """
-    features: Tensor = trunk(images)[0]
+    features: Tensor = trunk.once[0](images)[0]
     logits = network(images)
     same = features.dim() == 2 and isinstance(logits, Tensor)
     head = functional.linear(features, linear.weight, linear.bias) if same else logits
@@ -314,7 +273,7 @@ def training_features(
     with evaluating(classifier), torch.no_grad():
         trunk = trunk_to(network, linear)
         _head_features(network, linear, trunk, batches.at(torch.arange(min(2, len(batches)))).images.to(device), name)
-        features = [trunk(batches.at(part).images.to(device))[0] for part in batches.chunks(batch_size)]
+        features = [trunk.once[0](batches.at(part).images.to(device))[0] for part in batches.chunks(batch_size)]
     return torch.cat(features), labels, name, linear
 
 

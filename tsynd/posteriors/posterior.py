@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from tsynd.fx.checkpointing import staged
 from tsynd.models.classifier import as_classifier
+from tsynd.models.held import evaluating, frozen
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import OBJECTIVES, TASKS
+from tsynd.posteriors.runner import Runner
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["Ensemble", "Posterior", "evaluating", "frozen"]
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module's own mode again afterwards."""
-    flags = [(part, part.training) for module in modules for part in module.modules()]
-    for part, _ in flags:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for the parameters, both as they were afterwards."""
-    parameters = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    with evaluating(*modules):
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter, wanted in parameters:
-                parameter.requires_grad_(wanted)
 
 
 class Posterior(ABC):
@@ -55,6 +29,7 @@ class Posterior(ABC):
 
     samples: int
     networks: tuple[nn.Module, ...]
+    _runner = Runner()  # of nothing
 
     @abstractmethod
     def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
@@ -102,21 +77,24 @@ class Posterior(ABC):
 
         For use inside :meth:`frozen`: the weights must not change.
         """
-        yield self
+        with self._runner.folded():
+            yield self
 
     @contextmanager
     def compiled(self) -> Iterator[Posterior]:
         """Inside, what runs once per image goes through ``torch.compile`` where the posterior can tell it apart."""
-        yield self
+        with self._runner.compiled():
+            yield self
 
     @contextmanager
     def staged(self, image: Tensor) -> Iterator[int]:
-        """Inside, what runs once per image is cut into ``tsynd.fx.checkpointing``; gives the heaviest one's bytes.
+        """Inside, what runs once per image is cut into stages that keep little; gives the heaviest one's bytes.
 
         Args:
             image: [1, C, ...] in [0, 1], to measure with.
         """
-        yield 0
+        with self._runner.staged(image) as heaviest:
+            yield heaviest
 
 
 class Ensemble(Posterior):
@@ -133,30 +111,10 @@ class Ensemble(Posterior):
                 "wanted at least two nn.Module"
             )
         self.networks = tuple(networks)
-        self._plain = tuple(as_classifier(network) for network in networks)
-        self._runners: tuple[Callable[[Tensor], Tensor], ...] = self._plain
+        self._runner = Runner(*(as_classifier(network) for network in networks))
         self.samples = len(self.networks)
 
     def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """Logits [T, B, classes], one row of the first axis per network."""
         with evaluating(*self.networks):
-            return torch.stack([network(images) for network in self._runners])
-
-    @contextmanager
-    def compiled(self) -> Iterator[Posterior]:
-        """See :meth:`Posterior.compiled`."""
-        self._runners = tuple(torch.compile(network, dynamic=False) for network in self._plain)
-        try:
-            yield self
-        finally:
-            self._runners = self._plain
-
-    @contextmanager
-    def staged(self, image: Tensor) -> Iterator[int]:
-        """See :meth:`Posterior.staged`; every network is one stage."""
-        stages = [staged(network, image) for network in self._plain]
-        self._runners = tuple(stages)
-        try:
-            yield max(stage.heaviest for stage in stages)
-        finally:
-            self._runners = self._plain
+            return torch.stack([network(images) for network in self._runner.once])

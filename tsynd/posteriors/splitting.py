@@ -1,17 +1,23 @@
-"""Split a classifier at its first active dropout: what runs once, and what runs once per posterior sample."""
+"""Split a classifier at its first active dropout: what runs once, and what runs once per posterior sample.
+
+Traced where that works; else a layer of it is looked for by running it, and it is left where the layer is called.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from tsynd.fx.tracing import counterpart, private_copy, subgraph, trace
 from tsynd.posteriors.dropout import AddressedDropout, MaskSource, dropout_kind, expand_passes, path_dropout
+from tsynd.posteriors.runner import Runner
+from tsynd.posteriors.whole_network import AddressedDropoutMode, WholeNetwork
+from tsynd.utils.errors import InputError
 
-__all__ = ["LinearHead", "NoDropoutError", "Split", "active_dropouts", "split_at_dropout"]
+__all__ = ["LinearHead", "NoDropoutError", "Split", "may_have_head", "split_at_dropout", "split_at_hook", "trunk_to"]
 
 
 class NoDropoutError(ValueError):
@@ -28,40 +34,23 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class Split:
-    """A traced network in two parts that share its parameters.
+    """A network in two parts that share its parameters.
 
     Attributes:
-        trunk: images [B, ...] -> tuple of tensors [B, ...], without any randomness; an fx.GraphModule where the
-            network was traced.
-        tail: those tensors -> logits [T * B, C], pass-major, masks from the current :class:`MaskSource`.
+        runner: of the trunk, images [B, ...] -> tuple of tensors [B, ...] without any randomness, and of the tail,
+            those tensors -> logits [T * B, C], pass-major, with the current masks.
         head: set where the tail is dropout -> linear on the trunk's only output (flattened).
         dropouts: how many calls of dropout the tail has.
     """
 
-    trunk: nn.Module
-    tail: nn.Module
+    runner: Runner
     head: LinearHead | None
     dropouts: int
 
 
-def active_dropouts(network: nn.Module) -> list[str]:
+def _active_dropouts(network: nn.Module) -> list[str]:
     """Names of the dropout modules with p > 0."""
     return [name for name, module in network.named_modules() if dropout_kind(module) and float(module.p) > 0.0]
-
-
-class _Tracer(fx.Tracer):
-    """Looks inside torch's own containers where they hold an active dropout."""
-
-    def __init__(self, stochastic_depth: bool) -> None:
-        super().__init__()
-        self._stochastic_depth = stochastic_depth
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self._stochastic_depth and path_dropout(m) is not None:
-            return True
-        if dropout_kind(m) is None and active_dropouts(m):
-            return False
-        return super().is_leaf_module(m, module_qualified_name)
 
 
 def _stochastic(node: fx.Node, network: nn.Module, stochastic_depth: bool) -> tuple[str, float] | None:
@@ -89,119 +78,68 @@ def _stochastic(node: fx.Node, network: nn.Module, stochastic_depth: bool) -> tu
     return None
 
 
-def split_at_dropout(network: nn.Module, source: Callable[[], MaskSource], stochastic_depth: bool = False) -> Split:
+def split_at_dropout(network: nn.Module, stochastic_depth: bool = False) -> Split:
     """Trace the network in eval mode and split it.
 
     Args:
         network: in eval mode; its parameters are shared, not copied.
-        source: gives the masks' address at run time.
         stochastic_depth: whether modules for stochastic depth count as dropouts.
 
     Raises:
         NoDropoutError: nothing in the traced graph is an active dropout.
         Exception: whatever torch.fx raises for a network that cannot be traced.
     """
-    graph = fx.GraphModule(network, _Tracer(stochastic_depth).trace(network)).graph
-    graph.eliminate_dead_code()
-    dropouts = {node: found for node in graph.nodes if (found := _stochastic(node, network, stochastic_depth))}
+
+    def leaf(module: nn.Module) -> bool | None:
+        if stochastic_depth and path_dropout(module) is not None:
+            return True
+        return False if dropout_kind(module) is None and _active_dropouts(module) else None
+
+    whole = trace(network, leaf=leaf)
+    graph = whole.graph
+    dropouts = {node: found for node in graph.nodes if (found := _stochastic(node, whole, stochastic_depth))}
     if not dropouts:
         raise NoDropoutError("no active dropout")
-    tail: set[fx.Node] = set()
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    of_images, tail = {images}, set[fx.Node]()
     for node in graph.nodes:
-        if node in dropouts or any(source_node in tail for source_node in node.all_input_nodes):
+        sources = set(node.all_input_nodes)
+        if sources & of_images:
+            of_images.add(node)
+        if node in dropouts or sources & tail:
             tail.add(node)
-    boundary = [
-        node
-        for node in graph.nodes
-        if node not in tail and node.op != "get_attr" and any(user in tail for user in node.users)
-    ]
-    return Split(
-        _trunk(network, graph, tail, boundary),
-        _tail(network, graph, tail, boundary, dropouts, source),
-        _linear_head(network, graph, tail, boundary, dropouts),
-        len(dropouts),
-    )
+    # what no image has a part in is the same in all passes: the tail makes it again
+    boundary = [node for node in graph.nodes if node in of_images - tail and any(user in tail for user in node.users)]
+    head = _linear_head(whole, tail, boundary, dropouts)
+    _address(whole, tail, boundary, dropouts)
+    output = next(node for node in graph.nodes if node.op == "output").args[0]
+    trunk, rest = subgraph(whole, [images], tuple(boundary)), subgraph(whole, boundary, output)
+    return Split(Runner(trunk, tail=rest, keep_last=True), head, len(dropouts))
 
 
-def _trunk(network: nn.Module, graph: fx.Graph, tail: set[fx.Node], boundary: list[fx.Node]) -> fx.GraphModule:
-    part = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node not in tail and node.op != "output":
-            copies[node] = part.node_copy(node, lambda n: copies[n])
-    part.output(tuple(copies[node] for node in boundary))
-    trunk = fx.GraphModule(network, part, "Trunk")
-    trunk.graph.eliminate_dead_code()
-    trunk.recompile()
-    return trunk
-
-
-def _tail(
-    network: nn.Module,
-    graph: fx.Graph,
-    tail: set[fx.Node],
-    boundary: list[fx.Node],
-    dropouts: dict[fx.Node, tuple[str, float]],
-    source: Callable[[], MaskSource],
-) -> fx.GraphModule:
-    part = fx.Graph()
-    raw = {node: part.placeholder(f"boundary_{i}") for i, node in enumerate(boundary)}
-    copies: dict[fx.Node, fx.Node] = {}
-    addressed: dict[str, nn.Module] = {"expand_passes": _ExpandPasses(source)}
-
-    def expanded(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            if node.op == "get_attr":
-                copies[node] = part.node_copy(node)
-            else:
-                copies[node] = part.call_module("expand_passes", (raw[node],))
-        return copies[node]
-
-    for layer, node in enumerate(dropouts):
-        kind, p = dropouts[node]
-        entry = node.all_input_nodes[0]
-        addressed[f"addressed_{layer}"] = AddressedDropout(kind, p, layer, entry in tail, source)
-    layers = {node: layer for layer, node in enumerate(dropouts)}
-    for node in graph.nodes:
-        if node not in tail:
-            continue
-        if node in dropouts:
-            entry = node.all_input_nodes[0]
-            argument = copies[entry] if entry in tail else raw[entry]
-            copies[node] = part.call_module(f"addressed_{layers[node]}", (argument,))
-        else:
-            copies[node] = part.node_copy(node, expanded)
-    return fx.GraphModule(_Holder(network, addressed), part, "Tail")
-
-
-class _Holder(nn.Module):
-    """The network's own submodules and parameters plus the addressed dropouts, under one root for fx."""
-
-    def __init__(self, network: nn.Module, addressed: dict[str, nn.Module]) -> None:
-        super().__init__()
-        for name, child in [*network.named_children(), *addressed.items()]:
-            self.add_module(name, child)
-        for name, parameter in network.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in network.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-
-
-class _ExpandPasses(nn.Module):
-    """[B, ...] -> [T * B, ...] for what the tail reads besides the dropouts' own inputs."""
-
-    def __init__(self, source: Callable[[], MaskSource]) -> None:
-        super().__init__()
-        self._source = source
-
-    def forward(self, value: Any) -> Any:
-        # sizes and other plain values stay; the posterior's own check catches a tail that they no longer fit
-        return expand_passes(value, self._source()) if isinstance(value, Tensor) else value
+def _address(
+    whole: fx.GraphModule, tail: set[fx.Node], boundary: list[fx.Node], dropouts: dict[fx.Node, tuple[str, float]]
+) -> None:
+    """Put addressed dropouts in the place of the others, and T copies before what else of the tail reads the trunk."""
+    graph = whole.graph
+    for node in boundary:
+        readers = [user for user in node.users if user in tail and user not in dropouts]
+        if readers:
+            with graph.inserting_before(readers[0]):
+                copies = graph.call_function(expand_passes, (node,))
+            for user in readers:
+                user.replace_input_with(node, copies)
+    for layer, (node, (kind, p)) in enumerate(dropouts.items()):
+        entry, name = node.all_input_nodes[0], f"addressed_{layer}"
+        whole.add_submodule(name, AddressedDropout(kind, p, layer, entry in tail))
+        with graph.inserting_before(node):
+            tail.add(made := graph.call_module(name, (entry,)))
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
 
 
 def _linear_head(
-    network: nn.Module,
-    graph: fx.Graph,
+    network: fx.GraphModule,
     tail: set[fx.Node],
     boundary: list[fx.Node],
     dropouts: dict[fx.Node, tuple[str, float]],
@@ -239,3 +177,107 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
         arguments = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
         return bool(arguments.get("start_dim", 0) == 1 and arguments.get("end_dim", -1) == -1)
     return False
+
+
+class _ReachedError(Exception):
+    """Carries what entered the layer out of the network."""
+
+    def __init__(self, entered: Tensor) -> None:
+        super().__init__("reached")
+        self.entered = entered
+
+
+class HookedTrunk(nn.Module):
+    """Runs a network until a layer of it is called, and gives what entered that layer.
+
+    Args:
+        network: private: it gets a hook.
+        layer: one of its modules.
+    """
+
+    def __init__(self, network: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.network, self.kind = network, type(layer).__name__
+        self.training = network.training
+        layer.register_forward_pre_hook(_leave, with_kwargs=True)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """What enters the layer, for images [B, ...].
+
+        Raises:
+            InputError: the network does not call the layer.
+        """
+        try:
+            self.network(images)
+        except _ReachedError as reached:
+            return (reached.entered,)
+        raise InputError(f"classifier: its layer {self.kind} is not called for these images")
+
+
+def _leave(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _ReachedError(args[0] if args else kwargs["input"])
+
+
+def trunk_to(network: nn.Module, layer: nn.Module) -> Runner:
+    """Images [B, ...] -> (what enters the layer,), traced where that works.
+
+    Args:
+        network: in eval mode; its parameters are shared.
+        layer: one of its modules, called once.
+    """
+    try:
+        whole = trace(network)
+        module = counterpart(whole, layer)
+        names = [name for name, other in whole.named_modules(remove_duplicate=False) if other is module]
+        calls = [node for node in whole.graph.nodes if node.op == "call_module" and node.target in names]
+        if len(calls) == 1 and len(calls[0].all_input_nodes) == 1:
+            images = next(node for node in whole.graph.nodes if node.op == "placeholder")
+            return Runner(subgraph(whole, [images], (calls[0].all_input_nodes[0],)), keep_last=True)
+    except Exception:  # whatever the network's own code raises under tracing
+        pass
+    own = private_copy(network)
+    return Runner(HookedTrunk(own, counterpart(own, layer)), keep_last=True, hidden=True)
+
+
+def may_have_head(network: nn.Module) -> bool:
+    """Whether it may be that the only dropout stands right before the last linear layer."""
+    return len(_active_dropouts(network)) == 1
+
+
+def split_at_hook(whole: WholeNetwork, images: Tensor) -> Split | None:
+    """Split a network that cannot be traced but ends in its only dropout and a linear layer.
+
+    Found by running it: the linear layer gets the dropout's output itself, and the network gives the linear layer's.
+
+    Args:
+        whole: the network, in eval mode.
+        images: a few, [B, ...].
+
+    Returns:
+        None where it is another kind of network.
+    """
+    network, calls = private_copy(whole.network), list[tuple[nn.Module, Any, Any]]()
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls.append((module, inputs[0] if inputs else None, output))
+
+    handles = [
+        module.register_forward_hook(note)
+        for module in network.modules()
+        if type(module) is nn.Linear or dropout_kind(module) == "unit"
+    ]
+    mode = AddressedDropoutMode(MaskSource(1, 0, torch.zeros(1, dtype=torch.int64, device=images.device), active=False))
+    with torch.no_grad(), mode:
+        logits = network(images)
+    for handle in handles:
+        handle.remove()
+    if len(mode.shapes) != 1 or len(mode.shapes[0]) != 2:
+        return None
+    drops = [(m, out) for m, _, out in calls if not isinstance(m, nn.Linear) and float(m.p) > 0]  # type: ignore[arg-type]
+    for layer, entered, out in calls:
+        if isinstance(layer, nn.Linear) and out is logits and len(drops) == 1 and entered is drops[0][1]:
+            p = float(drops[0][0].p)  # type: ignore[arg-type]
+            tail = nn.Sequential(AddressedDropout("unit", p, 0, False), layer)
+            trunk = HookedTrunk(network, drops[0][0])
+            return Split(Runner(trunk, tail=tail, keep_last=True, hidden=True), LinearHead(p, layer), 1)
+    return None

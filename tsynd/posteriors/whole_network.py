@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import types
-from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,15 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from tsynd.fx.tracing import private_copy
 from tsynd.posteriors.dropout import MaskSource, addressed, dropout_kind, path_dropout
+from tsynd.posteriors.passes import Passes, images_at_once, passes_logits, passes_uncertainty
+from tsynd.posteriors.runner import Runner
 from tsynd.utils.errors import InputError
 
-__all__ = ["AddressedDropoutMode", "WholeNetwork", "attending", "attention_dropouts"]
+__all__ = ["AddressedDropoutMode", "WholeNetwork", "attention_dropouts"]
 
 _RATES = (
     "attention_dropout", "attn_dropout", "attn_drop", "dropout", "dropout_p", "dropout_prob", "dropout_rate",
     "attention_dropout_rate", "attention_probs_dropout_prob",
 )  # fmt: skip
+
+# values that a network holds per value of an image, against those that a tail holds per value it starts from
+_WEIGHT = 16
 
 Axis = tuple[int, int] | None
 """Where a dropout's input has its images: the axis, and how many of its rows an image has; None for nowhere."""
@@ -45,19 +50,6 @@ def attention_dropouts(network: nn.Module) -> list[nn.Module]:
                 found.append(module)
                 break
     return found
-
-
-@contextlib.contextmanager
-def attending(modules: list[nn.Module]) -> Iterator[None]:
-    """Inside, these modules alone, not their children, take themselves to be in training."""
-    flags = [module.training for module in modules]
-    for module in modules:
-        module.training = True
-    try:
-        yield
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
 
 
 class AddressedDropoutMode(TorchFunctionMode):
@@ -171,39 +163,56 @@ class WholeNetwork:
     """A network that runs T times as a whole.
 
     Args:
-        network: gives logits [B, C].
+        network: gives logits [B, C]; a private copy of it is run, in eval mode.
         stochastic_depth: whether modules for stochastic depth drop their paths too.
     """
 
+    name = "whole network"
+
     def __init__(self, network: nn.Module, stochastic_depth: bool) -> None:
-        self.network = network
-        self.attention = attention_dropouts(network)
-        self._paths = [
-            (module, found)
-            for module in network.modules()
-            if stochastic_depth and (found := path_dropout(module)) is not None
-        ]
+        self.network, self.runner = private_copy(network), Runner()
+        for module in self.network.modules():
+            module.training = False
+        for module in attention_dropouts(self.network):  # it alone, not its children
+            module.training = True
+        for module in self.network.modules():
+            if stochastic_depth and (found := path_dropout(module)) is not None:
+                module.register_forward_hook(_dropping(*found))
         self._axes: tuple[tuple[int, ...], list[Axis]] | None = None
 
-    def run(self, images: Tensor, source: MaskSource) -> Tensor:
+    def logits(self, images: Tensor, source: MaskSource) -> Tensor:
         """Logits [T, B, C] of images [B, C, ...].
 
         Raises:
             InputError: no dropout was called, or one on a tensor without an axis of images.
         """
-        repeated = images.repeat(source.samples, *[1] * (images.dim() - 1))
-        mode = AddressedDropoutMode(source, repeated.shape[0], self.axes(images))
-        logits = self.record(repeated, mode)
-        return logits.reshape(source.samples, images.shape[0], -1)
+        return passes_logits(self._passes(source), (images,), self._at_once(images, source))
+
+    def uncertainty(self, images: Tensor, source: MaskSource, objective: str, task: str) -> Tensor:
+        """Uncertainty [B]."""
+        return passes_uncertainty(self._passes(source), (images,), self._at_once(images, source), objective, task)
+
+    @staticmethod
+    def _at_once(images: Tensor, source: MaskSource) -> int | None:
+        return images_at_once((images,), source.samples, _WEIGHT)
+
+    def _passes(self, source: MaskSource) -> Passes:
+        def run(part: slice, inputs: tuple[Tensor, ...]) -> Tensor:
+            (images,) = inputs
+            repeated = images.repeat(source.samples, *[1] * (images.dim() - 1))
+            mode = AddressedDropoutMode(source.part(part), repeated.shape[0], self.axes(images))
+            return self.record(repeated, mode).reshape(source.samples, images.shape[0], -1)
+
+        return run
 
     def record(self, images: Tensor, mode: AddressedDropoutMode) -> Tensor:
         """Logits [B, C], with every dropout of the network caught by the mode."""
-        with contextlib.ExitStack() as stack:
-            for module, (kind, p) in self._paths:
-                stack.callback(module.register_forward_hook(_dropping(mode, kind, p)).remove)
-            stack.enter_context(attending(self.attention))
-            stack.enter_context(mode)
-            logits: Tensor = self.network(images)
+        token = _mode.set(mode)
+        try:
+            with mode:
+                logits: Tensor = self.network(images)
+        finally:
+            _mode.reset(token)
         return logits
 
     def axes(self, images: Tensor) -> list[Axis]:
@@ -222,8 +231,15 @@ class WholeNetwork:
         return self._axes[1]
 
 
-def _dropping(mode: AddressedDropoutMode, kind: str, p: float) -> Any:
-    return lambda module, inputs, output: mode.drop(output, kind, p)
+_mode: ContextVar[AddressedDropoutMode | None] = ContextVar("mode", default=None)
+
+
+def _dropping(kind: str, p: float) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        mode = _mode.get()
+        return output if mode is None else mode.drop(output, kind, p)
+
+    return hook
 
 
 def _axis(two: tuple[int, ...], three: tuple[int, ...]) -> Axis:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tsynd.evaluation.attacks import Attack, perturb
+from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
+from tsynd.training.extra_images import BatchAugmentation
+from tsynd.training.pixels import PixelAdversarial, PixelConsistency
 from tsynd.utils.errors import InputError, require
 
-__all__ = ["ARMS", "Arm", "adversarial_images", "augmentation_of", "parse_arm", "randaugment_images"]
+__all__ = ["ARMS", "Arm", "RandAugmentation", "augmentation_of", "parse_arm"]
 
 _LATENT: dict[str, dict[str, str]] = {
     "reconstruction": {"direction": "reconstruction"},
@@ -25,24 +26,21 @@ _LATENT: dict[str, dict[str, str]] = {
     "mutual_information": {"direction": "uncertainty", "objective": "mutual_information"},
     "loss": {"direction": "loss"},
 }
-_PIXEL = ("adversarial", "randaugment")
+_PIXEL = ("adversarial", "trades", "randaugment")
 
 ARMS = ("real", *_LATENT, *_PIXEL)
 """``real`` adds nothing. Through the autoencoder: ``reconstruction`` decodes the latents as they are, ``random``
 moves them in a random direction to the radius, ``entropy`` and ``mutual_information`` up the classifier's uncertainty,
-``loss`` up the label's cross-entropy. On pixels: ``adversarial`` is PGD training (Madry et al. 2018), ``randaugment``
-RandAugment (Cubuk et al. 2020). All but ``real`` add the same number of images to the same steps."""
+``loss`` up the label's cross-entropy. On pixels: ``adversarial`` is PGD training (Madry et al. 2018), ``trades`` learns
+the same prediction in a ball (Zhang et al. 2019), ``randaugment`` is RandAugment (Cubuk et al. 2020). All but ``real``
+add the same number of images to the same steps."""
 
 _TRAINING = ("augmentation_weight", "warmup_fraction")
 _FIXED = ("autoencoder", "direction", "objective", "task", "latent_std", "seed")
-_OPTIONS = tuple(
-    name for name in inspect.signature(TargetedAugmentation.__init__).parameters if name not in ("self", *_FIXED)
-)
+_NAMES = [*inspect.signature(TargetedAugmentation.__init__).parameters, *(f.name for f in fields(AscentSettings))]
+_OPTIONS = tuple(name for name in _NAMES if name not in ("self", "settings", "targets", "ascent", *_FIXED))
 # what an option needs climbing for is not asked of the arms that do not climb
 _CLIMBING = {"typicality": ("uncertainty", "loss")}
-
-Make = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
-"""(classifier, images, labels, number of the call) → as many images."""
 
 
 @dataclass(frozen=True)
@@ -102,61 +100,30 @@ def _value(text: str) -> Any:
         return text
 
 
-class _PixelImages:
-    """Extra images made from pixels, in the same number and at the same steps as the autoencoder's."""
-
-    def __init__(self, make: Make, ratio: float, every: int) -> None:
-        if not 0 < ratio <= 1:
-            raise InputError(f"ratio: got {ratio!r}, wanted a number above 0 and at most 1")
-        if not isinstance(every, int) or every < 1:
-            raise InputError(f"every: got {every!r}, wanted an integer of at least 1")
-        self.make, self.ratio, self.every, self.calls = make, ratio, every, 0
-
-    def __call__(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        call, self.calls = self.calls, self.calls + 1
-        count = 0 if call % self.every else math.ceil(self.ratio * len(images))
-        images, labels = images[:count], labels[:count]
-        return (self.make(classifier, images, labels, call) if count else images), labels
-
-
-def adversarial_images(budget: float, steps: int, task: str, seed: int) -> Make:
-    """PGD images against the classifier as it is, in eval mode.
-
-    Args:
-        budget: of the L∞ ball, in [0, 1] pixel units.
-        steps: of PGD, each 2.5 · budget / steps long, from a random start.
-        task: "multiclass" or "multilabel".
-        seed: call n starts from seed + n.
-    """
-
-    def make(classifier: nn.Module, images: Tensor, labels: Tensor, call: int) -> Tensor:
-        attack = Attack("pgd", budget)
-        with torch.enable_grad():
-            return perturb(classifier, images, labels, attack, task=task, seed=seed + call, steps=steps)
-
-    return make
-
-
 _GROUP = 8  # kornia draws one pair of operations per call; this many images share it
 
 
-def randaugment_images(seed: int) -> Make:
+class RandAugmentation(BatchAugmentation):
     """RandAugment by kornia: two operations of strength 10 of 30; grey images pass as RGB with equal channels.
 
     Args:
+        ratio: see :class:`tsynd.training.extra_images.BatchAugmentation`.
+        every: see there.
         seed: call n draws from seed + n; torch's global state is left as it was.
     """
-    augment = require("kornia.augmentation.auto", "train").RandAugment(n=2, m=10)
 
-    def make(classifier: nn.Module, images: Tensor, labels: Tensor, call: int) -> Tensor:
+    def __init__(self, ratio: float = 1.0, every: int = 1, seed: int = 0) -> None:
+        super().__init__(ratio, every, seed)
+        self.augment = require("kornia.augmentation.auto", "train").RandAugment(n=2, m=10)
+
+    def make(self, classifier: nn.Module, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        """See :meth:`tsynd.training.extra_images.BatchAugmentation.make`."""
         grey = images.shape[1] == 1
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(seed + call)
+            torch.default_generator.manual_seed(self.seed + self.calls)
             coloured = images.expand(-1, 3, -1, -1) if grey else images
-            made = torch.cat([augment(part) for part in torch.split(coloured, _GROUP)]).clamp(0, 1)
+            made = torch.cat([self.augment(part) for part in torch.split(coloured, _GROUP)]).clamp(0, 1)
         return made.mean(1, keepdim=True) if grey else made
-
-    return make
 
 
 def augmentation_of(
@@ -190,15 +157,8 @@ def augmentation_of(
         direction = _LATENT[arm.kind]["direction"]
         usable = {name: value for name, value in options.items() if direction in _CLIMBING.get(name, (direction,))}
         return TargetedAugmentation(autoencoder, task=task, seed=seed, **{**usable, **own, **_LATENT[arm.kind]})
-    make = (
-        adversarial_images(adversarial_budget, adversarial_steps, task, seed)
-        if arm.kind == "adversarial"
-        else randaugment_images(seed)
-    )
-    chosen = {
-        "ratio": 1.0,
-        "every": 1,
-        **{name: options[name] for name in ("ratio", "every") if name in options},
-        **own,
-    }
-    return _PixelImages(make, chosen["ratio"], chosen["every"])
+    shared = {"seed": seed, **{name: options[name] for name in ("ratio", "every") if name in options}, **own}
+    if arm.kind == "randaugment":
+        return RandAugmentation(**shared)
+    kind = PixelConsistency if arm.kind == "trades" else PixelAdversarial
+    return kind(adversarial_budget, adversarial_steps, task=task, **shared)

@@ -53,34 +53,34 @@ class StudySettings:
 
     Attributes:
         autoencoder_data: ``train`` (the labelled subset) or ``all`` (every training image, without labels).
-        autoencoder_iterations: optimiser steps.
-        autoencoder_widths: see :class:`tsynd.SmallAutoencoder`.
-        latent_channels: see :class:`tsynd.SmallAutoencoder`.
+        autoencoder_iterations: optimiser steps of the autoencoder.
+        autoencoder_widths: channels of the autoencoder at half and at a quarter of the resolution.
+        latent_channels: channels of the latents.
         iterations: optimiser steps of every classifier, the same in all arms.
         batch_size: real images per step.
         learning_rate: of the classifiers.
-        dropout: ``head`` or ``stages``, see :class:`tsynd.SmallResNet`.
-        dropout_rate: see :class:`tsynd.SmallResNet`.
+        dropout: ``head`` (before the last layer) or ``stages`` (everywhere).
+        dropout_rate: before the last layer.
         augmentation_weight: λ, weight of the extra images' loss.
         warmup_fraction: part of the steps before extra images are added.
-        samples: T in the training loop.
-        masks: ``shared`` or ``independent``.
-        steps: K in the training loop.
-        radius: see :class:`tsynd.TargetedAugmentation`; also of the random arm.
-        step_size: see :class:`tsynd.TargetedAugmentation`.
-        rule: ``l2`` or ``linf``.
-        label_consistency: see :class:`tsynd.TargetedAugmentation`.
+        samples: T in the training loop, posterior samples.
+        masks: ``shared`` or ``independent`` dropout masks.
+        steps: K in the training loop, ascent steps.
+        radius: of the ball, times latent deviation times sqrt(dimension); also of the random arm.
+        step_size: of the ascent, in the unit of the radius; 2.5 * radius / steps by default.
+        rule: ``l2`` (a ball) or ``linf`` (a box).
+        label_consistency: least mean probability that the source label must keep.
         ratio: extra images per real image.
         every: extra images at every n-th step.
-        typicality: see :class:`tsynd.TargetedAugmentation`.
+        typicality: weight of the penalty on implausible latents.
         adversarial_budget: of the adversarial arm, in [0, 1] pixel units.
-        adversarial_steps: of the adversarial arm.
+        adversarial_steps: PGD steps of the adversarial arm.
         split: what is scored: ``test``, or ``val`` to choose settings on.
-        conditions: see :func:`tsynd.evaluate`.
-        attacks: see :func:`tsynd.evaluate`.
-        attack_images: see :func:`tsynd.evaluate`.
-        query_images: see :func:`tsynd.evaluate`.
-        uncertainty_samples: T of the measured uncertainty.
+        conditions: clean, noise (σ = 0.05), rotation (±15°), shifts (all kinds and severities), or one, as blur:3.
+        attacks: fgsm, pgd, square, or one budget of the range [0, 1], as pgd:2/255; none for none.
+        attack_images: images that FGSM and PGD attack; None (on the command line 0) is all.
+        query_images: how many of these Square attacks; None (on the command line 0) is all.
+        uncertainty_samples: T of the measured uncertainty, posterior samples.
         reading: how the files of a folder or table are read.
     """
 

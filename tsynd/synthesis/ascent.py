@@ -91,6 +91,10 @@ class AscentSettings:
         if self.label_consistency is not None and not 0 < self.label_consistency < 1:
             raise InputError(f"label_consistency: got {self.label_consistency!r}, wanted a number between 0 and 1")
 
+    def options(self) -> dict[str, Any]:
+        """The fields of an :class:`AscentSettings` as keywords, also where this is more than one."""
+        return {field.name: getattr(self, field.name) for field in fields(AscentSettings)}
+
     def lengths(self, latent_std: float, dimension: int) -> tuple[float, float]:
         """Step and radius in latent units."""
         unit = latent_std * (math.sqrt(dimension) if self.rule == "l2" else 1.0)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsynd.ops import operators as ops
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.latent_prior import LatentPrior
 
-__all__ = ["Goal", "GoalValue", "LabelLoss", "Measure", "PlausibleGoal", "Uncertainty"]
+__all__ = ["ExpectedInformation", "Goal", "GoalValue", "LabelLoss", "Measure", "PlausibleGoal", "Uncertainty"]
 
 
 class GoalValue(NamedTuple):
@@ -86,6 +87,26 @@ class LabelLoss:
             logp = functional.logsigmoid(torch.where(self.labels > 0.5, logits, -logits))
         loss = math.log(len(logits)) - logp.logsumexp(0)
         return loss.sum(-1)
+
+
+@dataclass(frozen=True)
+class ExpectedInformation:
+    """What the image's class would tell about those of target images (EPIG, Bickford Smith et al. 2023).
+
+    Attributes:
+        posterior: gives the samples, shared by all images.
+        targets: [T, M, C], the target images' logits under the same samples.
+        task: ``multiclass`` or ``multilabel``.
+    """
+
+    posterior: Posterior
+    targets: Tensor
+    task: str
+
+    def __call__(self, images: Tensor, sample_ids: Tensor) -> Tensor:
+        """Expected information [B] in nats."""
+        logits = self.posterior.logits(images, sample_ids)
+        return ops.expected_information(logits, self.targets.to(logits.dtype), self.task)[0]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,34 +13,44 @@ from torch import Tensor, nn
 
 from tsynd.data.checks import check_images, check_labels
 from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range
+from tsynd.ops import operators as ops
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Posterior, frozen
-from tsynd.synthesis.ascent import AscentSettings, ascend_latents, label_probability
+from tsynd.synthesis.ascent import AscentSettings, ascend_latents, ascent_settings, label_probability
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
-from tsynd.synthesis.objectives import LabelLoss, Measure, PlausibleGoal, Uncertainty
+from tsynd.synthesis.objectives import ExpectedInformation, Goal, LabelLoss, Measure, PlausibleGoal, Uncertainty
+from tsynd.training.extra_images import BatchAugmentation, PerImage, draw_rows
 from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
-from tsynd.utils.timing import clock
 
 __all__ = ["DIRECTIONS", "TargetedAugmentation"]
 
 DIRECTIONS = ("uncertainty", "loss", "random", "reconstruction")
+_CLIMBING = ("uncertainty", "loss")
 
 _MOST_FITTED = 2000  # latents behind the prior: its cost grows with the cube of their number
+_MOST_TARGETS = 512  # training images kept as targets
+_TARGETS = 32  # of them in one call
+# apart from the directions' streams, which use the seeds themselves
+_PIXELS, _SHARES = 500_009, 900_007
 
 
-class TargetedAugmentation:
+class TargetedAugmentation(BatchAugmentation):
     """Callable ``(classifier, images, labels) -> (images*, labels)`` for :func:`tsynd.fit_classifier` or any loop.
 
     Each call takes fresh posterior samples of the classifier as it is, moves the latents of (part of) the batch and
     decodes them; the labels are the sources'. Modes, ``requires_grad`` and the global random state are as before
-    afterwards. What call n returns depends on the arguments, the weights, ``seed`` and n alone.
+    afterwards. What call n returns depends on the arguments, the weights, ``seed`` and n alone (with ``persistent``,
+    also on what is kept).
 
     The directions other than ``uncertainty`` are its controls: equal in everything but where the latents go.
 
     Args:
         autoencoder: anything :func:`tsynd.as_autoencoder` takes, with ``latent_std`` measured by
-            :func:`tsynd.fit_autoencoder`, or see ``latent_std``.
+            :func:`tsynd.fit_autoencoder`, or see the settings' ``latent_std``.
+        settings: of the ascent, see :class:`tsynd.AscentSettings`; None takes three steps. The objective may also be
+            ``expected_information``: what the image's class would tell about those of ``targets`` (EPIG, Bickford
+            Smith et al. 2023).
         direction: where the latents go:
             ``uncertainty``: up the posterior's disagreement, to the best iterate (TSynD, Niemeijer et al. 2024,
             arXiv 2406.17473);
@@ -48,24 +58,25 @@ class TargetedAugmentation:
             ``random``: in a uniform direction to exactly the radius (rule ``linf``: to a uniform corner of the
             box), without any gradient;
             ``reconstruction``: nowhere, decode(encode(x)).
-        objective: ``mutual_information`` or ``entropy``, for ``uncertainty``.
-        task: ``multiclass`` or ``multilabel``.
-        samples: T, posterior samples per call.
-        masks: ``shared`` or ``independent``.
-        steps: K, ascent steps.
-        radius: see :class:`tsynd.AscentSettings`; a pair goes linearly from the first to the second while
-            :meth:`set_progress` goes from 0 to 1.
-        step_size: see :class:`tsynd.AscentSettings`; None follows the radius.
-        rule: ``l2`` or ``linf``.
-        label_consistency: see :class:`tsynd.AscentSettings`; a random image below it is replaced by the
-            reconstruction.
-        ratio: extra images per real image of the batch, in (0, 1]; the batch's first are taken.
-        every: only calls 0, n, 2n, ... give images, the others none.
+        pixels: budget in [0, 1] of a perturbation of the pixels that moves along, by the gradients of the same
+            backward passes: steps of 2.5 * pixels / K, at most 1.25 * pixels, from a uniform start; for the directions
+            that climb, which then end at the last iterate.
+        residual: share in [0, 1] of what the autoencoder loses, x - decode(encode(x)), that is added to every image;
+            ``random`` draws one per image.
+        targets: [M, C, H, W] in [0, 1], images for ``expected_information``; None takes up to 512 of the training
+            images. 32 of them are drawn for each call.
+        persistent: the cheap mode: an image's ascent begins where its last one ended, so that one step a visit
+            (``steps=1``) is enough, and ends at the last iterate; a step is half the radius unless ``step_size``
+            says otherwise.
         typicality: weight of the penalty on implausible latents, in nats of uncertainty per nat of log-density lost
             per coordinate (:class:`tsynd.synthesis.latent_prior.LatentPrior`), 0 or more. It needs :meth:`prepare`,
             which ``fit_classifier`` calls.
-        latent_std: standard deviation of the latents; None takes the autoencoder's.
-        seed: of the posterior samples and random directions; call n uses seed + n.
+        ratio: extra images per real image of the batch, in (0, 1]; the batch's first are taken.
+        every: only calls 0, n, 2n, ... give images, the others none.
+        seed: of the posterior samples and whatever else is drawn; call n uses seed + n.
+        **ascent: fields of :class:`tsynd.AscentSettings` that go before ``settings``. A ``radius`` may be a pair: it
+            goes linearly from the first to the second while :meth:`set_progress` goes from 0 to 1. A random image
+            below ``label_consistency``, or one that ends at its last iterate, is replaced by the reconstruction.
 
     Attributes:
         calls: number of calls so far.
@@ -81,110 +92,101 @@ class TargetedAugmentation:
     def __init__(
         self,
         autoencoder: Any,
+        settings: AscentSettings | None = None,
         *,
         direction: str = "uncertainty",
-        objective: str = "mutual_information",
-        task: str = "multiclass",
-        samples: int = 32,
-        masks: str = "shared",
-        steps: int = 3,
-        radius: float | tuple[float, float] = 0.5,
-        step_size: float | None = None,
-        rule: str = "l2",
-        label_consistency: float | None = None,
+        pixels: float = 0.0,
+        residual: float | str = 0.0,
+        targets: Tensor | None = None,
+        persistent: bool = False,
+        typicality: float = 0.0,
         ratio: float = 1.0,
         every: int = 1,
-        typicality: float = 0.0,
-        latent_std: float | None = None,
         seed: int = 0,
+        **ascent: Any,
     ) -> None:
+        super().__init__(ratio, every, seed)
         check_choice("direction", direction, DIRECTIONS)
-        check_choice("masks", masks, ("shared", "independent"))
-        self.radius = _radius_pair(radius)
-        self.settings = AscentSettings(objective, task, steps, self.radius[0], step_size, rule, label_consistency)
-        for name, value, least in (("samples", samples, 1), ("every", every, 1), ("seed", seed, 0)):
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
-        if not 0 < ratio <= 1:
-            raise InputError(f"ratio: got {ratio!r}, wanted a number above 0 and at most 1")
-        _check_typicality(direction, typicality)
+        options = dict(ascent)
+        self.expected = options.get("objective") == "expected_information"
+        if self.expected:
+            del options["objective"]
+        self.radius = _radius_pair(options.pop("radius", (settings or AscentSettings()).radius))
+        self.settings = ascent_settings(settings or AscentSettings(steps=3), options | {"radius": self.radius[0]})
+        self.direction, self.pixels, self.residual, self.persistent = direction, pixels, residual, persistent
+        self.typicality, self.targets = typicality, targets
+        self._check_options()
         self.autoencoder = as_autoencoder(autoencoder)
-        known = getattr(self.autoencoder, "latent_std", math.nan) if latent_std is None else latent_std
-        self.latent_std = float(known)
+        own = self.settings.latent_std
+        self.latent_std = float(getattr(self.autoencoder, "latent_std", math.nan) if own is None else own)
         if not (math.isfinite(self.latent_std) and self.latent_std > 0):
             raise InputError(
                 f"latent_std: got {self.latent_std}, wanted a number above 0; fit the autoencoder with "
                 "tsynd.fit_autoencoder or give it"
             )
-        self.direction, self.samples, self.masks, self.seed = direction, samples, masks, seed
-        self.ratio, self.every, self.typicality = ratio, every, typicality
-        self.calls = self.images_made = 0
-        self.seconds = self.progress = 0.0
         self.prior: LatentPrior | None = None
         self._posterior: MCDropout | None = None
         self._checked = False
-        self._rows: tuple[Tensor, int] | None = None
+        self._kept = PerImage(), PerImage()  # offsets of latents and of pixels
 
-    def set_progress(self, fraction: float) -> None:
-        """Tell how much of the augmented part of the training is done; ``fit_classifier`` does before each call.
+    def _check_options(self) -> None:
+        climbs = self.direction in _CLIMBING
+        if not (math.isfinite(self.typicality) and self.typicality >= 0):
+            raise InputError(f"typicality: got {self.typicality!r}, wanted a finite number of 0 or more")
+        if not (isinstance(self.pixels, (int, float)) and 0 <= self.pixels <= 1):
+            raise InputError(f"pixels: got {self.pixels!r}, wanted a number in [0, 1]")
+        share = self.residual
+        if share != "random" and not (isinstance(share, (int, float)) and 0 <= share <= 1):
+            raise InputError(f"residual: got {share!r}, wanted a number in [0, 1] or 'random'")
+        for name in ("typicality", "pixels", "persistent"):
+            if getattr(self, name) and not climbs:
+                raise InputError(
+                    f"{name}: got {getattr(self, name)!r} with direction {self.direction!r}, which climbs nothing; "
+                    f"wanted {type(getattr(self, name))()!r}"
+                )
+        if self.expected and self.settings.masks != "shared":
+            raise InputError(
+                f"objective: got 'expected_information' with masks {self.settings.masks!r}, wanted 'shared' masks"
+            )
+        if self.targets is not None:
+            if not self.expected:
+                raise InputError("targets: got images, wanted them with objective 'expected_information' alone")
+            self.targets = check_images(self.targets)
 
-        Args:
-            fraction: 0 at the first augmented step, 1 at the last.
-
-        Raises:
-            InputError: a fraction outside [0, 1].
-        """
-        if not 0 <= fraction <= 1:
-            raise InputError(f"fraction: got {fraction!r}, wanted a number in [0, 1]")
-        self.progress = float(fraction)
-
-    def set_rows(self, rows: Tensor, total: int) -> Tensor:
-        """Tell that the next call's images are these rows of a batch over several processes.
-
-        Posterior samples and random directions are then addressed by the row.
-
-        Args:
-            rows: int64 [B], ascending.
-            total: images of the whole batch.
-
-        Returns:
-            The rows that the next call will give images of.
-        """
-        self._rows = rows.cpu(), total
-        if self.calls % self.every:
-            return rows[:0]
-        return rows[rows < math.ceil(self.ratio * total)]
+    def check(self, classifier: nn.Module | Posterior, steps: int) -> None:
+        """See :meth:`Augmentation.check`; here: does the classifier have a posterior?"""
+        self._posterior_of(classifier)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next call depends on besides the arguments, for a resumed training."""
-        return {"calls": self.calls, "images_made": self.images_made, "seconds": self.seconds}
+        return {**super().state_dict(), "kept": [kept.state_dict() for kept in self._kept]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
-        self.calls, self.images_made = int(state["calls"]), int(state["images_made"])
-        self.seconds = float(state["seconds"])
+        super().load_state_dict(state)
+        for kept, own in zip(self._kept, state["kept"], strict=True):
+            kept.load_state_dict(own)
 
     def prepare(self, batches: Iterable[Tensor]) -> None:
-        """Fit the distribution of latents that ``typicality`` needs; nothing is done where it does not.
+        """Fit the distribution of latents that ``typicality`` needs, and keep targets, where they are wanted.
 
         Args:
-            batches: the training images [b, C, H, W] in [0, 1]; from the 2001st image on they are not read.
+            batches: the training images [b, C, H, W] in [0, 1]; from the 2001st (targets: 513th) on they are not
+                read.
 
         Raises:
             InputError: fewer than two images, or latents without variance.
         """
+        if self.expected and self.targets is None:
+            self.targets = torch.cat([images.cpu() for images in _first(batches, _MOST_TARGETS)])
         if self.typicality == 0 or self.prior is not None:
             return
         latents: list[Tensor] = []
-        count = 0
         with torch.no_grad(), frozen(*self._modules()):
-            for images in batches:
+            for images in _first(batches, _MOST_FITTED):
                 place(images.device, self.autoencoder)
                 latents.append(self.autoencoder.encode(images).float().cpu())
-                count += len(images)
-                if count >= _MOST_FITTED:
-                    break
-        self.prior = fit_latent_prior([torch.cat(latents)[:_MOST_FITTED]] if latents else [])
+        self.prior = fit_latent_prior([torch.cat(latents)] if latents else [])
 
     def __call__(self, classifier: nn.Module | Posterior, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images for the first ``ratio`` of the batch.
@@ -202,17 +204,13 @@ class TargetedAugmentation:
         Raises:
             InputError: at the first call, models, images or labels that do not fit.
         """
-        call, self.calls = self.calls, self.calls + 1
-        (rows, total), self._rows = self._rows or (torch.arange(len(images)), len(images)), None
-        rows = rows[rows < math.ceil(self.ratio * total)]
-        if call % self.every or not len(rows):
-            return images[:0].detach(), labels[:0]
-        start = clock(images.device)
-        count = len(rows)
-        images, labels = images[:count].detach(), labels[:count]
+        return self.give(classifier, images, labels)
+
+    def make(self, classifier: nn.Module | Posterior, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        """See :meth:`BatchAugmentation.make`."""
         posterior = self._posterior_of(classifier)
         if isinstance(posterior, MCDropout):
-            posterior.seed = self.seed + call
+            posterior.seed = self.seed + self.calls
         place(images.device, self.autoencoder)
         with ExitStack() as stack:
             stack.enter_context(frozen(*self._modules()))
@@ -222,42 +220,101 @@ class TargetedAugmentation:
             self._check(posterior, images, labels)
             with torch.no_grad():
                 source = self.autoencoder.encode(images).float()
-            rows = rows.to(source.device)
+                decode = self._decoder(images, source, rows)
+            ids = rows.to(source.device)
             if posterior is None:
-                made = self._move(source, call, rows)
-            else:
-                made = self._images(posterior, source, labels, call, rows)
-        self.images_made += count
-        self.seconds += clock(images.device) - start
-        return made, labels
+                return self._move(decode, source, ids)
+            if self.settings.task == "multiclass":
+                labels = labels.long().reshape(len(source))
+            if self.direction not in _CLIMBING:
+                return self._kept_labels(posterior, decode, source, labels, ids, self._move(decode, source, ids))
+            goal = PlausibleGoal(
+                self._measure(posterior, labels), source, self._prior_at(source.device), self.typicality
+            )
+            if self.pixels or self.persistent:
+                made = self._last_iterate(decode, source, images, ids, goal)
+                return self._kept_labels(posterior, decode, source, labels, ids, made)
+            return ascend_latents(
+                posterior, decode, source, ids, self._settings(), self.latent_std, labels, goal
+            ).images
 
-    def _images(self, posterior: Posterior, source: Tensor, labels: Tensor, call: int, ids: Tensor) -> Tensor:
-        settings, task = self._settings(), self.settings.task
-        if task == "multiclass":
-            labels = labels.long().reshape(len(source))
-        if self.direction == "random" and settings.label_consistency is not None:
-            made = self._move(source, call, ids)
-            kept = label_probability(posterior, made, labels, ids, task) >= settings.label_consistency
-            return torch.where(kept[:, None, None, None], made, self._decode(source))
-        measure: Measure
-        if self.direction == "loss":
-            measure = LabelLoss(posterior, labels, task)
-        else:
-            measure = Uncertainty(posterior, settings.objective, task)
-        goal = PlausibleGoal(measure, source, self._prior_at(source.device), self.typicality)
-        decode = self.autoencoder.decode
-        return ascend_latents(posterior, decode, source, ids, settings, self.latent_std, labels, goal).images
-
-    def _move(self, source: Tensor, call: int, ids: Tensor) -> Tensor:
-        """``random`` and ``reconstruction``."""
-        if self.direction == "reconstruction":
-            return self._decode(source)
-        _, radius = self._settings().lengths(self.latent_std, source[0].numel())
-        return self._decode(source + radius * _directions(source, ids.tolist(), self.seed + call, self.settings.rule))
-
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _kept_labels(
+        self,
+        posterior: Posterior,
+        decode: Callable[[Tensor], Tensor],
+        source: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        made: Tensor,
+    ) -> Tensor:
+        """The made images, with those that lost their label replaced by the reconstructions."""
+        least = self.settings.label_consistency
+        if least is None:
+            return made
+        kept = label_probability(posterior, made, labels, ids, self.settings.task) >= least
         with torch.no_grad():
-            return self.autoencoder.decode(latents).clamp(0, 1)
+            start = decode(source).clamp(0, 1)
+        return torch.where(kept.reshape([-1] + [1] * (made.dim() - 1)), made, start)
+
+    def _measure(self, posterior: Posterior, labels: Tensor) -> Measure:
+        task = self.settings.task
+        if self.direction == "loss":
+            return LabelLoss(posterior, labels, task)
+        if not self.expected:
+            return Uncertainty(posterior, self.settings.objective, task)
+        assert self.targets is not None  # _check has seen them
+        draw = torch.Generator().manual_seed((self.seed + self.calls) & 0xFFFFFFFF)
+        chosen = self.targets[torch.randperm(len(self.targets), generator=draw)[:_TARGETS]].to(labels.device)
+        with torch.no_grad():
+            return ExpectedInformation(posterior, posterior.logits(chosen), task)
+
+    def _decoder(self, images: Tensor, source: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """Latents [M, ...] -> images, with the share of the residual."""
+        decode: Callable[[Tensor], Tensor] = self.autoencoder.decode
+        if self.residual == 0:
+            return decode
+        share: Any = self.residual
+        if share == "random":
+            flat = images.flatten(1)[:, :1]
+            drawn = draw_rows(torch.rand, flat, rows, self.seed + self.calls + _SHARES)
+            share = drawn.reshape([-1] + [1] * (images.dim() - 1))
+        lost = share * (images - decode(source).clamp(0, 1))
+        return lambda latents: decode(latents) + lost
+
+    def _move(self, decode: Callable[[Tensor], Tensor], source: Tensor, ids: Tensor) -> Tensor:
+        """``random`` and ``reconstruction``."""
+        latents = source
+        if self.direction == "random":
+            _, radius = self._settings().lengths(self.latent_std, source[0].numel())
+            latents = source + radius * _directions(source, ids, self.seed + self.calls, self.settings.rule)
+        with torch.no_grad():
+            return decode(latents).clamp(0, 1)
+
+    def _last_iterate(
+        self, decode: Callable[[Tensor], Tensor], source: Tensor, images: Tensor, ids: Tensor, goal: Goal
+    ) -> Tensor:
+        """Latents, and pixels with them, after K steps from where they were left; nothing is evaluated afterwards."""
+        settings = self._settings()
+        step, radius = settings.lengths(self.latent_std, source[0].numel())
+        if self.persistent and settings.step_size is None:
+            step = radius / 2
+        latents, still = source.clone(), torch.zeros_like(images)
+        moved = self.pixels * (2 * draw_rows(torch.rand, images, ids, self.seed + self.calls + _PIXELS) - 1)
+        if self.persistent:
+            latents += self._kept[0].get(self.ids, torch.zeros_like(source))
+            moved = self._kept[1].get(self.ids, moved)
+        for _ in range(settings.steps):
+            with torch.enable_grad():
+                leaf, pixel = latents.detach().requires_grad_(), moved.detach().requires_grad_()
+                score = goal(leaf, (decode(leaf) + pixel).clamp(0, 1), ids).score
+                slopes = torch.autograd.grad(score.sum(), (leaf, pixel))
+            ops.ascend_(latents, slopes[0], source, step, radius, settings.rule)
+            ops.ascend_(moved, slopes[1], still, 2.5 * self.pixels / max(settings.steps, 2), self.pixels, "linf")
+        if self.persistent:
+            self._kept[0].put(self.ids, latents - source)
+            self._kept[1].put(self.ids, moved)
+        with torch.no_grad():
+            return (decode(latents) + moved).clamp(0, 1)
 
     def _settings(self) -> AscentSettings:
         start, end = self.radius
@@ -273,13 +330,14 @@ class TargetedAugmentation:
 
     def _posterior_of(self, classifier: nn.Module | Posterior) -> Posterior | None:
         """The classifier's posterior, traced once, it follows the weights; None where no prediction is needed."""
-        random = self.direction == "random" and self.settings.label_consistency is None
-        if random or self.direction == "reconstruction":
+        if self.direction not in _CLIMBING and (
+            self.direction == "reconstruction" or self.settings.label_consistency is None
+        ):
             return None
         if isinstance(classifier, Posterior):
             return classifier
         if self._posterior is None or self._posterior.classifier is not classifier:
-            self._posterior = MCDropout(classifier, self.samples, self.masks, self.seed)
+            self._posterior = MCDropout(classifier, self.settings.samples, self.settings.masks, self.seed)
         return self._posterior
 
     def _check(self, posterior: Posterior | None, images: Tensor, labels: Tensor) -> None:
@@ -298,7 +356,25 @@ class TargetedAugmentation:
                 "typicality: got a weight but no distribution of latents, wanted prepare(batches of training images) "
                 "before the first call"
             )
+        if self.expected and self.targets is None:
+            raise InputError(
+                "targets: got none, wanted images, or prepare(batches of training images) before the first call"
+            )
+        if self.targets is not None and self.targets.shape[1:] != images.shape[1:]:
+            raise InputError(
+                f"targets: images of shape {list(self.targets.shape[1:])}, wanted {list(images.shape[1:])}"
+            )
         self._checked = True
+
+
+def _first(batches: Iterable[Tensor], most: int) -> Iterator[Tensor]:
+    """Batches up to so many images, the last one cut; no further one is asked for."""
+    left = most
+    for images in batches:
+        yield images[:left]
+        left -= len(images)
+        if left <= 0:
+            return
 
 
 def _radius_pair(radius: float | Sequence[float]) -> tuple[float, float]:
@@ -309,24 +385,8 @@ def _radius_pair(radius: float | Sequence[float]) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def _check_typicality(direction: str, typicality: float) -> None:
-    if not (math.isfinite(typicality) and typicality >= 0):
-        raise InputError(f"typicality: got {typicality!r}, wanted a finite number of 0 or more")
-    if typicality > 0 and direction not in ("uncertainty", "loss"):
-        raise InputError(f"typicality: got {typicality!r} with direction {direction!r}, which climbs nothing; wanted 0")
-
-
-def _directions(like: Tensor, positions: Sequence[int], seed: int, rule: str) -> Tensor:
-    """One uniform direction per image of a batch [B, ...], addressed by (seed, position): its length is 1.
-
-    Drawn on the CPU, so that a batch's make-up and the device do not matter.
-    """
-    generator = torch.Generator()
-    rows = []
-    for position in positions:
-        # torch's CPU engine uses 32 bits of its seed; the odd constant keeps the streams of two seeds apart
-        generator.manual_seed((seed * 0x9E3779B1 + position) & 0xFFFFFFFF)
-        rows.append(torch.randn(like[0].numel(), generator=generator))
-    normal = torch.stack(rows)
+def _directions(like: Tensor, rows: Tensor, seed: int, rule: str) -> Tensor:
+    """One uniform direction per image of a batch [B, ...], addressed by (seed, row): its length is 1."""
+    normal = draw_rows(torch.randn, like, rows, seed).flatten(1)
     unit = normal.sign() if rule == "linf" else normal / normal.norm(dim=1, keepdim=True)
-    return unit.reshape(like.shape).to(like)
+    return unit.reshape(like.shape)

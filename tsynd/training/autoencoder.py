@@ -88,7 +88,7 @@ def fit_autoencoder(
     model: Any = autoencoder.eval()
     check_autoencoder(model, batches.first.to(loop.device))
 
-    def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
+    def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         with loop.over_all(loop.rows, loop.batch_size), loop.autocast():
             loss: Tensor = engine(images)
         return loss if loop.ranks == 1 else loss * (len(images) / loop.batch_size)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tsynd.data.dataset import LabelledBatches, check_task
 from tsynd.evaluation.evaluate import evaluate
 from tsynd.models.classifier import as_classifier
-from tsynd.training.loop import Augmentation, Checkpoint, FitReport, _check_settings, _Loop
+from tsynd.training.extra_images import (
+    Augmentation,
+    ExtraFunction,
+    ExtraImages,
+    as_augmentation,
+    as_parts,
+    image_losses,
+)
+from tsynd.training.loop import Checkpoint, FitReport, _check_settings, _Loop
 from tsynd.utils.errors import InputError
 from tsynd.utils.timing import clock
 
@@ -47,6 +55,29 @@ def _with_extra(loop: _Loop, count: int, extra_rows: Tensor | None) -> tuple[Ten
     return torch.cat([loop.rows, loop.batch_size + extra_rows]), loop.batch_size + made, made
 
 
+class _Images:
+    """All training images a few at a time, as often as they are asked for."""
+
+    def __init__(self, batches: LabelledBatches, device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.batches.at(part).images.to(self.device) for part in self.batches.chunks(256))
+
+
+def _check_part(part: ExtraImages, real: Tensor) -> None:
+    if part.images.shape[1:] != real.shape[1:] or len(part.images) != len(part.labels):
+        raise InputError(
+            f"augmentation: gave images {list(part.images.shape)} with {len(part.labels)} labels,"
+            f" wanted [M, {', '.join(map(str, real.shape[1:]))}] with M labels"
+        )
+    sources = part.made_of()
+    if part.loss == "consistency" and (len(sources) != len(part.images) or int(sources.amax()) >= len(real)):
+        raise InputError(
+            f"augmentation: gave {len(part.images)} images of {len(sources)} sources, wanted one below {len(real)} each"
+        )
+
+
 def fit_classifier(
     classifier: nn.Module,
     data: Any,
@@ -57,7 +88,7 @@ def fit_classifier(
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-2,
     balanced: bool = True,
-    augmentation: Augmentation | None = None,
+    augmentation: Augmentation | ExtraFunction | None = None,
     augmentation_weight: float = 1.0,
     warmup_fraction: float = 0.3,
     seed: int = 0,
@@ -78,12 +109,9 @@ def fit_classifier(
         data: labelled images, as ``LabelledBatches`` reads them.
         task: "multiclass" (labels int64 [N]) or "multilabel" (labels 0/1 [N, K]).
         balanced: weigh the loss so that every class (every label's positives) counts the same.
-        augmentation: called with the classifier and each step's real batch after the warm-up; it may change
-            the classifier's mode, and what it returns is not differentiated. Where it has them, its
-            ``prepare(batches of all training images)`` is called before training and ``set_progress(fraction)``
-            before each call, from 0 at the first to 1 at the last augmented step. Over several processes each
-            gives its own images; ``set_rows(rows of the whole batch, its size)`` is called before each call then,
-            and says which rows will be given.
+        augmentation: asked for extra images with the classifier and each step's real batch after the warm-up, see
+            :class:`tsynd.Augmentation`; a plain callable will do. What it gives is not differentiated and is learnt
+            by the loss that it names. Over several processes each gives its own images.
         augmentation_weight: λ.
         warmup_fraction: part of the iterations before the augmentation is used, in [0, 1].
         val: labelled images, scored once after training.
@@ -117,49 +145,44 @@ def fit_classifier(
     weights = weights.to(loop.device)
     start_at = math.ceil(warmup_fraction * iterations)
     spent = 0.0
-    stateful = augmentation if hasattr(augmentation, "load_state_dict") else None
-    tell_progress, tell_rows = getattr(augmentation, "set_progress", None), getattr(augmentation, "set_rows", None)
-    prepare = getattr(augmentation, "prepare", None)
-    if prepare is not None:
-        prepare(batches.at(part).images.to(loop.device) for part in batches.chunks(256))
+    extra_images = None if augmentation is None else as_augmentation(augmentation)
+    if extra_images is not None:
+        extra_images.check(classifier, iterations - start_at)
+        extra_images.prepare(_Images(batches, loop.device))
 
-    def compute_loss(engine: nn.Module, step: int, images: Tensor, labels: Tensor | None) -> Tensor:
+    def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
         assert labels is not None  # batches.labels has seen them
-        share = torch.full([len(images)], 1 / loop.batch_size, device=loop.device)
-        rows, total = loop.rows, loop.batch_size
-        if augmentation is not None and step >= start_at:
+        count, everything = len(images), [images]
+        share = [torch.full([count], 1 / loop.batch_size, device=loop.device)]
+        rows, total, parts = loop.rows, loop.batch_size, []
+        if extra_images is not None and step >= start_at:
             start = clock(loop.device)
-            if tell_progress is not None:
-                tell_progress((step - start_at) / max(iterations - 1 - start_at, 1))
-            extra_rows = tell_rows(rows, total) if loop.ranks > 1 and tell_rows is not None else None
-            extra, extra_labels = augmentation(classifier, images, labels)
+            extra_images.set_progress((step - start_at) / max(iterations - 1 - start_at, 1))
+            extra_images.set_ids(ids)
+            extra_rows = extra_images.set_rows(rows, total) if loop.ranks > 1 else None
+            parts = as_parts(extra_images(classifier, images, labels))
             spent += clock(loop.device) - start
             classifier.train()
-            if extra.shape[1:] != images.shape[1:] or len(extra) != len(extra_labels):
-                raise InputError(
-                    f"augmentation: gave images {list(extra.shape)} with {len(extra_labels)} labels,"
-                    f" wanted [M, {', '.join(map(str, images.shape[1:]))}] with M labels"
-                )
-            images = torch.cat([images, extra.detach().to(images)])
-            labels = torch.cat([labels, extra_labels.to(labels)])
-            rows, total, made = _with_extra(loop, len(extra), extra_rows)
-            extra_share = augmentation_weight / max(made, 1)
-            share = torch.cat([share, torch.full([len(extra)], extra_share, device=loop.device)])
+            for part in parts:
+                _check_part(part, images)
+            everything += [part.images.detach().to(images) for part in parts]
+            rows, total, made = _with_extra(loop, sum(len(part.images) for part in parts), extra_rows)
+            for part in parts:
+                own = augmentation_weight * part.weight / max(made, 1)
+                share.append(torch.full([len(part.images)], own, device=loop.device))
         with loop.over_all(rows, total), loop.autocast():
-            logits = engine(images).float()
-        if task == "multiclass":
-            each = functional.cross_entropy(logits, labels.long(), weight=weights, reduction="none")
-        else:
-            truth = labels.float()
-            each = functional.binary_cross_entropy_with_logits(
-                logits, truth, pos_weight=weights, reduction="none"
-            ).mean(1)
-        return (each * share).sum()
+            logits = engine(torch.cat(everything) if parts else images).float()
+        each = [image_losses(logits[:count], labels, task=task, weights=weights)]
+        for part, own in zip(parts, logits[count:].split([len(part.images) for part in parts]), strict=True):
+            truth = part.labels.to(loop.device)
+            clean = logits[:count][part.made_of()] if part.loss == "consistency" else None
+            each.append(image_losses(own, truth, part.loss, task=task, weights=weights, clean=clean))
+        return (torch.cat(each) * torch.cat(share)).sum()
 
     classifier.train()
     try:
-        losses, seconds = loop.run(compute_loss, "classifier", progress, checkpoint, stateful)
+        losses, seconds = loop.run(compute_loss, "classifier", progress, checkpoint, extra_images)
     finally:
         classifier.eval()
     validation = evaluate(classifier, val, task=task, conditions=("clean",))["clean"] if val is not None else {}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,7 @@ from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import differences
 from tsynd.utils.progress import progress_bar
 
-__all__ = ["Augmentation", "Checkpoint", "FitReport", "TrainingState", "batch_order", "load_state", "save_state"]
-
-Augmentation: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(classifier, images [B, C, H, W], labels [B, ...]) → extra images [M, C, H, W], labels [M, ...]."""
+__all__ = ["Checkpoint", "FitReport", "TrainingState", "batch_order", "load_state", "save_state"]
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -167,13 +164,13 @@ class _Loop:
 
     def run(
         self,
-        compute_loss: Callable[[nn.Module, int, Tensor, Tensor | None], Tensor],
+        compute_loss: Callable[[nn.Module, int, Tensor, Tensor, Tensor | None], Tensor],
         text: str,
         progress: bool,
         checkpoint: Checkpoint | None,
         extra: Any = None,
     ) -> tuple[tuple[float, ...], float]:
-        """Train; ``compute_loss(module, step, images, labels)`` uses ``module`` for its forward pass.
+        """Train; ``compute_loss(module, step, ids, images, labels)`` uses ``module`` for its forward pass.
 
         Over several processes it gives this one's share of the whole batch's loss. ``extra`` is an object whose
         ``state_dict`` and ``load_state_dict`` belong to the checkpoint, or None.
@@ -199,9 +196,10 @@ class _Loop:
                 self.schedule = self._schedule_from(state.step)
             engine = self.accelerator.prepare_model(self.module) if self.ranks > 1 else self.module
             for step in range(state.step, self.iterations):
-                batch = self.batches.at(next(draws)[self.rows])
+                ids = next(draws)[self.rows]
+                batch = self.batches.at(ids)
                 labels = None if batch.labels is None else batch.labels.to(self.device)
-                loss = compute_loss(engine, step, batch.images.to(self.device), labels)
+                loss = compute_loss(engine, step, ids, batch.images.to(self.device), labels)
                 state.losses.append(self.total(loss.detach()))
                 if not math.isfinite(state.losses[-1]):
                     raise InputError(
@@ -248,6 +246,29 @@ def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.
     return held
 
 
+_TENSOR = "tensor:"
+
+
+def _put(value: Any, held: dict[str, Tensor]) -> Any:
+    """A state with its tensors put among those that are held, and their names in their places."""
+    if isinstance(value, Tensor):
+        name = f"extra.{len(held)}"
+        held[name] = value.detach().to("cpu").contiguous().clone()
+        return _TENSOR + name
+    if isinstance(value, dict):
+        return {key: _put(item, held) for key, item in value.items()}
+    return [_put(item, held) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _take(value: Any, held: dict[str, Tensor]) -> Any:
+    """What was given to :func:`_put`."""
+    if isinstance(value, str) and value.startswith(_TENSOR):
+        return held[value.removeprefix(_TENSOR)]
+    if isinstance(value, dict):
+        return {key: _take(item, held) for key, item in value.items()}
+    return [_take(item, held) for item in value] if isinstance(value, list) else value
+
+
 def save_state(
     path: Path,
     settings: dict[str, Any],
@@ -264,7 +285,7 @@ def save_state(
         for key, value in _tensors(module, optimizer, device).items()
     }
     held["losses"] = torch.tensor(state.losses, dtype=torch.float64)
-    about = {"settings": json.dumps(settings), "step": str(state.step), "extra": json.dumps(state.extra)}
+    about = {"settings": json.dumps(settings), "step": str(state.step), "extra": json.dumps(_put(state.extra, held))}
     content: bytes = require("safetensors.torch", "models").save(held, metadata=about)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(content)
@@ -311,4 +332,4 @@ def load_state(
     except (RuntimeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"checkpoint: {path} does not fit this model: {reason}") from error
-    return TrainingState(step, held["losses"].tolist(), extra)
+    return TrainingState(step, held["losses"].tolist(), _take(extra, held))

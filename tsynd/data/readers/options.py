@@ -30,8 +30,10 @@ class ReadOptions:
         slices: ``axial``, ``coronal`` or ``sagittal``: volumes become their slices in that plane, without constant
             ones; with ``:middle`` behind it, the one in the middle alone. None keeps volumes.
         spacing: (x, y, z) in mm, to which NIfTI volumes are resampled (linear), x running to the patient's right.
-        path_column, label_column, split_column, group_column: of tables and ``datasets`` objects. Several label
-            columns, joined by commas, are 0/1 labels of a multilabel set.
+        path_column: of a table or ``datasets`` object: image files.
+        label_column: of a table: classes; several, joined by commas, hold 0 and 1 (multilabel).
+        split_column: of a table, where it has it: train, val or test.
+        group_column: of a table, where it has it: patients, each kept in one split.
         group: ``auto`` keeps a patient's images in one split: by the group column, a DICOM file's PatientID (where
             that is empty, its study), or the file that frames and slices come from. ``none`` splits image by image.
 

@@ -1,0 +1,98 @@
+"""Options are the settings' fields; what cannot act, or is given twice, is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import in_process
+
+pytest.importorskip("typer")
+
+import typer.main
+
+from tsynd.cli import app
+from tsynd.cli.options import field_texts
+from tsynd.data.readers.options import ReadOptions
+from tsynd.distributed.worker import ShardSettings
+from tsynd.jobs.run import RunSettings
+from tsynd.jobs.train import TrainSettings
+from tsynd.study.settings import StudySettings
+from tsynd.synthesis.ascent import AscentSettings
+
+SETTINGS = (AscentSettings, ReadOptions, RunSettings, ShardSettings, StudySettings, TrainSettings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_field_has_a_text(settings: Any) -> None:
+    texts = field_texts(settings)
+    for field in dataclasses.fields(settings):
+        assert len(texts[field.name]) > 10
+        assert not {"``", ":class:", ":func:", "see tsynd.synthesize"} & set(texts[field.name].split())
+    if issubclass(settings, AscentSettings):
+        assert texts["rule"] == "l2 (normalised gradient) or linf (its sign)."
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("run", RunSettings), ("train", TrainSettings), ("experiment", StudySettings), ("synthesize", ShardSettings)],
+)
+def test_options_are_the_fields(command: str, settings: Any) -> None:
+    commands: Any = typer.main.get_command(app)
+    made = {p.name: p.default for p in commands.commands[command].params}
+    shared = {f.name: f.default for f in dataclasses.fields(settings) if f.name in made}
+    assert len(shared) > 8
+    for name, default in shared.items():
+        given = made[name]() if callable(made[name]) else made[name]
+        if (command, name) not in (("synthesize", "shard_size"), ("synthesize", "output"), ("synthesize", "data")):
+            wanted = list(default) if isinstance(default, tuple) and isinstance(given, list) else default
+            assert given == wanted or wanted is dataclasses.MISSING, name
+
+
+MODELS = ["--autoencoder", "a.safetensors", "--classifier", "c.safetensors"]
+MADE = ["synthesize", "--data", "phantom", "--output", "out.npz"]
+EXPORT = ["export", "--output", "f.onnx", *MODELS]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ([*MADE, "--model", "s.onnx", "--radius", "0.7"], "radius: --radius does nothing with --model, whose file"),
+        ([*MADE, "--model", "s.onnx", "--memory-limit", "1"], "memory_limit: --memory-limit does nothing with --model"),
+        ([*MADE, "--model", "s.onnx", "--no-checkpointing"], "checkpointing: --checkpointing does nothing with"),
+        ([*MADE, "--model", "s.onnx", *MODELS], "autoencoder: --autoencoder does nothing with --model"),
+        ([*MADE, "--model", "s.onnx", "--shard-size", "8"], "shard_size: --shard-size does nothing with --model"),
+        ([*MADE, *MODELS, "--verify", "size"], "verify: --verify does nothing without --shard-size"),
+        ([*MADE, *MODELS, "--image-format", "png"], "image_format: --image-format does nothing without --shard-size"),
+        ([*MADE, *MODELS, "--workers", "2"], "workers: --workers does nothing without --shard-size"),
+        ([*MADE, "--radius", "1", "--radius", "2"], "radius: --radius is given twice, wanted once"),
+        (
+            ["run", "--data", "t.csv", "--output", "o", "--label-column", "a", "--label-column=b"],
+            "label_column: --label-column is given twice, wanted once; several columns are joined by commas",
+        ),
+        ([*EXPORT, "--kind", "classifier", "--steps", "2"], "steps: --steps does nothing for the kind 'classifier'"),
+        ([*EXPORT, "--kind", "encoder", "--seed", "0"], "seed: --seed does nothing for the kind 'encoder'"),
+        (
+            ["train", "--data", "phantom", "--output", "o", "--radius", "1"],
+            "radius: --radius does nothing without --autoencoder",
+        ),
+        (
+            ["evaluate", "--data", "phantom", "--classifier", "c.safetensors", "--query-images", "3"],
+            "query_images: --query-images does nothing without --attacks",
+        ),
+        (
+            ["experiment", "--data=phantom", "--output=o", "--train-size=9", "--attacks=none", "--attack-images=3"],
+            "attack_images: --attack-images does nothing without attacks",
+        ),
+    ],
+)
+def test_what_cannot_act_is_refused(
+    line: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, errors = in_process(list(line))
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith(f"tsynd: {words}"), errors
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,111 @@
+"""What posteriors have in common: networks in the form of the moment, and T sampled linear heads on their features."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tsynd.fx.checkpointing import staged
+from tsynd.fx.folding import FoldedGraph
+from tsynd.models.held import evaluating
+from tsynd.ops import operators as ops
+
+__all__ = ["Runner", "heads_logits", "heads_uncertainty"]
+
+Form = tuple[Callable[..., Any], ...]
+
+
+class Runner:
+    """Networks that may be folded, compiled or staged for a while, by each thread for itself.
+
+    Args:
+        once: what runs once per image.
+        tail: what runs T times, if anything does.
+        keep_last: see :class:`tsynd.fx.checkpointing.Staged`.
+        hidden: the networks' course cannot be compiled: they leave it halfway.
+    """
+
+    def __init__(
+        self, *once: nn.Module, tail: nn.Module | None = None, keep_last: bool = False, hidden: bool = False
+    ) -> None:
+        self._once, self._tail, self._keep_last, self._hidden = once, tail, keep_last, hidden
+        self._folded: list[FoldedGraph] = []
+        self._forms: dict[int, tuple[Form, Callable[..., Any] | None]] = {}
+
+    @property
+    def once(self) -> Form:
+        """What runs once per image, in its form of the moment."""
+        return self._form()[0]
+
+    @property
+    def tail(self) -> Callable[..., Any]:
+        """What runs T times, in its form of the moment."""
+        tail = self._form()[1]
+        assert tail is not None
+        return tail
+
+    def _form(self) -> tuple[Form, Callable[..., Any] | None]:
+        return self._forms.get(threading.get_ident(), (self._once, self._tail))
+
+    @contextmanager
+    def _as(self, once: Form, tail: Callable[..., Any] | None) -> Iterator[None]:
+        own = threading.get_ident()
+        before = self._forms.get(own)
+        self._forms[own] = once, tail
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._forms[own]
+            else:
+                self._forms[own] = before
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside, batch norms are part of the convolutions before them where all networks are traced."""
+        parts = [*self._once, *([] if self._tail is None else [self._tail])]
+        if not parts or not all(isinstance(part, fx.GraphModule) for part in parts):
+            yield
+            return
+        if not self._folded:
+            with evaluating(*parts):
+                self._folded = [FoldedGraph(part) for part in parts]  # type: ignore[arg-type]
+        for graph in self._folded:
+            graph.refresh()
+        modules = tuple(graph.module for graph in self._folded)
+        with self._as(modules[: len(self._once)], modules[-1] if self._tail is not None else None):
+            yield
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Inside, what runs once per image goes through ``torch.compile``."""
+        once, tail = self._form()
+        with self._as(once if self._hidden else tuple(torch.compile(part, dynamic=False) for part in once), tail):
+            yield
+
+    @contextmanager
+    def staged(self, image: Tensor) -> Iterator[int]:
+        """Inside, what runs once per image keeps few activations; gives what the heaviest stage of one image takes."""
+        once, tail = self._form()
+        stages = [staged(part, image, self._keep_last) for part in once]
+        with self._as(tuple(stages), tail):
+            yield max((stage.heaviest for stage in stages), default=0)
+
+
+def heads_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [T, B, C] of features [B, D] under weights [T, C, D] and biases [T, C]: one product."""
+    flat = features @ weight.flatten(0, 1).t().to(features.dtype)
+    logits = flat.reshape(flat.shape[0], *weight.shape[:2]).transpose(0, 1)
+    return logits if bias is None else logits + bias[:, None]
+
+
+def heads_uncertainty(features: Tensor, weight: Tensor, bias: Tensor | None, objective: str, task: str) -> Tensor:
+    """Uncertainty [B] in nats of features [B, D] under weights [T, C, D] and biases [T, C], fused."""
+    kind = features.dtype
+    bias = None if bias is None else bias.to(kind)
+    return ops.head_uncertainty(features, weight.to(kind), bias, objective, task)[0]
