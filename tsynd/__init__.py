@@ -39,6 +39,7 @@ _HOME = {
     "TargetedAugmentation": "training.augmentation",
     "as_autoencoder": "models.autoencoder",
     "as_classifier": "models.classifier",
+    "autoencoder": "models.named",
     "classifier": "models.named",
     "evaluate": "evaluation.evaluate",
     "export_aoti": "export.aoti",
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from tsynd.models.autoencoder import Autoencoder, as_autoencoder
     from tsynd.models.checkpoint import load_model, save_model
     from tsynd.models.classifier import as_classifier
-    from tsynd.models.named import classifier
+    from tsynd.models.named import autoencoder, classifier
     from tsynd.models.networks import SmallAutoencoder, SmallResNet
     from tsynd.posteriors.laplace import LaplaceHead
     from tsynd.posteriors.last_layer import SampledHead

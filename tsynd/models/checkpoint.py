@@ -15,6 +15,7 @@ from torch import nn
 
 from tsynd.models import networks
 from tsynd.models.pretrained import PretrainedClassifier
+from tsynd.models.pretrained_autoencoder import PretrainedAutoencoder
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.version import __version__
@@ -25,6 +26,7 @@ _REGISTRY: dict[str, type[nn.Module]] = {
     "SmallResNet": networks.SmallResNet,
     "SmallAutoencoder": networks.SmallAutoencoder,
     "PretrainedClassifier": PretrainedClassifier,
+    "PretrainedAutoencoder": PretrainedAutoencoder,
 }
 
 

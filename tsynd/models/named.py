@@ -9,11 +9,12 @@ from pathlib import Path
 from torch import nn
 
 from tsynd.models.checkpoint import load_model, read_card
-from tsynd.models.networks import SmallResNet
+from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.models.pretrained import build_classifier
+from tsynd.models.pretrained_autoencoder import build_autoencoder
 from tsynd.utils.errors import InputError
 
-__all__ = ["classifier"]
+__all__ = ["autoencoder", "classifier"]
 
 
 def classifier(
@@ -81,6 +82,45 @@ def classifier(
         std=std,
         last_layer=last_layer,
     )
+
+
+def autoencoder(
+    name: str | os.PathLike[str],
+    *,
+    channels: int = 1,
+    trains: str = "none",
+    pixel_range: tuple[float, float] | None = None,
+) -> nn.Module:
+    """An autoencoder by name, for images of one or three channels in [0, 1].
+
+    A pretrained one knows no ``latent_std`` yet: :func:`tsynd.fit_autoencoder` measures it, and trains what ``trains``
+    says.
+
+    Args:
+        name: ``diffusers:NAME`` (on the Hugging Face hub, or the folder of a saved model), ``monai-bundle:PATH`` (the
+            folder of a bundle), ``small`` (:class:`tsynd.SmallAutoencoder`, from scratch), or the file of a model
+            that :func:`tsynd.save_model` wrote. The first two take ``,option=value,...``: ``subfolder`` of diffusers,
+            ``key`` and ``weights`` of a bundle.
+        channels: of the images; an autoencoder of three channels takes grey images too.
+        trains: ``none`` (frozen), ``decoder`` or ``all``.
+        pixel_range: what 0 and 1 are to a bundle's autoencoder.
+
+    Returns:
+        The network, in eval mode.
+
+    Raises:
+        InputError: a name or a model that cannot be used.
+        MissingExtraError: the library is not installed.
+    """
+    text = os.fspath(name)
+    if text == "small":
+        return SmallAutoencoder(channels).eval()
+    if not _is_file(text):
+        return build_autoencoder(text, channels, trains=trains, pixel_range=pixel_range)
+    found = read_card(text).config.get("channels")
+    if found != channels:
+        raise InputError(f"autoencoder: {text} takes images of {found} channels, wanted {channels}")
+    return load_model(text)
 
 
 def _is_file(text: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.models.classifier import logits_of
-from tsynd.models.sources import Source, parse_source, trusted
+from tsynd.models.sources import Source, first_line, parse_source, trusted
 from tsynd.models.weights import load_weights
 from tsynd.utils.errors import InputError, MissingExtraError, check_choice, require
 
@@ -266,15 +266,11 @@ def _import(module: str, extra: str) -> Any:
     except MissingExtraError:
         raise
     except (ImportError, RuntimeError) as error:  # installed, but what it stands on does not fit torch
-        raise InputError(f"classifier: {module} is installed but cannot be imported: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"classifier: {module} is installed but cannot be imported: {first_line(error)}") from error
 
 
 def _unavailable(source: Source, error: Exception, way: str) -> InputError:
-    return InputError(f"classifier: {source.text} cannot be had ({_line(error)}); wanted {way}")
+    return InputError(f"classifier: {source.text} cannot be had ({first_line(error)}); wanted {way}")
 
 
 def _find_last_layer(network: nn.Module, image: Tensor, text: str) -> str:
@@ -292,7 +288,7 @@ def _find_last_layer(network: nn.Module, image: Tensor, text: str) -> str:
             logits = logits_of(network(image))
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
-            f"classifier: {text} fails on an image {list(image.shape)}: {_line(error)}; wanted its image_size"
+            f"classifier: {text} fails on an image {list(image.shape)}: {first_line(error)}; wanted its image_size"
         ) from error
     finally:
         for handle in handles:

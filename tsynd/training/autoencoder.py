@@ -10,8 +10,11 @@ from torch.nn import functional
 
 from tsynd.data.dataset import LabelledBatches
 from tsynd.models.autoencoder import check_autoencoder, measure_latent_std
+from tsynd.models.pretrained_autoencoder import PretrainedAutoencoder
 from tsynd.training.global_batch import batch_variance
 from tsynd.training.loop import Checkpoint, FitReport, _check_settings, _Loop
+from tsynd.utils.device import resolve_device
+from tsynd.utils.errors import require
 
 __all__ = ["ReconstructionLoss", "fit_autoencoder"]
 
@@ -59,8 +62,8 @@ def fit_autoencoder(
     """Train an autoencoder, in place, to reconstruct ``images`` from disturbed latents.
 
     The loss is the mean squared error. Each image's latent is disturbed by Gaussian noise of up to
-    ``latent_noise`` deviations, so that the surroundings of a real latent decode to images too. At the end
-    the autoencoder's buffer ``latent_std``, where it has one, is set (``measure_latent_std``).
+    ``latent_noise`` deviations, so that the surroundings of a real latent decode to images too. A pretrained one
+    that is frozen (``trains="none"``) is not trained. At the end the autoencoder's buffer ``latent_std``, where it has one, is set (``measure_latent_std``).
 
     Args:
         autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
@@ -84,6 +87,11 @@ def fit_autoencoder(
     settings |= dict(weight_decay=weight_decay, seed=seed, precision=precision)
     _check_settings(settings | {"latent_noise": latent_noise})
     batches = LabelledBatches(images, task=None, by_index=True)
+    if isinstance(autoencoder, PretrainedAutoencoder) and autoencoder.trains == "none":
+        target = resolve_device(device) if device is not None else require("accelerate", "train").Accelerator().device
+        check_autoencoder(autoencoder.to(target), batches.first.to(target))
+        _measure(autoencoder, batches, target)
+        return FitReport((), 0, 0.0)
     loop = _Loop(ReconstructionLoss(autoencoder, latent_noise), batches, device, settings)
     model: Any = autoencoder.eval()
     check_autoencoder(model, batches.first.to(loop.device))
@@ -98,8 +106,13 @@ def fit_autoencoder(
         losses, seconds = loop.run(compute_loss, "autoencoder", progress, checkpoint)
     finally:
         autoencoder.eval()
-    if isinstance(getattr(autoencoder, "latent_std", None), Tensor):
-        with torch.no_grad():
-            latents = (model.encode(batches.at(part).images.to(loop.device)) for part in batches.chunks(256))
-            model.latent_std.copy_(measure_latent_std(latents))
+    _measure(autoencoder, batches, loop.device)
     return FitReport(losses, iterations, seconds)
+
+
+def _measure(model: Any, batches: LabelledBatches, device: torch.device) -> None:
+    """Set the model's ``latent_std``, where it has one."""
+    if isinstance(getattr(model, "latent_std", None), Tensor):
+        with torch.no_grad():
+            latents = (model.encode(batches.at(part).images.to(device)) for part in batches.chunks(256))
+            model.latent_std.copy_(measure_latent_std(latents))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tsynd.data.dataset import LabelledBatches, check_task
 from tsynd.evaluation.evaluate import evaluate
 from tsynd.models.classifier import as_classifier
+from tsynd.models.features import KeptFeatures
+from tsynd.models.pretrained import PretrainedClassifier
 from tsynd.training.extra_images import (
     Augmentation,
     ExtraFunction,
@@ -65,6 +67,22 @@ class _Images:
         return (self.batches.at(part).images.to(self.device) for part in self.batches.chunks(256))
 
 
+class _FrozenEncoder:
+    """What is trained of a classifier whose encoder is frozen, its head, and what the head sees of images."""
+
+    def __init__(self, classifier: PretrainedClassifier, batches: LabelledBatches, loop: _Loop) -> None:
+        classifier.to(loop.device)
+        self.kept = KeptFeatures(classifier, classifier.features_folder)
+        parts = [self.kept(batches.at(part).images.to(loop.device)) for part in batches.chunks(64)]
+        self.real = torch.cat(parts)
+
+    def __call__(self, ids: Tensor, parts: list[ExtraImages], repeated: bool) -> Tensor:
+        """Features of the step's real images, then of the extra ones."""
+        real = self.real[ids]
+        extra = [self.kept(part.images.detach().to(real), repeated) for part in parts if len(part.images)]
+        return torch.cat([real, *extra])
+
+
 def _check_part(part: ExtraImages, real: Tensor) -> None:
     if part.images.shape[1:] != real.shape[1:] or len(part.images) != len(part.labels):
         raise InputError(
@@ -101,7 +119,8 @@ def fit_classifier(
     """Train a classifier, in place, with CE(x, y) + λ·CE(x*, y*) (binary CE per label for multilabel).
 
     Real and extra images go through the classifier in one batch: batch norm then normalises both with the
-    statistics that it also stores for test time, and one large pass is faster than two.
+    statistics that it also stores for test time, and one large pass is faster than two. Where the encoder of a
+    pretrained classifier is frozen, the head alone is trained, on features that are computed once for each image.
 
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; it is moved to the device and left in eval
@@ -135,7 +154,9 @@ def fit_classifier(
     if warmup_fraction > 1:
         raise InputError(f"warmup_fraction: got {warmup_fraction}, wanted a number in [0, 1]")
     batches, classifier = LabelledBatches(data, task=task, name="data", by_index=True), as_classifier(classifier)
-    loop = _Loop(classifier, batches, device, settings)
+    frozen = isinstance(classifier, PretrainedClassifier) and classifier.frozen
+    loop = _Loop(classifier.head if frozen else classifier, batches, device, settings)  # type: ignore[arg-type]
+    classifier.to(loop.device)
     with torch.no_grad():
         shape = list(classifier.eval()(batches.first.to(loop.device)).shape)
     if len(shape) != 2:
@@ -149,6 +170,10 @@ def fit_classifier(
     if extra_images is not None:
         extra_images.check(classifier, iterations - start_at)
         extra_images.prepare(_Images(batches, loop.device))
+    repeated = bool(getattr(extra_images, "repeats", False))
+    encoder = (
+        _FrozenEncoder(classifier, batches, loop) if isinstance(classifier, PretrainedClassifier) and frozen else None
+    )
 
     def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
@@ -172,7 +197,8 @@ def fit_classifier(
                 own = augmentation_weight * part.weight / max(made, 1)
                 share.append(torch.full([len(part.images)], own, device=loop.device))
         with loop.over_all(rows, total), loop.autocast():
-            logits = engine(torch.cat(everything) if parts else images).float()
+            given = torch.cat(everything) if encoder is None else encoder(ids, parts, repeated)
+            logits = engine(given).float()
         each = [image_losses(logits[:count], labels, task=task, weights=weights)]
         for part, own in zip(parts, logits[count:].split([len(part.images) for part in parts]), strict=True):
             truth = part.labels.to(loop.device)
@@ -185,5 +211,7 @@ def fit_classifier(
         losses, seconds = loop.run(compute_loss, "classifier", progress, checkpoint, extra_images)
     finally:
         classifier.eval()
+        if encoder is not None and loop.rank == 0:
+            encoder.kept.save()
     validation = evaluate(classifier, val, task=task, conditions=("clean",))["clean"] if val is not None else {}
     return FitReport(losses, iterations, seconds, min(spent / seconds, 1.0), validation)
