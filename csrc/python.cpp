@@ -36,6 +36,8 @@ Plan plan_logits(int64_t samples, int64_t classes, const std::string& task, int6
                  int multiprocessors) {
   const tsynd::RowPlan plan =
       tsynd::plan_rows(samples, classes, task == "multilabel", {shared_bytes, multiprocessors});
+  if (plan.kind == tsynd::RowPlan::kNone)
+    tsynd::refuse_rows(samples, classes, {shared_bytes, multiprocessors});
   Plan out{{"kernel", py::str(plan.kind == tsynd::RowPlan::kRegisters ? "registers"
                               : plan.kind == tsynd::RowPlan::kStaged  ? "staged"
                                                                       : "streamed")},
@@ -76,6 +78,16 @@ Plan plan_dropout_head(int64_t units, int64_t classes, int64_t samples, bool nar
       {"shared_bytes", py::int_(plan.shared_bytes)}};
 }
 
+Plan plan_information(int64_t images, int64_t targets, int64_t classes, int64_t samples,
+                      const std::string& task, int64_t shared_bytes) {
+  const tsynd::InformationPlan plan =
+      tsynd::plan_information(images, targets, classes, samples, task == "multilabel", {shared_bytes, 1});
+  return {{"kernel", py::str("ratios, product, logarithms, product")},
+          {"images_at_once", py::int_(plan.images)},
+          {"columns_at_once", py::int_(plan.columns)},
+          {"shared_bytes", py::int_(plan.shared_bytes)}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -91,6 +103,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_dropout_head", &plan_dropout_head, py::arg("units"), py::arg("classes"), py::arg("samples"),
         py::arg("narrow"), py::arg("shared_bytes"), py::arg("multiprocessors"),
         "Which CUDA kernel serves dropout_head_uncertainty.");
+  m.def("plan_information", &plan_information, py::arg("images"), py::arg("targets"), py::arg("classes"),
+        py::arg("samples"), py::arg("task"), py::arg("shared_bytes"),
+        "How the CUDA kernels of expected_information cut their work; ValueError for sizes that none serves, "
+        "as in "
+        "the other plans.");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"), py::arg("rounds") = tsynd::kMaskRounds,
         "Philox4x32 block of four 32-bit words (the host build of the kernels' own function).");
 }

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+# their exports and classifiers are those of other pages and tests
+_SLOW = {"docs/deployment.md"}
+
+
+def _parameter(page: Path) -> Any:
+    name = str(page.relative_to(ROOT))
+    return pytest.param(page, id=name, marks=[pytest.mark.slow] if name in _SLOW else [])
+
+
+@pytest.mark.parametrize("page", [_parameter(page) for page in PAGES])
 def test_every_block_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(block.language in ("python", "bash") and block.reason is None for block in blocks_of(page.read_text())):
         pytest.skip("no code to run")

@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <array>
+#include <map>
+#include <mutex>
 #include <optional>
 
 #include "../checks.h"
@@ -27,20 +29,29 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Of the current device. A few cheap attribute reads, no synchronisation.
-inline DeviceLimits device_limits() {
-  int device = 0, shared = 0, multiprocessors = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-#if defined(TSYND_SM90A)  // else this build has nothing that only such a device runs
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-#endif
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
+  if (error != cudaSuccess) (void)cudaGetLastError();  // not the next launch's
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
-  return {shared, multiprocessors, 10 * major + minor};
+  return value;
+}
+
+// Of the tensor's device, asked for once.
+inline const DeviceLimits& device_limits(const Tensor& tensor) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const int device = tensor.get_device_index();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  DeviceLimits limits{device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                      device_attribute(cudaDevAttrMultiProcessorCount, device), 0};
+#if defined(TSYND_SM90A)  // else this build has nothing that only such a device runs
+  limits.capability = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                      device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+#endif
+  return known.emplace(device, limits).first->second;
 }
 
 // Call f with a null pointer of the storage type; check_dtype has refused others.

@@ -156,23 +156,27 @@ TSYND_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 using Stream = cudaStream_t;
 
+// The runtime keeps the error of a call that failed, and the next launch that succeeds would read it as its
+// own.
+inline void check_launch(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(error));
+}
+
 // One launch on `stream`, with as much dynamic shared memory as it needs; launch errors are exceptions.
 template <class... Parameters, class... Arguments>
 void launch(Stream stream, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             Arguments... arguments) {
   if (blocks > 0x7FFFFFFF)
     throw std::runtime_error("more blocks than a grid holds: " + std::to_string(blocks));
-  cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
-             stream>>>(arguments...);
-    error = cudaGetLastError();
-  }
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(error));
+    check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)));
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
+           stream>>>(arguments...);
+  check_launch(cudaGetLastError());
 }
 
 #else

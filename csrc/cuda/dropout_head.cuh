@@ -3,8 +3,8 @@
 // for float32.
 #pragma once
 
-#include "mask_bits.cuh"
 #include "image_row.cuh"
+#include "mask_bits.cuh"
 
 namespace tsynd {
 
@@ -20,6 +20,7 @@ struct DropoutHead {
 constexpr int kHeadUnits = 128;
 constexpr int kHeadImages = 16;  // of a block with tensor cores
 constexpr int kHeadSlots = 64;   // logits a lane can hold
+constexpr int kHeadMostThreads = 8 * kWarp;
 constexpr int kDirectWarps = 8;  // images of a block without
 
 TSYND_HD int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -103,8 +104,9 @@ TSYND_DEVICE float head_row(unsigned char* memory, const DropoutHead& job, int m
 // 16 images a block; the warps share out the passes, then the images. Units are dealt to the fragments'
 // positions so that a lane's 16 are those of one Philox call: nothing is made twice and nothing exchanged.
 template <class T, int kClasses>
-__global__ void dropout_head_tensor(const T* features, const T* weight, const T* bias,
-                                    const int64_t* sample_ids, T* gradient, float* value, DropoutHead job) {
+__global__ void __launch_bounds__(kHeadMostThreads, 1)
+    dropout_head_tensor(const T* features, const T* weight, const T* bias, const int64_t* sample_ids,
+                        T* gradient, float* value, DropoutHead job) {
   constexpr int kTiles = kClasses / 8, kClassTiles = (kClasses + 15) / 16;
   const int stride = head_row_stride(job.padded), samples = job.row.samples, passes = round_up(samples, 16);
   const int row_bytes = head_logit_bytes(samples, kClasses);

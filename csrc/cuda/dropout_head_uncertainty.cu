@@ -12,7 +12,8 @@ namespace {
 constexpr int64_t kMostExpanded = int64_t{1} << 26;  // masked features in memory at once, elements
 
 // For shapes that the kernels with masks in registers do not take: a few passes at a time, masked features
-// are written and multiplied; the second sweep makes the same masks again for the products' transpose.
+// are written and multiplied; the second sweep makes the same masks again for the products' transpose. The
+// logits of all passes are in memory between the sweeps.
 template <class T>
 void run_general(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
                  const Tensor& sample_ids, const Tensor& value, const Tensor& gradient,
@@ -40,7 +41,7 @@ void run_general(const Tensor& features, const Tensor& weight, const std::option
   });
   const RowLayout layout{images, classes, images * classes, 0, job.row, 0, false};
   run_rows<T>(stream, read_pointer<T>(logits), write_pointer<T>(logits), read_pointer<T>(bias),
-              write_pointer<float>(value), layout, device_limits());
+              write_pointer<float>(value), layout, device_limits(features));
   each_part([&](const Expansion& part, const Tensor& own_logits, const Tensor& own_masked) {
     multiply(own_masked, own_logits, weight);
     run_gather<T, float, true>(stream, read_pointer<T>(own_masked), write_pointer<float>(sum),
@@ -80,13 +81,20 @@ std::tuple<Tensor, Tensor> dropout_head_uncertainty(const Tensor& features_in, c
   with_dtype(features, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const DropoutHeadPlan plan =
-        plan_dropout_head(units, classes, samples, !std::is_same_v<T, float>, device_limits());
-    if (plan.kind == DropoutHeadPlan::kGeneral)
-      run_general<T>(features, weight, bias, sample_ids, value, gradient, job);
-    else
+        plan_dropout_head(units, classes, samples, !std::is_same_v<T, float>, device_limits(features));
+    if (plan.kind == DropoutHeadPlan::kGeneral) {
+      const int64_t at_once = images_at_once(images, samples * classes);
+      for (int64_t first = 0; first < images; first += at_once) {
+        DropoutHead part = job;
+        part.images = std::min(at_once, images - first);
+        const auto of = [&](const Tensor& x) { return rows_of(x, first, part.images); };
+        run_general<T>(of(features), weight, bias, of(sample_ids), of(value), of(gradient), part);
+      }
+    } else {
       run_dropout_head<T>(current_stream(features), read_pointer<T>(features), read_pointer<T>(weight),
                           read_pointer<T>(bias), read_pointer<int64_t>(sample_ids),
                           write_pointer<T>(gradient), write_pointer<float>(value), job, plan);
+    }
   });
   return {value, gradient};
 }

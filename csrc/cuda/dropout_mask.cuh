@@ -90,33 +90,36 @@ __global__ void __launch_bounds__(kMaskThreads)
             end = job.expanded ? begin + 1 : job.passes;
   const int64_t last = (job.units - start < kUnitsPerBlock ? job.units - start : kUnitsPerBlock) * job.inner;
   Out* const to = in + row * size + start * job.inner;
-  // 16 values of the block at a time: one thread's units, or a warp's stretch of one channel after another
-  for (int64_t offset = lane; offset < last; offset += lanes == 1 ? kUnitsPerBlock : kWarp) {
-    const int unit = static_cast<int>(offset / job.inner);
+  // 16 values a thread at a time, for which the masks of a pass are made once: one thread's units, or a
+  // warp's sixteen stretches of one channel after another
+  for (int64_t base = 0; base < last; base += static_cast<int64_t>(lanes) * kUnitsPerBlock) {
     float sum[kUnitsPerBlock];
+    int unit[kUnitsPerBlock];
 #pragma unroll
-    for (int u = 0; u < kUnitsPerBlock; ++u) sum[u] = 0.f;
+    for (int u = 0; u < kUnitsPerBlock; ++u) {
+      const int64_t offset = base + u * lanes + lane;
+      sum[u] = 0.f;
+      unit[u] = lanes == 1 ? u : static_cast<int>((offset < last ? offset : last - 1) / job.inner);
+    }
     for (int t = begin; t < end; ++t) {
       const KeptSigns signs =
           kept_block(job.stream, static_cast<uint32_t>(block), static_cast<uint32_t>(job.first_pass + t), id);
-      const T* const from = gradient + (t * job.images + image) * size + start * job.inner;
-      if (lanes == 1) {
+      const T* const from = gradient + (t * job.images + image) * size + start * job.inner + base + lane;
 #pragma unroll
-        for (int u = 0; u < kUnitsPerBlock; ++u)
-          if (u < last && kept(signs.w[u / 4], u % 4)) sum[u] += to_float(from[u]);
-      } else {
+      for (int u = 0; u < kUnitsPerBlock; ++u) {
+        const int at = lanes == 1 ? u : unit[u];
         const uint32_t word =
-            unit < 8 ? (unit < 4 ? signs.w[0] : signs.w[1]) : (unit < 12 ? signs.w[2] : signs.w[3]);
-        if (kept(word, unit % 4)) sum[0] += to_float(from[offset]);
+            at < 8 ? (at < 4 ? signs.w[0] : signs.w[1]) : (at < 12 ? signs.w[2] : signs.w[3]);
+        if (base + u * lanes + lane < last && kept(word, at % 4)) sum[u] += to_float(from[u * lanes]);
       }
     }
-    const int count = lanes == 1 ? static_cast<int>(last) : 1;
 #pragma unroll
-    for (int u = 0; u < kUnitsPerBlock; ++u)
-      if (u < count) {
-        const float x = sum[u] * job.scale;
-        to[offset + u] = kAccumulate ? from_float<Out>(to_float(to[offset + u]) + x) : from_float<Out>(x);
-      }
+    for (int u = 0; u < kUnitsPerBlock; ++u) {
+      const int64_t offset = base + u * lanes + lane;
+      if (offset >= last) continue;
+      const float x = sum[u] * job.scale;
+      to[offset] = kAccumulate ? from_float<Out>(to_float(to[offset]) + x) : from_float<Out>(x);
+    }
   }
 }
 

@@ -9,18 +9,16 @@
 namespace tsynd {
 namespace {
 
-constexpr int64_t kMostLogits = int64_t{1} << 28;  // elements in memory at once
-
-// Product, rows in place, product; as many images at once as kMostLogits allows.
+// Product, rows in place, product; as many images at once as images_at_once allows.
 template <class T>
 void run_general(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
                  const Tensor& value, const Tensor& gradient, const RowTask& row) {
   const int64_t images = features.size(0), columns = weight.size(0) * weight.size(1);
-  const int64_t at_once = std::min(images, std::max<int64_t>(1, kMostLogits / columns));
+  const int64_t at_once = images_at_once(images, columns);
   const Tensor flat = torch::stable::view(weight, {columns, weight.size(2)});
   const Tensor flipped = torch::stable::transpose(flat, 0, 1);
   const Tensor logits = torch::stable::new_empty(features, {at_once, columns}, features.scalar_type());
-  const DeviceLimits limits = device_limits();
+  const DeviceLimits& limits = device_limits(features);
   for (int64_t first = 0; first < images; first += at_once) {
     const int64_t count = std::min(at_once, images - first);
     const Tensor part = rows_of(logits, 0, count);
@@ -56,7 +54,7 @@ std::tuple<Tensor, Tensor> head_uncertainty(const Tensor& features_in, const Ten
       };
       const HeadPlan plan =
           plan_head(images, units, classes, samples, row.multilabel, true,
-                    aligned(features) && aligned(weight), device_limits(), best_head_kernel());
+                    aligned(features) && aligned(weight), device_limits(features), best_head_kernel());
       const auto run = [&](auto* kernel) {
         kernel(current_stream(features), read_pointer<T>(features), read_pointer<T>(weight),
                read_pointer<T>(bias), write_pointer<T>(gradient), write_pointer<float>(value), images, units,

@@ -86,25 +86,21 @@ void launch_clusters(Stream stream, void (*kernel)(Parameters...), int64_t block
                      int64_t shared_bytes, Arguments... arguments) {
   if (blocks > 0x7FFFFFFF)
     throw std::runtime_error("more blocks than a grid holds: " + std::to_string(blocks));
-  cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  }
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(error));
+  check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_launch(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 TSYND_DEVICE void trap() { __trap(); }
@@ -152,10 +148,18 @@ TSYND_DEVICE void arrive_at(uint64_t* barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-// Until the phase of this parity has ended. A try sleeps a microsecond at most; a wait of more than some ten
-// seconds is an error, never a hang.
+TSYND_DEVICE uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+constexpr uint64_t kLongestWait = 20ull * 1000 * 1000 * 1000;  // nanoseconds
+
+// Until the phase of this parity has ended. A try sleeps a microsecond at most; a wait of more than twenty
+// seconds by the clock (a sanitizer may make each try slow) is an error, never a hang.
 TSYND_DEVICE void wait_barrier(uint64_t* barrier, uint32_t parity) {
-  for (uint32_t tries = 0;; ++tries) {
+  uint64_t since = 0;
+  for (uint32_t tries = 1;; ++tries) {
     uint32_t done;
     asm volatile(
         "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2, %3;\n"
@@ -164,7 +168,11 @@ TSYND_DEVICE void wait_barrier(uint64_t* barrier, uint32_t parity) {
         : "r"(shared_address(barrier)), "r"(parity), "r"(1000)
         : "memory");
     if (done) return;
-    if (tries == 1u << 24) trap();
+    if (tries % 1024 == 0) {
+      const uint64_t now = nanoseconds();
+      if (since == 0) since = now;
+      if (now - since > kLongestWait) trap();
+    }
   }
 }
 

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> logits_uncertainty(const Tensor& logits_in, const std
   with_dtype(logits, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     run_rows<T>(current_stream(logits), read_pointer<T>(logits), write_pointer<T>(gradient), nullptr,
-                write_pointer<float>(value), layout, device_limits());
+                write_pointer<float>(value), layout, device_limits(logits));
   });
   return {value, gradient};
 }

@@ -23,9 +23,10 @@ constexpr int next_power_of_two(int64_t x) {
 }
 
 // From logits in memory: `registers` reads each logit once and needs no shared memory, `staged` keeps an
-// image's logits in shared memory, `streamed` reads them three times.
+// image's logits in shared memory, `streamed` reads them three times. `none`: what even that keeps of an
+// image, two values a pass and one a class, is more than a block's shared memory.
 struct RowPlan {
-  enum Kind { kRegisters, kStaged, kStreamed } kind;
+  enum Kind { kRegisters, kStaged, kStreamed, kNone } kind;
   int lanes;    // of a warp that share an image (kRegisters)
   int classes;  // C rounded up to a power of two (kRegisters)
   int slots;    // logits in a lane's registers (kRegisters)
@@ -45,7 +46,23 @@ inline RowPlan plan_rows(int64_t samples, int64_t classes, bool multilabel, cons
   const int64_t floats = 2 * samples + classes + kRowWarps, staged = 4 * (floats + samples * classes);
   const int64_t most = limits.shared_bytes < kRowStagedBytes ? limits.shared_bytes : kRowStagedBytes;
   if (staged <= most) return {RowPlan::kStaged, 0, 0, 0, staged};
-  return {RowPlan::kStreamed, 0, 0, 0, 4 * floats};
+  if (4 * floats <= limits.shared_bytes) return {RowPlan::kStreamed, 0, 0, 0, 4 * floats};
+  return {RowPlan::kNone, 0, 0, 0, 0};
+}
+
+// The refusal of what no plan serves.
+inline void refuse_rows(int64_t samples, int64_t classes, const DeviceLimits& limits) {
+  throw std::invalid_argument("samples and classes: got " + std::to_string(samples) + " and " +
+                              std::to_string(classes) + ", wanted 2 samples + classes of at most " +
+                              std::to_string(limits.shared_bytes / 4 - kRowWarps) +
+                              ", what a block of this GPU can keep of an image");
+}
+
+// Images worked on at once where each has `each` values of scratch in memory.
+constexpr int64_t kMostScratch = int64_t{1} << 28;  // elements
+constexpr int64_t images_at_once(int64_t images, int64_t each) {
+  const int64_t most = kMostScratch / each < 1 ? 1 : kMostScratch / each;
+  return images < most ? images : most;
 }
 
 // head_uncertainty: product, rows, product; or one kernel, by mma.sync or by sm_90a's wgmma.
@@ -148,6 +165,26 @@ inline DropoutHeadPlan plan_dropout_head(int64_t units, int64_t classes, int64_t
   const int64_t bytes = 4 * ((padded + 8) * ((units + 15) / 16) * 20 + 8 * passes * padded);
   if (bytes > limits.shared_bytes) return general;
   return {DropoutHeadPlan::kDirect, 8, padded, bytes};
+}
+
+// expected_information: `images` at a time against `columns` of the targets' outcomes at a time.
+struct InformationPlan {
+  int64_t images, columns;
+  int64_t shared_bytes;  // of a block that finds an image's ratios: two values a pass, one a class
+};
+
+constexpr int64_t kInformationColumns = 8192;
+constexpr int64_t kMostJoint = int64_t{1} << 26;  // joint probabilities in memory at once
+
+inline InformationPlan plan_information(int64_t images, int64_t targets, int64_t classes, int64_t samples,
+                                        bool multilabel, const DeviceLimits& limits) {
+  const int64_t shared = multilabel ? 0 : 4 * (2 * samples + classes);
+  if (shared > limits.shared_bytes) refuse_rows(samples, classes, limits);
+  const int64_t outcomes = multilabel ? 2 : classes, all = targets * outcomes,
+                columns = all < kInformationColumns ? all : kInformationColumns;
+  const int64_t by_joint = kMostJoint / (columns * outcomes) < 1 ? 1 : kMostJoint / (columns * outcomes);
+  const int64_t by_scratch = images_at_once(images, 2 * samples * (multilabel ? 2 * classes : classes));
+  return {by_joint < by_scratch ? by_joint : by_scratch, columns, shared};
 }
 
 }  // namespace tsynd

@@ -205,6 +205,7 @@ template <class T>
 void run_rows(Stream stream, const T* logits, T* gradient, const T* bias, float* value, RowLayout layout,
               const DeviceLimits& limits) {
   const RowPlan plan = plan_rows(layout.row.samples, layout.row.classes, layout.row.multilabel, limits);
+  if (plan.kind == RowPlan::kNone) refuse_rows(layout.row.samples, layout.row.classes, limits);
   if (plan.kind == RowPlan::kRegisters) {
     layout.lanes = plan.lanes;
     const auto aligned = [](const void* p, int64_t stride) {

@@ -67,6 +67,53 @@ inline Row uncertainty(const std::vector<double>& logits, int samples, int class
   return out;
 }
 
+// Expected information about one target, and its derivative by the image's logits: J = mean_t p_t q_t^T in
+// long double, sum_ck J log(J / (pbar qbar^T)) pair by pair.
+inline Row information(const std::vector<double>& logits, const std::vector<double>& target, int samples,
+                       int classes, bool multilabel) {
+  using Wide = long double;
+  Row out{0., std::vector<double>(logits.size())};
+  const int groups = multilabel ? classes : 1, outcomes = multilabel ? 2 : classes;
+  Wide value = 0;
+  for (int group = 0; group < groups; ++group) {
+    const auto probabilities = [&](const std::vector<double>& x) {
+      std::vector<Wide> p(static_cast<size_t>(samples) * outcomes);
+      for (int t = 0; t < samples; ++t) {
+        Wide sum = 0;
+        for (int k = 0; k < outcomes; ++k) {
+          const Wide at = multilabel ? (k == 0 ? x[t * classes + group] : 0.) : x[t * classes + k];
+          sum += p[t * outcomes + k] = std::exp(at);
+        }
+        for (int k = 0; k < outcomes; ++k) p[t * outcomes + k] /= sum;
+      }
+      return p;
+    };
+    const std::vector<Wide> p = probabilities(logits), q = probabilities(target);
+    std::vector<Wide> slope(static_cast<size_t>(samples) * outcomes, 0);
+    for (int c = 0; c < outcomes; ++c)
+      for (int k = 0; k < outcomes; ++k) {
+        Wide joint = 0, p_mean = 0, q_mean = 0;
+        for (int t = 0; t < samples; ++t) {
+          joint += p[t * outcomes + c] * q[t * outcomes + k] / samples;
+          p_mean += p[t * outcomes + c] / samples;
+          q_mean += q[t * outcomes + k] / samples;
+        }
+        const Wide ratio = std::log(joint / (p_mean * q_mean));
+        value += joint * ratio;
+        for (int t = 0; t < samples; ++t) slope[t * outcomes + c] += q[t * outcomes + k] * ratio / samples;
+      }
+    for (int t = 0; t < samples; ++t) {
+      Wide inner = 0;
+      for (int c = 0; c < outcomes; ++c) inner += p[t * outcomes + c] * slope[t * outcomes + c];
+      for (int c = 0; c < (multilabel ? 1 : outcomes); ++c)
+        out.gradient[t * classes + (multilabel ? group : c)] =
+            static_cast<double>(p[t * outcomes + c] * (slope[t * outcomes + c] - inner));
+    }
+  }
+  out.value = static_cast<double>(value);
+  return out;
+}
+
 // Largest |actual - exact| must be within `relative` of the largest |exact|, or `absolute`.
 template <class Actual>
 void expect_close(const std::vector<Actual>& actual, const std::vector<double>& exact, double relative,
@@ -80,8 +127,10 @@ void expect_close(const std::vector<Actual>& actual, const std::vector<double>& 
     if (!(here <= gap)) gap = here, worst = i;  // also catches NaN
   }
   const bool holds = gap <= std::fmax(relative * largest, absolute);
-  expect(holds, what + ": off by " + std::to_string(gap) + " at " + std::to_string(worst) + " of " +
-                    std::to_string(exact.size()) + ", largest entry " + std::to_string(largest));
+  char told[96];
+  std::snprintf(told, sizeof(told), ": off by %.3g at %zu of %zu, largest entry %.3g", gap, worst,
+                exact.size(), largest);
+  expect(holds, what + told);
 }
 
 class Random {

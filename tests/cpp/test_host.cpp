@@ -76,12 +76,22 @@ void row_arithmetic() {
         }
 }
 
+void scratch_is_bounded() {
+  for (const int64_t images : {1ll, 1000ll, 1ll << 40})
+    for (const int64_t each : {1ll, 256ll, 1ll << 20, 1ll << 30}) {
+      const int64_t at_once = images_at_once(images, each);
+      check::expect(at_once >= 1 && at_once <= images && (at_once == 1 || at_once * each <= kMostScratch),
+                    "images at once");
+    }
+}
+
 }  // namespace
 
 int main() {
   philox_known_answers();
   thresholds();
   row_arithmetic();
+  scratch_is_bounded();
   std::printf("%d checks, %d failed\n", check::checks, check::failures);
   return check::failures != 0;
 }

@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/ascend.cuh"
 #include "../../csrc/cuda/dropout_head.cuh"
 #include "../../csrc/cuda/dropout_mask.cuh"
+#include "../../csrc/cuda/expected_information.cuh"
 #include "../../csrc/cuda/head_mma.cuh"
 #include "../../csrc/cuda/rows.cuh"
 #include "../../csrc/cuda/wgmma_head.cuh"
@@ -349,6 +350,54 @@ void all_rows(unsigned seed) {
     rows<T>(2, 11, 50, options & 1, true, options & 1, options & 2, DeviceLimits{1024, 1}, ++seed);
 }
 
+// Many passes: sums are plain, and must still keep to the value.
+void long_sums(unsigned seed) {
+  for (const int classes : {2, 8, 40}) {
+    constexpr int kImages = 2, kPasses = 1024;
+    Random random(seed + classes);
+    Buffer<float> logits(static_cast<size_t>(kImages) * kPasses * classes);
+    Buffer<float> value(kImages);
+    std::vector<double> base(classes);
+    for (double& x : base) x = random.normal(2.);
+    for (size_t i = 0; i < logits.size(); ++i)
+      logits[i] = static_cast<float>(base[i % classes] + random.normal(.1));
+    std::vector<double> values;
+    for (int b = 0; b < kImages; ++b) {
+      const float* const from = logits.get() + static_cast<size_t>(b) * kPasses * classes;
+      values.push_back(
+          check::uncertainty({from, from + kPasses * classes}, kPasses, classes, false, false).value);
+    }
+    RowLayout layout{};
+    layout.images = kImages;
+    layout.image_stride = static_cast<int64_t>(kPasses) * classes;
+    layout.pass_stride = classes;
+    layout.row = {kPasses, classes, false, false};
+    run_rows<float>(seed, logits.get(), logits.get(), nullptr, value.get(), layout, kLarge);
+    for (int b = 0; b < kImages; ++b)
+      expect_close(std::vector<float>{value[b]}, {values[b]}, 5e-5, 0.,
+                   "the value of 1024 passes, C " + std::to_string(classes));
+  }
+}
+
+void too_large_rows() {
+  for (const bool multilabel : {false, true}) {
+    const DeviceLimits limits{227 * 1024, 132};
+    expect(plan_rows(20, 50000, multilabel, limits).kind == RowPlan::kStreamed, "50,000 classes fit");
+    expect(plan_rows(20, 60000, multilabel, limits).kind == RowPlan::kNone, "60,000 classes do not");
+    expect(plan_rows(30000, 40, multilabel, limits).kind == RowPlan::kNone, "30,000 passes do not");
+    bool refused = false;
+    RowLayout layout{};
+    layout.images = 1;
+    layout.row = {20, 60000, false, multilabel};
+    try {
+      run_rows<float>(1, nullptr, nullptr, nullptr, nullptr, layout, limits);
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    expect(refused, "60,000 classes are refused");
+  }
+}
+
 template <class T>
 void all_heads(unsigned seed) {
   const int fused_shapes[][4] = {{1, 8, 1, 1},     {70, 72, 3, 2},   {130, 64, 32, 8},
@@ -390,21 +439,100 @@ void all_dropout_heads(unsigned seed) {
     }
 }
 
-}  // namespace
+// The products between the kernels in double: they are torch's.
+template <class T>
+void information(int images, int count, int samples, int classes, bool multilabel, double size,
+                 unsigned seed) {
+  Random random(seed);
+  const int outcomes = multilabel ? 2 : classes, groups = multilabel ? classes : 1, rows = images * outcomes,
+            columns = count * outcomes, passes = groups * samples;
+  Buffer<T> logits(static_cast<size_t>(samples) * images * classes),
+      targets(static_cast<size_t>(samples) * count * classes), gradient(logits.size());
+  Buffer<float> own(static_cast<size_t>(passes) * rows), p(own.size()), mean(groups * rows),
+      theirs(static_cast<size_t>(passes) * columns), their_mean(groups * columns), weighted(theirs.size()),
+      slope(own.size()), excess(groups * rows), gained(groups * rows),
+      joint(static_cast<size_t>(rows) * columns), value(images);
+  logits.fill(random, size);
+  targets.fill(random, size);
+  const int64_t shared = plan_information(images, count, classes, samples, multilabel, kLarge).shared_bytes;
+  run_sample_ratios<T>(seed, targets.get(), theirs.get(), nullptr, their_mean.get(),
+                       {count, static_cast<int64_t>(count) * classes, samples, classes, multilabel}, shared);
+  run_sample_ratios<T>(seed, logits.get(), own.get(), p.get(), mean.get(),
+                       {images, static_cast<int64_t>(images) * classes, samples, classes, multilabel},
+                       shared);
+  run_weigh_ratios(seed, theirs.get(), their_mean.get(), weighted.get(), passes, samples, columns);
+  for (size_t i = 0; i < excess.size(); ++i) excess[i] = gained[i] = 0.f;
+  for (int g = 0; g < groups; ++g) {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) {
+        double sum = 0.;
+        for (int t = g * samples; t < (g + 1) * samples; ++t)
+          sum += static_cast<double>(own[static_cast<size_t>(t) * rows + i]) *
+                 theirs[static_cast<size_t>(t) * columns + j];
+        joint[static_cast<size_t>(i) * columns + j] = static_cast<float>(sum);
+      }
+    run_joint_logs(seed, joint.get(), their_mean.get() + g * columns, excess.get() + g * rows,
+                   gained.get() + g * rows, rows, columns, 1.f / static_cast<float>(samples));
+    // half of the columns, and the rest added to it
+    std::vector<float> part(static_cast<size_t>(samples) * rows);
+    Buffer<float> rest(part.size());
+    for (int t = 0; t < samples; ++t)
+      for (int i = 0; i < rows; ++i) {
+        double sums[2] = {0., 0.};
+        for (int j = 0; j < columns; ++j)
+          sums[j >= columns / 2] +=
+              static_cast<double>(weighted[static_cast<size_t>(g * samples + t) * columns + j]) *
+              joint[static_cast<size_t>(i) * columns + j];
+        slope[static_cast<size_t>(g * samples + t) * rows + i] = static_cast<float>(sums[0]);
+        rest[static_cast<size_t>(t) * rows + i] = static_cast<float>(sums[1]);
+      }
+    run_add_to(seed, slope.get() + static_cast<size_t>(g) * samples * rows, rest.get(), samples * rows);
+  }
+  run_information_gradient<T>(seed, slope.get(), p.get(), mean.get(), excess.get(), gained.get(),
+                              gradient.get(), value.get(),
+                              {images, static_cast<int64_t>(images) * classes, samples, classes, 0,
+                               multilabel, 1.f / static_cast<float>(count)});
+  ++used[std::string("information, ") + (multilabel ? "multilabel" : "multiclass")];
+  std::vector<double> values, gradients(logits.size());
+  for (int b = 0; b < images; ++b) {
+    const auto of = [&](Buffer<T>& from, int all, int which) {
+      std::vector<double> row;
+      for (int t = 0; t < samples; ++t)
+        for (int c = 0; c < classes; ++c)
+          row.push_back(to_float(from[(static_cast<size_t>(t) * all + which) * classes + c]));
+      return row;
+    };
+    check::Row exact{0., std::vector<double>(static_cast<size_t>(samples) * classes)};
+    for (int m = 0; m < count; ++m) {
+      const check::Row one =
+          check::information(of(logits, images, b), of(targets, count, m), samples, classes, multilabel);
+      exact.value += one.value / count;
+      for (size_t i = 0; i < exact.gradient.size(); ++i) exact.gradient[i] += one.gradient[i] / count;
+    }
+    values.push_back(exact.value);
+    for (int t = 0; t < samples; ++t)
+      for (int c = 0; c < classes; ++c)
+        gradients[(static_cast<size_t>(t) * images + b) * classes + c] = exact.gradient[t * classes + c];
+  }
+  const std::string what = std::string("information ") + name_of<T>() + " B " + std::to_string(images) +
+                           " M " + std::to_string(count) + " T " + std::to_string(samples) + " C " +
+                           std::to_string(classes) + (multilabel ? " multilabel" : "");
+  // relative to its own size however small, down to where the reference cancels
+  expect_close(value.values(), values, 1e-5, 1e-13, what + " value");
+  const double least = std::is_same_v<T, Half> ? 3e-8 : 1e-13;  // float16 knows nothing smaller
+  expect_close(gradient.values(), gradients, kRounding<T>, least, what + " gradient");
+}
 
-int main(int argc, char** argv) {
-  const unsigned seed = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 1;
-  all_rows<float>(seed);
-  all_rows<Half>(seed + 100);
-  all_rows<BFloat16>(seed + 200);
-  all_heads<Half>(seed + 300);
-  all_heads<BFloat16>(seed + 400);
-  all_wgmma_heads<Half>(seed + 800);
-  all_wgmma_heads<BFloat16>(seed + 900);
-  all_dropout_heads<float>(seed + 500);
-  all_dropout_heads<Half>(seed + 600);
-  all_dropout_heads<BFloat16>(seed + 700);
-  dropout_head<BFloat16>(20, 2048, 64, 8, 128, true, false, false, seed + 1);  // eight warps a block
+template <class T>
+void all_information(unsigned seed) {
+  const int shapes[][4] = {{1, 1, 1, 1},  {3, 2, 7, 2},  {5, 3, 4, 5},
+                           {9, 5, 20, 8}, {2, 4, 3, 40}, {35, 1, 2, 3}};
+  for (const auto& s : shapes)
+    for (const bool multilabel : {false, true})
+      for (const double size : {.01, 2.}) information<T>(s[0], s[1], s[2], s[3], multilabel, size, ++seed);
+}
+
+void all_masks(unsigned seed) {
   for (const int units : {1, 16, 45, 333, 512})
     for (const uint32_t keep : {1u, 77u, 128u, 255u, 256u}) masks(3, units, 4, keep, seed + keep);
   for (int i = 0; i < 32; ++i) {
@@ -412,6 +540,9 @@ int main(int argc, char** argv) {
     expansion<BFloat16>(2, i % 2 ? 40 : 5, i % 3 ? 9 : 1, 5, 100 + 5 * i, i & 4, i & 8, seed + i);
     expansion<Half>(2, 33, i % 3 ? 32 : 1, 3, 200, i & 4, i & 8, seed + i);
   }
+}
+
+void all_ascents(unsigned seed) {
   for (const int count : {1, 7, 196, 256, 257, 5000})
     for (const bool l2 : {false, true})
       for (const float radius : {0.f, .5f, 1e3f}) {
@@ -419,6 +550,83 @@ int main(int argc, char** argv) {
         ascent<Half>(4, count, 1e-3, .3f, radius, l2, seed + count);
         ascent<BFloat16>(4, count, 1e-22, 2.f, radius, l2, seed + count);
       }
+}
+
+// Compiled all together, or one of them with -DTSYND_SECTION_name.
+#if !defined(TSYND_ONE_SECTION)
+#define TSYND_SECTION_rows
+#define TSYND_SECTION_fused
+#define TSYND_SECTION_wgmma
+#define TSYND_SECTION_dropout_head
+#define TSYND_SECTION_masks
+#define TSYND_SECTION_ascent
+#define TSYND_SECTION_information
+#endif
+const std::map<std::string, void (*)(unsigned)> kSections = {
+#if defined(TSYND_SECTION_rows)
+    {"rows",
+     [](unsigned seed) {
+       all_rows<float>(seed);
+       all_rows<Half>(seed + 100);
+       all_rows<BFloat16>(seed + 200);
+       long_sums(seed);
+       too_large_rows();
+     }},
+#endif
+#if defined(TSYND_SECTION_fused)
+    {"fused",
+     [](unsigned seed) {
+       all_heads<Half>(seed + 300);
+       all_heads<BFloat16>(seed + 400);
+     }},
+#endif
+#if defined(TSYND_SECTION_wgmma)
+    {"wgmma",
+     [](unsigned seed) {
+       all_wgmma_heads<Half>(seed + 800);
+       all_wgmma_heads<BFloat16>(seed + 900);
+     }},
+#endif
+#if defined(TSYND_SECTION_dropout_head)
+    {"dropout_head",
+     [](unsigned seed) {
+       all_dropout_heads<float>(seed + 500);
+       all_dropout_heads<Half>(seed + 600);
+       all_dropout_heads<BFloat16>(seed + 700);
+       dropout_head<BFloat16>(20, 2048, 64, 8, 128, true, false, false, seed + 1);  // eight warps a block
+     }},
+#endif
+#if defined(TSYND_SECTION_masks)
+    {"masks", all_masks},
+#endif
+#if defined(TSYND_SECTION_ascent)
+    {"ascent", all_ascents},
+#endif
+#if defined(TSYND_SECTION_information)
+    {"information",
+     [](unsigned seed) {
+       all_information<float>(seed);
+       all_information<Half>(seed + 50);
+       all_information<BFloat16>(seed + 100);
+     }},
+#endif
+};
+
+}  // namespace
+
+// test_kernels [ORDER of the threads [SECTION ...]]
+int main(int argc, char** argv) {
+  const unsigned seed = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 1;
+  for (int i = 2; i < argc; ++i)
+    if (!kSections.count(argv[i])) {
+      std::fprintf(stderr, "no section %s\n", argv[i]);
+      return 2;
+    }
+  for (const auto& [name, run] : kSections) {
+    bool wanted = argc < 3;
+    for (int i = 2; i < argc; ++i) wanted |= name == argv[i];
+    if (wanted) run(seed);
+  }
   for (const auto& [kernel, count] : used) std::printf("%4d x %s\n", count, kernel.c_str());
   std::printf("%d checks, %d failed\n", check::checks, check::failures);
   return check::failures != 0;

@@ -103,6 +103,7 @@ def _check(job: dict[str, str], output: Path, whole: Path) -> None:
     assert not list(output.rglob(".shard-*"))
 
 
+@pytest.mark.slow
 def test_killed_drivers_lose_nothing(unbroken, tmp_path):
     job, whole = unbroken
     assert _disturb(job, tmp_path / "out", random.Random(1), "dd") == 2

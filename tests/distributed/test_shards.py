@@ -26,6 +26,7 @@ from tsynd.distributed.worker import ShardSettings
 from tsynd.models.checkpoint import load_model
 from tsynd.synthesis.api import synthesize
 from tsynd.utils.errors import InputError
+from tsynd.utils.fingerprint import seal
 
 OPTIONS = {"samples": 8, "steps": 2, "shard_size": 16, "threads": 1, "device": "cpu"}
 
@@ -141,6 +142,78 @@ def test_another_job_is_refused_with_the_difference(job, done, copy, manifest):
     with pytest.raises(InputError, match="shard_size 16 → 8"):
         _again(job, copy, shard_size=8)
     assert content(copy) == before
+
+
+def test_a_shard_of_another_job_is_not_believed(job, done, copy, tmp_path):
+    other = tmp_path / "other"
+    _again(job, other, seed=1)
+    for name in ("shard-000001.tar", "index/shard-000001.parquet", "units/shard-000001.json"):
+        shutil.copy(other / name, copy / name)
+    manifest, said = _again(job, copy)
+    assert manifest["complete"]
+    assert said == ["shard-000001.json: the receipt is of another job (seed 1 → 0); made again"]
+    assert content(copy) == content(done)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "units/shard-000002.json"])
+def test_a_changed_receipt_or_manifest_is_noticed(job, done, copy, name):
+    text = (copy / name).read_text()
+    changed = text.replace('"mean_uncertainty": 0.0', '"mean_uncertainty": 0.1', 1)
+    assert changed != text
+    (copy / name).write_text(changed)
+    if name == "manifest.json":
+        with pytest.raises(InputError, match=r"manifest\.json is damaged; run the same tsynd synthesize again"):
+            pack(copy, copy.parent / "x.npz", progress=False)
+    assert len(_again(job, copy)[1]) == 1
+    assert content(copy) == content(done)
+
+
+def test_a_manifest_that_was_lost_beside_a_first_shard_is_written_again(job, done, copy):
+    for path in [*copy.glob("shard-00000[1-4].tar"), *copy.glob("units/*"), *copy.glob("index/*")]:
+        path.unlink()
+    (copy / "manifest.json").unlink()
+    _again(job, copy)
+    assert content(copy) == content(done)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_an_error(job, tmp_path, monkeypatch):
+    made = ShardFolder.write
+
+    def write(self, *arguments):
+        receipt = made(self, *arguments)
+        shutil.rmtree(self.folder)
+        return receipt
+
+    monkeypatch.setattr(ShardFolder, "write", write)
+    with pytest.raises(InputError, match="was removed or emptied while the job was at work"):
+        _again(job, tmp_path / "out")
+
+
+def test_packing_counts_what_it_reads(copy, tmp_path):
+    """A shard whose checksum is right and whose samples are not those that the manifest says."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    shard = manifest["shards"][4]
+    shard["stop"] += 1
+    manifest["images"] += 1
+    (copy / "manifest.json").write_text(json.dumps(seal(manifest)))
+    for output in ("x.npz", "x"):
+        with pytest.raises(InputError, match=r"shard-000004\.tar ends before sample 70"):
+            pack(copy, tmp_path / output, progress=False)
+        assert not (tmp_path / output).exists()
+    shard["start"] -= 1
+    (copy / "manifest.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(InputError, match=r"shard-000004\.tar holds sample 64 out of its place"):
+        pack(copy, tmp_path / "x.npz", progress=False)
+
+
+def test_two_writers_of_a_job_do_not_meet(job, done, tmp_path):
+    """Started together in one new folder: both end well, with the bytes of one."""
+    calls = [subprocess.Popen(command(job, tmp_path / "out"), env=ENVIRONMENT, stderr=subprocess.PIPE) for _ in "ab"]
+    for call in calls:
+        _, errors = call.communicate(timeout=300)
+        assert call.returncode == 0, errors
+    assert content(tmp_path / "out") == content(done)
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 def test_other_data_are_another_job(job, copy, tmp_path):

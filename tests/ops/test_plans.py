@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tsynd import ops
@@ -82,22 +84,45 @@ def test_an_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(done.exception, InputError)  # which the command line turns into exit code 2
 
 
-def test_shared_memory_is_never_exceeded() -> None:
+@pytest.mark.parametrize(("shared", "multiprocessors"), [HOPPER, SMALL])
+def test_shared_memory_is_never_exceeded(shared: int, multiprocessors: int) -> None:
     from tsynd.ops import _C
 
-    for limits in (HOPPER, SMALL):
-        for units in (16, 512, 2048, 8192):
-            for classes in (1, 2, 8, 12, 32, 33, 1000):
-                for samples in (1, 7, 32, 300):
-                    for narrow in (True, False):
-                        plans = [
-                            _C.plan_head(4096, units, classes, samples, "multiclass", narrow, *limits),
-                            _C.plan_head(4096, units, classes, samples, "multiclass", narrow, *limits, 90, "wgmma"),
-                            _C.plan_dropout_head(units, classes, samples, narrow, *limits),
-                            _C.plan_logits(samples, classes, "multiclass", *limits),
-                            _C.plan_logits(samples, classes, "multilabel", *limits),
-                        ]
-                        assert all(plan.get("shared_bytes", 0) <= limits[0] for plan in plans)
+    limits = (shared, multiprocessors)
+    refused = 0
+    grid = itertools.product((16, 512, 8192), (1, 2, 8, 12, 32, 33, 1000, 50000), (1, 7, 32, 300, 20000), (True, False))
+    for units, classes, samples, narrow in grid:
+        size = (4096, units, classes, samples, "multiclass", narrow, *limits)
+        for plan, arguments in (
+            (_C.plan_head, size),
+            (_C.plan_head, (*size, 90, "wgmma")),
+            (_C.plan_dropout_head, (units, classes, samples, narrow, *limits)),
+            (_C.plan_logits, (samples, classes, "multiclass", *limits)),
+            (_C.plan_logits, (samples, classes, "multilabel", *limits)),
+            (_C.plan_information, (4096, 64, classes, samples, "multiclass", shared)),
+        ):
+            if 2 * samples + classes > shared // 4 - 8 and plan is not _C.plan_dropout_head:
+                refused += 1
+                with pytest.raises(
+                    ValueError, match=f"got {samples} and {classes}, wanted 2 samples \\+ classes of at"
+                ):
+                    plan(*arguments)
+            else:
+                assert plan(*arguments).get("shared_bytes", 0) <= shared
+    assert refused > 0
+
+
+def test_information_is_cut_to_bounded_parts() -> None:
+    from tsynd.ops import _C
+
+    for images, targets, classes, samples in ((4096, 64, 8, 32), (10**7, 500, 10, 20), (64, 10**5, 1000, 16)):
+        plan = _C.plan_information(images, targets, classes, samples, "multiclass", HOPPER[0])
+        at_once, columns = plan["images_at_once"], plan["columns_at_once"]
+        assert 1 <= at_once <= images
+        assert columns <= targets * classes
+        assert at_once == 1 or at_once * classes * columns <= 2**26
+        assert at_once == 1 or at_once * classes * samples <= 2**28
+    assert _C.plan_information(4096, 64, 8, 32, "multiclass", HOPPER[0])["images_at_once"] == 4096  # one part
 
 
 def test_info_shows_the_plans() -> None:

@@ -161,6 +161,7 @@ def test_an_interrupted_study_repeats_no_cell(
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_processes_are_killed_and_the_study_goes_on(
     data: Path, finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path, no_report: None
 ) -> None:

@@ -17,7 +17,7 @@ from tsynd.data.sources import decode_image
 from tsynd.distributed.shards import image_bytes
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError
-from tsynd.utils.fingerprint import hash_file
+from tsynd.utils.fingerprint import hash_file, is_sealed
 from tsynd.utils.progress import progress_bar
 
 __all__ = ["pack", "read_manifest"]
@@ -33,12 +33,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         complete = manifest["complete"]
+        whole = is_sealed(manifest)
     except FileNotFoundError:
         raise InputError(f"shards: {folder} holds no manifest.json, wanted the output of a sharded synthesis") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"shards: {path} cannot be read ({type(error).__name__})") from None
     if not complete:
         raise InputError(f"shards: the job in {folder} is not finished; run the same tsynd synthesize again")
+    if not whole:
+        raise InputError(f"shards: {path} is damaged; run the same tsynd synthesize again to repair it")
     return cast("dict[str, Any]", manifest)
 
 
@@ -51,14 +54,20 @@ def _samples(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[dict[str,
             raise InputError(f"shards: {path} is damaged or gone; run the same tsynd synthesize again to repair it")
         with tarfile.open(path, "r:") as archive:
             waiting: tuple[str, bytes] | None = None
+            expected = iter(range(shard["start"], shard["stop"]))
             for member in archive:
                 file = archive.extractfile(member)
                 content = b"" if file is None else file.read()
                 if waiting is None:  # the image stands before its JSON
                     waiting = Path(member.name).suffix, content
                 else:
-                    yield json.loads(content), *waiting
+                    row = json.loads(content)
+                    if row["sample_id"] != next(expected, None):
+                        raise InputError(f"shards: {path} holds sample {row['sample_id']} out of its place")
+                    yield row, *waiting
                     waiting = None
+            if waiting is not None or (rest := next(expected, None)) is not None:
+                raise InputError(f"shards: {path} ends before sample {rest}; wanted {shard['images']} images")
 
 
 def _pixels(content: bytes, suffix: str) -> np.ndarray[Any, Any]:

@@ -7,8 +7,9 @@ A job's folder::
     index/shard-000000.parquet    a row per sample
     units/shard-000000.json       receipt: ids, sizes and checksums of the two files above; written last
 
-A unit counts as done when its receipt is there and both files are as it says. Any number of writers may share the
-folder: what a unit holds depends on the job alone, so two that make the same one write the same bytes.
+A unit counts as done when its receipt is there, is of this job and is whole by its own digest, and both files are as it
+says. Any number of writers may share the folder: what a unit holds depends on the job alone, so two that make the same
+one write the same bytes, each under a temporary name of its own.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from tsynd.utils.atomic import atomic_path, check_writable
+from tsynd.utils.atomic import atomic_path, check_writable, clear_leftovers
 from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import differences, hash_file
+from tsynd.utils.fingerprint import differences, hash_file, is_sealed, seal
 
 __all__ = ["Sample", "ShardFolder", "Unit", "image_bytes", "plan_units"]
 
 FORMATS = ("png", "npy")
+_OURS = re.compile(r"manifest\.json|units|index|shard-\d{6,}\.tar")
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,14 @@ class ShardFolder:
             raise InputError(f"output: {self.folder} is a file, wanted a new folder or that of the same job")
         visible = [name for name in held if not name.startswith(".")]
         known = _read_json(manifest)
-        if known is not None and isinstance(known.get("fingerprint"), dict):
+        if known is not None:
             self._compare(known["fingerprint"])
         else:
-            receipts = sorted((self.folder / "units").glob("shard-*.json")) if visible else []
             older = [
-                r["fingerprint"] for r in map(_read_json, receipts) if r and isinstance(r.get("fingerprint"), dict)
+                r["fingerprint"] for r in map(_read_json, sorted((self.folder / "units").glob("shard-*.json"))) if r
             ]
-            if visible and not older and not set(visible) <= {"manifest.json", "units", "index"}:
+            ours = {"units", "index"} <= set(visible) and all(map(_OURS.fullmatch, visible))
+            if visible and not older and not ours:
                 raise InputError(
                     f"output: {self.folder} holds {', '.join(visible[:3])} and no manifest.json of a sharded job, "
                     "wanted a new or empty folder"
@@ -181,13 +183,10 @@ class ShardFolder:
             if older:
                 self.notes.append("manifest.json was missing or damaged: written again, the shards' receipts agree")
         check_writable(manifest)
-        for rest in self.folder.glob(".manifest-*"):  # of a killed writer, not of one at work now
-            with suppress(FileNotFoundError):
-                if time.time() - rest.stat().st_mtime > 3600:
-                    rest.unlink()
-        for part in ("units", "index"):
+        for part in ("units", "index", ""):
             (self.folder / part).mkdir(exist_ok=True)
-        if known is None or "fingerprint" not in known:
+            clear_leftovers(self.folder / part)
+        if known is None:
             self._write_manifest(None)
 
     def _compare(self, then: dict[str, Any]) -> None:
@@ -211,6 +210,8 @@ class ShardFolder:
         receipt = _read_json(sheet)
         if receipt is None:
             return f"{sheet.name}: the receipt is damaged"
+        if changes := differences(receipt["fingerprint"], self.fingerprint):
+            return f"{sheet.name}: the receipt is of another job ({changes})"
         if [receipt.get("start"), receipt.get("stop")] != [unit.start, unit.stop]:
             return f"{sheet.name}: the receipt is for other samples"
         if receipt.get("images") != len(unit):
@@ -249,9 +250,10 @@ class ShardFolder:
             InputError: the disk is full or cannot be written to; nothing of the unit is left then.
         """
         tar, index, sheet = self._paths(unit)
-        for path in (tar, index, sheet):  # what a killed writer left behind
-            for rest in path.parent.glob(f".{unit.name}-*"):
-                rest.unlink(missing_ok=True)
+        if not sheet.parent.is_dir():
+            raise InputError(f"output: {self.folder} was removed or emptied while the job was at work in it")
+        for path in (tar, index, sheet):
+            clear_leftovers(path.parent, unit.name)
         rows: list[dict[str, Any]] = []
         with durable(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for sample in samples:
@@ -275,7 +277,7 @@ class ShardFolder:
             "fingerprint": self.fingerprint,
         }
         with durable(sheet) as file:
-            file.write(json.dumps(receipt).encode())
+            file.write(json.dumps(seal(receipt)).encode())
         return receipt
 
     def finish(self) -> dict[str, Any] | None:
@@ -283,13 +285,13 @@ class ShardFolder:
         receipts = []
         for unit in self.units:
             receipt = _read_json(self._paths(unit)[2])
-            if receipt is None:
+            if receipt is None or self.fault(unit, checksum=False) is not None:
                 return None
-            receipts.append({key: value for key, value in receipt.items() if key != "fingerprint"})
+            receipts.append({key: value for key, value in receipt.items() if key not in ("fingerprint", "digest")})
         return self._write_manifest(receipts)
 
     def _write_manifest(self, shards: list[dict[str, Any]] | None) -> dict[str, Any]:
-        content = {
+        content: dict[str, Any] = {
             "format": 1,
             "complete": shards is not None,
             "images": self.fingerprint["images"],
@@ -298,7 +300,7 @@ class ShardFolder:
             "shards": shards or [],
         }
         with durable(self.folder / "manifest.json") as file:
-            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(seal(content), indent=1, ensure_ascii=False).encode() + b"\n")
         return content
 
 
@@ -318,9 +320,9 @@ def _write_index(file: BinaryIO, unit: Unit, rows: list[dict[str, Any]]) -> None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none that can be read."""
+    """A manifest or receipt; None where there is none that is whole."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+    return content if is_sealed(content) and isinstance(content.get("fingerprint"), dict) else None

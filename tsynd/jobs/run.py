@@ -115,8 +115,11 @@ def run(
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     settings = replace(settings, task=source.task)
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
-    job = Job(Path(output).expanduser(), fingerprint(settings, content))
+    with Job(Path(output).expanduser(), fingerprint(settings, content)) as job:
+        return _stages(job, source, settings, where, progress)
 
+
+def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, progress: bool) -> dict[str, Any]:
     def train_autoencoder(path: Path) -> dict[str, Any]:
         fit_autoencoder_step(
             source,

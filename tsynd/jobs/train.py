@@ -85,9 +85,11 @@ def train_model(
         device = None
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     settings, folder = replace(settings, task=source.task), Path(output).expanduser()
+    given = fingerprint(settings, [source.train.images, source.train.labels], **_parts(settings))
+    job: Job | None = None
     try:
         with state.main_process_first():
-            Job(folder, fingerprint(settings, [source.train.images, source.train.labels], **_parts(settings)))
+            job = Job(folder, given, alone=state.is_main_process)
         path = folder / f"{settings.model}.safetensors"
         report = _fit(
             source,
@@ -97,9 +99,12 @@ def train_model(
             progress=progress,
             checkpoint=Checkpoint(folder / "training.safetensors", checkpoint_every),
         )
+        job.check_folder()
         state.wait_for_everyone()  # a process that leaves while others talk to it can abort them
         return (path if state.is_main_process else None), report.losses[-1]
     finally:
+        if job is not None:
+            job.close()
         if torch.distributed.is_initialized():
             gc.collect()  # what still holds the group, as the traceback of a failed step, goes before it
             torch.distributed.destroy_process_group()

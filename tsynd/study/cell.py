@@ -42,6 +42,7 @@ from tsynd.study.settings import (
 )
 from tsynd.training.loop import FitReport
 from tsynd.utils.atomic import atomic_path, save_npz
+from tsynd.utils.fingerprint import seal
 
 __all__ = ["plain", "run_cell", "train_autoencoder"]
 
@@ -121,7 +122,7 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     }
     result = dict(plain(result))
     with atomic_path(cell_path(place, cell)) as temporary:
-        temporary.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(seal(result), allow_nan=False) + "\n", encoding="utf-8")
     return result
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from tsynd.data.dataset import DataSource
 from tsynd.data.load import load_data
 from tsynd.evaluation.attacks import check_robustness
 from tsynd.jobs.job import Job
+from tsynd.models.checkpoint import read_card
 from tsynd.study.arms import parse_arm
 from tsynd.study.cell import run_cell, train_autoencoder
 from tsynd.study.scheduler import _Progress, _Task, _work
@@ -27,13 +29,13 @@ from tsynd.study.settings import (
     cells_of,
     check_study,
     classifier_path,
-    samples_path,
+    read_samples,
 )
 from tsynd.study.study_report import write_study
-from tsynd.utils.atomic import atomic_path
+from tsynd.utils.atomic import atomic_path, clear_leftovers
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import fingerprint
+from tsynd.utils.fingerprint import fingerprint, hash_file, is_sealed
 from tsynd.utils.progress import progress_bar
 from tsynd.utils.version import __version__
 
@@ -102,14 +104,25 @@ def experiment(
     check_study(settings, source, [parse_arm(arm) for arm in arms])
     whole = load_data(data, **settings.reading.given())
     content = [x for part in (whole.unlabelled, whole.val, whole.test) for x in (part.images, part.labels)]
-    job = Job(Path(output).expanduser(), fingerprint(settings, content, kind="experiment"))
-    place = Workplace(str(data), job.folder, settings, where)
+    with Job(Path(output).expanduser(), fingerprint(settings, content, kind="experiment")) as job:
+        for folder in job.folder.iterdir():  # models/, cells/, ...
+            clear_leftovers(folder)
+        results = _measure(job, Workplace(str(data), job.folder, settings, where), source, cells, workers, progress)
+    return results
+
+
+def _measure(
+    job: Job, place: Workplace, source: DataSource, cells: Sequence[Cell], workers: int | None, progress: bool
+) -> list[dict[str, Any]]:
+    """Run what is left of the cells and write the report."""
+    where, settings = place.device, place.settings
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = workers or (1 if where.startswith("cuda") else cores)
     tasks = _plan(place, cells)
     with progress_bar("cells", len(cells), progress) as report:
         threads = None if where.startswith("cuda") else 1
         _work(tasks, min(count, max(len(tasks), 1)), threads, _Progress(report, len(cells), tasks))
+    job.check_folder()
     results = read_cells(place.folder)
     with atomic_path(place.folder / "results.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in results), encoding="utf-8")
@@ -163,7 +176,7 @@ def _plan(place: Workplace, cells: Sequence[Cell]) -> list[_Task]:
         arm = parse_arm(cell.arm)
         if arm.generative:
             path = autoencoder_path(place, cell.size, cell.seed)
-            if not (path.exists() and path.with_suffix(".json").exists()):
+            if not _whole(path):
                 work = _Autoencoder(place, cell.size, cell.seed)
                 tasks.setdefault(path.name, _Task(path.name, work, is_cell=False))
                 needs.append(path.name)
@@ -175,19 +188,25 @@ def _plan(place: Workplace, cells: Sequence[Cell]) -> list[_Task]:
 
 
 def _finished(place: Workplace, cell: Cell) -> bool:
-    if _read(cell_path(place, cell)) is None:
+    if _read(cell_path(place, cell)) is None or not _whole(classifier_path(place, cell)):
         return False
-    weights = classifier_path(place, cell)
-    whole = weights.exists() and weights.with_suffix(".json").exists()
-    return whole and (not parse_arm(cell.arm).generative or samples_path(place, cell).exists())
+    return not parse_arm(cell.arm).generative or read_samples(place, cell) is not None
+
+
+def _whole(weights: Path) -> bool:
+    """Whether a model's two files are there and belong together."""
+    try:
+        return read_card(weights).sha256 == hash_file(weights)
+    except (InputError, OSError):
+        return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        row = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "scores" in row else None
+    return {key: value for key, value in row.items() if key != "digest"} if is_sealed(row) else None
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:

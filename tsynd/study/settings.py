@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +36,7 @@ __all__ = [
     "check_study",
     "classifier_path",
     "make_augmentation",
+    "read_samples",
     "samples_path",
 ]
 
@@ -257,6 +261,15 @@ def classifier_path(place: Workplace, cell: Cell) -> Path:
 def samples_path(place: Workplace, cell: Cell) -> Path:
     """Of a few synthetic images of a cell."""
     return place.folder / "samples" / f"{cell.name}.npz"
+
+
+def read_samples(place: Workplace, cell: Cell) -> dict[str, np.ndarray[Any, Any]] | None:
+    """What that file holds; None where there is none, or a damaged one."""
+    try:
+        with np.load(samples_path(place, cell), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def cell_path(place: Workplace, cell: Cell) -> Path:

@@ -24,7 +24,7 @@ from tsynd.study.score_tables import (
     to_html,
     to_markdown,
 )
-from tsynd.study.settings import Cell, Workplace, samples_path
+from tsynd.study.settings import Cell, Workplace, read_samples
 from tsynd.study.summary import Row, arms_of, attack_budgets, difference, headline, sizes_of
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.fingerprint import plain_settings
@@ -189,10 +189,9 @@ def _samples(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> st
     size = max(sizes_of(rows))
     shown = {}
     for arm in arms_of(rows):
-        path = samples_path(place, Cell(size, 0, arm))
-        if parse_arm(arm).generative and path.exists():
-            with np.load(path, allow_pickle=False) as file:
-                shown[arm] = {name: file[name] for name in file.files}
+        samples = read_samples(place, Cell(size, 0, arm)) if parse_arm(arm).generative else None
+        if samples is not None:
+            shown[arm] = samples
     if not shown:
         return "<p>No arm made images.</p>"
     first, cards = next(iter(shown.values())), []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tsynd.utils.version import __version__
 
-__all__ = ["differences", "fingerprint", "hash_file", "hash_parts", "plain_settings"]
+__all__ = ["differences", "fingerprint", "hash_file", "hash_parts", "is_sealed", "plain_settings", "seal"]
 
 
 _BLOCK = 2**20
@@ -71,3 +71,17 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     now = json.loads(json.dumps(now))
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     return ", ".join(f"{key} {then.get(key)!r} → {now.get(key)!r}" for key in keys)
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return hash_parts(json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True))
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON-able object with a digest of its own, for files that are read back to go on from."""
+    return content | {"digest": _digest_of(content)}
+
+
+def is_sealed(content: Any) -> bool:
+    """Whether what was read is what :func:`seal` gave."""
+    return isinstance(content, dict) and content.get("digest") == _digest_of(content)
