@@ -39,6 +39,16 @@ def nearest_distances(images: Tensor, references: Tensor) -> tuple[Tensor, Tenso
     return values, torch.cat([part.indices for part in found])
 
 
+POOR_RECONSTRUCTION = 0.25
+"""Share of an image's variance from which on a missed part is told."""
+
+
+def unexplained(images: Tensor, decoded: Tensor) -> Tensor:
+    """Squared error of each reconstruction over its image's variance, [N]; of images and their like [N, C, ...]."""
+    error = (decoded.float() - images.float()).square().flatten(1).mean(1)
+    return error / images.float().flatten(1).var(1, correction=0).clamp_min(1e-8)
+
+
 def reconstruction_error(autoencoder: Any, images: Tensor) -> float:
     """Root mean squared error of decode(encode(x)) over all pixels of images [N, C, H, W], in [0, 1] units."""
     with torch.no_grad():

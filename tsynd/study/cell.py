@@ -27,7 +27,6 @@ from tsynd.evaluation.image_quality import (
 from tsynd.evaluation.shifts import Condition
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model
-from tsynd.models.networks import SmallResNet
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.study.arms import Arm, parse_arm
 from tsynd.study.settings import (
@@ -126,9 +125,7 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     return result
 
 
-def _train(
-    place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource
-) -> tuple[SmallResNet, FitReport]:
+def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource) -> tuple[nn.Module, FitReport]:
     settings = place.settings
     training = {
         "augmentation_weight": settings.augmentation_weight,

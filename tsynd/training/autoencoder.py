@@ -63,7 +63,8 @@ def fit_autoencoder(
 
     The loss is the mean squared error. Each image's latent is disturbed by Gaussian noise of up to
     ``latent_noise`` deviations, so that the surroundings of a real latent decode to images too. A pretrained one
-    that is frozen (``trains="none"``) is not trained. At the end the autoencoder's buffer ``latent_std``, where it has one, is set (``measure_latent_std``).
+    that is frozen (``trains="none"``) is not trained. At the end the autoencoder's buffer ``latent_std``, where it has
+    one, is set (``measure_latent_std``).
 
     Args:
         autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
@@ -88,7 +89,8 @@ def fit_autoencoder(
     _check_settings(settings | {"latent_noise": latent_noise})
     batches = LabelledBatches(images, task=None, by_index=True)
     if isinstance(autoencoder, PretrainedAutoencoder) and autoencoder.trains == "none":
-        target = resolve_device(device) if device is not None else require("accelerate", "train").Accelerator().device
+        accelerator = require("accelerate", "train").Accelerator(device_placement=False)
+        target = accelerator.device if device is None else resolve_device(device)
         check_autoencoder(autoencoder.to(target), batches.first.to(target))
         _measure(autoencoder, batches, target)
         return FitReport((), 0, 0.0)
