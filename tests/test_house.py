@@ -43,7 +43,6 @@ PARAMETERS = 12
 WIDE = {
     "data/load.py:load_data",
     "synthesis/api.py:synthesize",
-    "training/classifier.py:fit_classifier",
 }
 
 

@@ -61,7 +61,7 @@ def test_losses_of_an_image_are_those_of_the_textbook() -> None:
     got = image_losses(logits, labels, weights=weights)
     torch.testing.assert_close(got.double(), torch.stack([-4 * logp[0, 2], -logp[1, 0]]), atol=1e-6, rtol=1e-6)
     soft = torch.tensor([[0.5, 0.0, 0.5], [0.1, 0.8, 0.1]])
-    got = image_losses(logits, soft, "soft")
+    got = image_losses(logits, soft)
     torch.testing.assert_close(got.double(), -(soft.double() * logp).sum(1), atol=1e-6, rtol=1e-6)
     clean = torch.tensor([[0.0, 1.0, 2.0], [0.2, 0.3, -2.0]])
     p = clean.double().softmax(1)
@@ -93,7 +93,7 @@ def test_a_training_step_adds_up_each_parts_loss() -> None:
             seen.append(float(functional.cross_entropy(logits, y) + 0.7 * mean))
         return [
             ExtraImages(x.flip(-1)[:2], y[:2]),
-            ExtraImages(x[:3] / 2, soft, "soft", 0.5),
+            ExtraImages(x[:3] / 2, soft, weight=0.5),
             ExtraImages(1 - x[5:], y[5:], "consistency", 3.0, torch.arange(5, 8)),
         ]
 
@@ -490,3 +490,98 @@ def test_a_loop_of_ones_own_gets_the_same_batches(kind: str) -> None:
         schedule.step()
     assert len(kept[0]) == len(kept[1]) >= 5
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+# --- what fit_classifier takes besides
+
+
+def test_a_transform_is_done_to_every_real_batch() -> None:
+    data, seen = _data(), []
+
+    def transform(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images + torch.rand(len(images), 1, 1, 1) * (1 - images), labels
+
+    def record(classifier: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(images.clone())
+        return images[:0], labels[:0]
+
+    def fit(**options: Any) -> tuple[float, ...]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        shared = {"iterations": 3, "batch_size": 6, "warmup_fraction": 0.0, "seed": 1, **QUIET}
+        return fit_classifier(model, data, augmentation=record, **options, **shared).losses
+
+    plain, moved = fit(), fit(transform=transform)
+    draws = list(zip(range(3), batch_order(20, 6, 1), strict=False))
+    for (_, draw), before, after in zip(draws, seen[:3], seen[3:], strict=True):
+        assert torch.equal(before, data[0][draw])
+        assert not torch.equal(after, before)
+    assert plain != moved
+    assert fit(transform=transform) == moved
+    with pytest.raises(InputError, match="transform: gave Tensor"):
+        fit(transform=lambda x, y: x)
+
+
+def test_mixed_images_are_learnt_by_probabilities() -> None:
+    images, _ = _data()
+    seen: list[float] = []
+
+    def mix(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        truth = functional.one_hot(y, 2).float()
+        mixed, soft = 0.7 * x + 0.3 * x.flip(0), 0.7 * truth + 0.3 * truth.flip(0)
+        weights = torch.tensor([1.0, 3.0])
+        with torch.no_grad():
+            seen.append(float(-(soft * weights * model(mixed).log_softmax(1)).sum(1).mean()))
+        return mixed, soft
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    quarter = torch.tensor([1, 0, 0, 0] * 5)  # a quarter weighs three times as much: 20 / 30 and 20 / 10
+    losses = fit_classifier(model, (images, quarter), transform=mix, iterations=3, batch_size=6, **QUIET).losses
+    assert losses == pytest.approx([value * 2 / 3 for value in seen], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["consistency", "adversarial", "targeted", "expected"])
+def test_augmentations_take_probabilities_for_labels(kind: str) -> None:
+    images, labels = _data()
+    soft = 0.9 * functional.one_hot(labels, 2).float() + 0.05
+    model = TinyClassifier(classes=2)
+    augmentation = KINDS[kind]()
+    augmentation.prepare([images])
+    augmentation.set_ids(torch.arange(20))
+    (part,) = as_parts(augmentation(model, images, soft))
+    assert torch.equal(part.labels, soft)
+    wrong = KINDS[kind]()
+    wrong.prepare([images])
+    wrong.set_ids(torch.arange(20))
+    with pytest.raises(InputError, match="labels: "):
+        wrong(model, images, torch.full((20, 3), 1 / 3))
+
+
+def test_own_metrics_stand_beside_the_scores() -> None:
+    data = _data()
+
+    def brier(chances: Tensor, labels: Tensor) -> Tensor:
+        return (chances - functional.one_hot(labels, 2)).square().sum(1).mean()
+
+    model = TinyClassifier(classes=2)
+    options = {"iterations": 2, "batch_size": 6, **QUIET}
+    report = fit_classifier(model, data, val=data, metrics={"brier": brier}, **options)
+    with torch.no_grad():
+        wanted = brier(model(data[0]).softmax(1), data[1])
+    assert report.validation["brier"] == pytest.approx(float(wanted), rel=1e-5)
+    assert "auroc" in report.validation
+    with pytest.raises(InputError, match="metrics: got brier without val"):
+        fit_classifier(model, data, metrics={"brier": brier}, **options)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7, 0.9])
+def test_one_changed_bit_in_a_checkpoint_is_refused(tmp_path: Any, place: float) -> None:
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", 2)
+    options = {"iterations": 4, "batch_size": 6, "checkpoint": checkpoint, **QUIET}
+    fit_classifier(TinyClassifier(classes=2), _data(), augmentation=KINDS["consistency"](), **options)
+    content = bytearray(checkpoint.path.read_bytes())
+    content[int(len(content) * place)] ^= 0x10
+    checkpoint.path.write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint: .* cannot be read"):
+        fit_classifier(TinyClassifier(classes=2), _data(), augmentation=KINDS["consistency"](), **options)

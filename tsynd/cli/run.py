@@ -13,7 +13,7 @@ from rich.table import Table
 from tsynd.cli.options import ASCENT, Data, Device, Options, Quiet, Reading, takes_options
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs import run as job
-from tsynd.jobs.steps import NetworkSettings
+from tsynd.jobs.steps import NetworkChoice
 
 __all__ = ["run"]
 
@@ -24,7 +24,7 @@ _Training = Annotated[
 ]
 _Ascent = Annotated[dict[str, Any], Options(job.RunSettings, ASCENT, "Ascent")]
 _Networks = Annotated[
-    dict[str, Any], Options(job.RunSettings, tuple(part.name for part in fields(NetworkSettings)), "Networks")
+    dict[str, Any], Options(job.RunSettings, tuple(part.name for part in fields(NetworkChoice)), "Networks")
 ]
 
 

@@ -10,7 +10,7 @@ import typer
 
 from tsynd.cli.options import Data, Device, Options, Quiet, Reading, refuse, takes_options
 from tsynd.data.readers.options import ReadOptions
-from tsynd.jobs.steps import ClassifierSettings
+from tsynd.jobs.steps import ClassifierChoice
 from tsynd.jobs.train import TrainSettings, train_model
 
 __all__ = ["train"]
@@ -19,7 +19,7 @@ _Training = Annotated[
     dict[str, Any], Options(TrainSettings, ("model", "autoencoder", "iterations", "batch_size", "train_size", "seed"))
 ]
 _Networks = Annotated[
-    dict[str, Any], Options(TrainSettings, tuple(part.name for part in fields(ClassifierSettings)), "Networks")
+    dict[str, Any], Options(TrainSettings, tuple(part.name for part in fields(ClassifierChoice)), "Networks")
 ]
 _ASCENT = ("samples", "steps", "radius", "label_consistency")
 _Ascent = Annotated[dict[str, Any], Options(TrainSettings, _ASCENT, "Ascent")]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ __all__ = [
     "rotation",
     "scores",
 ]
+
+
+Metric: TypeAlias = Callable[[Tensor, Tensor], Any]
+"""(probabilities [N, K], labels) → number."""
 
 
 def _clean(images: Tensor, indices: Tensor, seed: int) -> Tensor:
@@ -75,6 +79,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 512,
     device: torch.device | str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a deterministic classifier (eval mode, no dropout) on disturbed and on attacked copies of ``data``.
 
@@ -92,6 +97,7 @@ def evaluate(
         seed: fixes the disturbances and the attacks' random choices.
         batch_size: images at a time; fewer where they are large.
         device: where to run; the classifier's own device by default, and it is moved if another is named.
+        metrics: name → (probabilities [N, K], labels) → number, reported beside the scores of every condition.
 
     Returns:
         condition or attack (as ``pgd:2/255``) → {"balanced_accuracy", "accuracy", "auroc", "ece", "nll"}, see
@@ -126,7 +132,10 @@ def evaluate(
                     classifier(disturb(batches.at(indices).images.to(target), indices, seed)).cpu()
                     for indices in batches.chunks(batch_size)
                 ]
-                results[name] = scores(torch.cat(logits), labels, task)
+                whole = torch.cat(logits).float()
+                results[name] = scores(whole, labels, task)
+                chances = whole.softmax(1) if task == "multiclass" else whole.sigmoid()
+                results[name] |= {own: float(metric(chances, labels)) for own, metric in (metrics or {}).items()}
         if wanted:
             pool = spread_indices(labels, attack_images)
             few = pool[spread_indices(labels[pool], query_images)]

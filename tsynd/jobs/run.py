@@ -22,7 +22,7 @@ from tsynd.evaluation.evaluate import evaluate
 from tsynd.evaluation.image_quality import POOR_RECONSTRUCTION, unexplained
 from tsynd.jobs.job import Job
 from tsynd.jobs.steps import (
-    NetworkSettings,
+    NetworkChoice,
     fit_autoencoder_step,
     fit_classifier_step,
     new_autoencoder,
@@ -61,7 +61,7 @@ _NEEDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(NetworkSettings, AscentSettings):
+class RunSettings(NetworkChoice, AscentSettings):
     """Everything that decides the result of :func:`run`, besides the data and the version.
 
     The ascent's settings are those of the synthesis and, save for T and K, of the training loop; ``task`` is the

@@ -22,8 +22,8 @@ from tsynd.utils.errors import InputError
 from tsynd.utils.fingerprint import hash_file
 
 __all__ = [
-    "ClassifierSettings",
-    "NetworkSettings",
+    "ClassifierChoice",
+    "NetworkChoice",
     "fit_autoencoder_step",
     "fit_classifier_step",
     "new_autoencoder",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSettings:
+class ClassifierChoice:
     """Which classifier a job trains.
 
     Attributes:
@@ -73,7 +73,7 @@ class ClassifierSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkSettings(ClassifierSettings):
+class NetworkChoice(ClassifierChoice):
     """Which networks a job works with, and how it makes extra images.
 
     Attributes:

@@ -13,7 +13,7 @@ from tsynd.data.dataset import DataSource
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.job import Job
-from tsynd.jobs.steps import ClassifierSettings, fit_autoencoder_step, fit_classifier_step, new_classifier
+from tsynd.jobs.steps import ClassifierChoice, fit_autoencoder_step, fit_classifier_step, new_classifier
 from tsynd.models.checkpoint import load_model, read_card
 from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
@@ -25,7 +25,7 @@ __all__ = ["TrainSettings", "train_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(ClassifierSettings, AscentSettings):
+class TrainSettings(ClassifierChoice, AscentSettings):
     """Everything that decides the trained model, besides the data and the version.
 
     The ascent's settings are those of the targeted images; ``task`` is the data's.

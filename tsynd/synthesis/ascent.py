@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, TypedDict
 
@@ -16,6 +16,7 @@ from tsynd.ops.reference import OBJECTIVES, RULES, TASKS
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.objectives import Goal, PlausibleGoal, Uncertainty
 from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.settings import override
 
 __all__ = [
     "Ascent",
@@ -123,10 +124,7 @@ def ascent_settings(settings: AscentSettings | None, options: AscentOptions | Ma
     Raises:
         InputError: an option of another name, or a value out of range.
     """
-    names = [field.name for field in fields(AscentSettings)]
-    if unknown := [name for name in options if name not in names]:
-        raise InputError(f"{unknown[0]}: is no setting of the ascent, wanted one of {', '.join(names)}")
-    return replace(settings or AscentSettings(), **options)
+    return override(settings or AscentSettings(), options, "the ascent")
 
 
 @dataclass(frozen=True)

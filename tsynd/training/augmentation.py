@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.checks import check_images, check_labels
+from tsynd.data.checks import check_images
 from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range
 from tsynd.ops import operators as ops
 from tsynd.posteriors.mc_dropout import MCDropout
@@ -19,7 +19,7 @@ from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents, ascent_settings, label_probability
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
 from tsynd.synthesis.objectives import ExpectedInformation, Goal, LabelLoss, Measure, PlausibleGoal, Uncertainty
-from tsynd.training.extra_images import BatchAugmentation, PerImage, draw_rows
+from tsynd.training.extra_images import BatchAugmentation, PerImage, check_extra_labels, draw_rows, most_likely
 from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
 
@@ -225,7 +225,7 @@ class TargetedAugmentation(BatchAugmentation):
             if posterior is None:
                 return self._move(decode, source, ids)
             if self.settings.task == "multiclass":
-                labels = labels.long().reshape(len(source))
+                labels = most_likely(labels)
             if self.direction not in _CLIMBING:
                 return self._kept_labels(posterior, decode, source, labels, ids, self._move(decode, source, ids))
             goal = PlausibleGoal(
@@ -350,7 +350,7 @@ class TargetedAugmentation(BatchAugmentation):
         if posterior is not None:
             with torch.no_grad():
                 classes = posterior.logits(images[:1]).shape[-1]
-        check_labels(labels, len(images), self.settings.task, classes)
+        check_extra_labels(labels, len(images), self.settings.task, classes)
         if self.typicality > 0 and self.prior is None:
             raise InputError(
                 "typicality: got a weight but no distribution of latents, wanted prepare(batches of training images) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,26 @@ from tsynd.data.dataset import LabelledBatches
 from tsynd.models.autoencoder import check_autoencoder, measure_latent_std
 from tsynd.models.pretrained_autoencoder import PretrainedAutoencoder
 from tsynd.training.global_batch import batch_variance
-from tsynd.training.loop import Checkpoint, FitReport, _check_settings, _Loop
+from tsynd.training.loop import Checkpoint, FitReport, TrainingSettings, _Loop
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import require
+from tsynd.utils.settings import override
 
-__all__ = ["ReconstructionLoss", "fit_autoencoder"]
+__all__ = ["AutoencoderSettings", "ReconstructionLoss", "fit_autoencoder"]
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings(TrainingSettings):
+    """How an autoencoder is trained; see :class:`tsynd.training.loop.TrainingSettings` for the rest.
+
+    Attributes:
+        latent_noise: largest noise, in deviations of the latents, 0 or more.
+    """
+
+    iterations: int = 1500
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    latent_noise: float = 0.5
 
 
 class ReconstructionLoss(nn.Module):
@@ -47,17 +63,12 @@ class ReconstructionLoss(nn.Module):
 def fit_autoencoder(
     autoencoder: nn.Module,
     images: Any,
+    settings: AutoencoderSettings | None = None,
     *,
-    iterations: int = 1500,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    weight_decay: float = 1e-4,
-    latent_noise: float = 0.5,
-    seed: int = 0,
     device: torch.device | str | None = None,
-    precision: str = "float32",
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
+    **training: Any,
 ) -> FitReport:
     """Train an autoencoder, in place, to reconstruct ``images`` from disturbed latents.
 
@@ -69,24 +80,17 @@ def fit_autoencoder(
     Args:
         autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
         images: [N, C, H, W], or labelled data, as ``LabelledBatches`` reads them.
-        iterations: optimiser steps.
-        batch_size: images per step over all processes; at most the number of images is used.
-        learning_rate: peak of a cosine schedule (AdamW).
-        weight_decay: of AdamW.
-        latent_noise: largest noise, in deviations of the latents.
-        seed: of the batch order and the noise; the global random state is left as it was.
+        settings: see :class:`AutoencoderSettings`.
         device: Accelerate's choice by default.
-        precision: "float32" or "bfloat16" (autocast; weights stay float32).
         progress: show a bar.
         checkpoint: keep the training's state; a killed training that is called again in the same way (number of
             processes may differ) ends, on a CPU, with the same weights bit for bit as one that was not.
+        **training: fields of the settings, instead of those given there, as ``iterations=800``.
 
     Raises:
         InputError: an argument that cannot be used, or a loss that is not finite.
     """
-    settings: dict[str, Any] = dict(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate)
-    settings |= dict(weight_decay=weight_decay, seed=seed, precision=precision)
-    _check_settings(settings | {"latent_noise": latent_noise})
+    settings = override(settings or AutoencoderSettings(), training, "the training")
     batches = LabelledBatches(images, task=None, by_index=True)
     if isinstance(autoencoder, PretrainedAutoencoder) and autoencoder.trains == "none":
         accelerator = require("accelerate", "train").Accelerator(device_placement=False)
@@ -94,7 +98,7 @@ def fit_autoencoder(
         check_autoencoder(autoencoder.to(target), batches.first.to(target))
         _measure(autoencoder, batches, target)
         return FitReport((), 0, 0.0)
-    loop = _Loop(ReconstructionLoss(autoencoder, latent_noise), batches, device, settings)
+    loop = _Loop(ReconstructionLoss(autoencoder, settings.latent_noise), batches, device, settings)
     model: Any = autoencoder.eval()
     check_autoencoder(model, batches.first.to(loop.device))
 
@@ -109,7 +113,7 @@ def fit_autoencoder(
     finally:
         autoencoder.eval()
     _measure(autoencoder, batches, loop.device)
-    return FitReport(losses, iterations, seconds)
+    return FitReport(losses, settings.iterations, seconds)
 
 
 def _measure(model: Any, batches: LabelledBatches, device: torch.device) -> None:

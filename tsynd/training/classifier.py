@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches, check_task
-from tsynd.evaluation.evaluate import evaluate
+from tsynd.evaluation.evaluate import Metric, evaluate
 from tsynd.models.classifier import as_classifier
 from tsynd.models.features import KeptFeatures
 from tsynd.models.pretrained import PretrainedClassifier
@@ -22,11 +23,12 @@ from tsynd.training.extra_images import (
     as_parts,
     image_losses,
 )
-from tsynd.training.loop import Checkpoint, FitReport, _check_settings, _Loop
+from tsynd.training.loop import Checkpoint, FitReport, TrainingSettings, _Loop
 from tsynd.utils.errors import InputError
+from tsynd.utils.settings import override
 from tsynd.utils.timing import clock
 
-__all__ = ["fit_classifier"]
+__all__ = ["ClassifierSettings", "fit_classifier"]
 
 
 def _class_weights(labels: Tensor, task: str, classes: int) -> Tensor:
@@ -57,6 +59,29 @@ def _with_extra(loop: _Loop, count: int, extra_rows: Tensor | None) -> tuple[Ten
     return torch.cat([loop.rows, loop.batch_size + extra_rows]), loop.batch_size + made, made
 
 
+Transform: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ClassifierSettings(TrainingSettings):
+    """How a classifier is trained; see :class:`tsynd.training.loop.TrainingSettings` for the rest.
+
+    Attributes:
+        balanced: weigh the loss so that every class (every label's positives) counts the same.
+        augmentation_weight: λ, of the extra images' loss, 0 or more.
+        warmup_fraction: part of the iterations before the augmentation is used, in [0, 1].
+    """
+
+    balanced: bool = True
+    augmentation_weight: float = 1.0
+    warmup_fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_fraction > 1:
+            raise InputError(f"warmup_fraction: got {self.warmup_fraction}, wanted a number in [0, 1]")
+
+
 class _Images:
     """All training images a few at a time, as often as they are asked for."""
 
@@ -70,17 +95,22 @@ class _Images:
 class _FrozenEncoder:
     """What is trained of a classifier whose encoder is frozen, its head, and what the head sees of images."""
 
-    def __init__(self, classifier: PretrainedClassifier, batches: LabelledBatches, loop: _Loop) -> None:
-        classifier.to(loop.device)
-        self.kept = KeptFeatures(classifier, classifier.features_folder)
-        parts = [self.kept(batches.at(part).images.to(loop.device)) for part in batches.chunks(64)]
-        self.real = torch.cat(parts)
+    def __init__(self, classifier: PretrainedClassifier, images: _Images | None, repeated: bool) -> None:
+        self.kept, self.repeated = KeptFeatures(classifier, classifier.features_folder), repeated
+        self.real = None if images is None else torch.cat([self.kept(part) for part in images])
 
-    def __call__(self, ids: Tensor, parts: list[ExtraImages], repeated: bool) -> Tensor:
-        """Features of the step's real images, then of the extra ones."""
-        real = self.real[ids]
-        extra = [self.kept(part.images.detach().to(real), repeated) for part in parts if len(part.images)]
-        return torch.cat([real, *extra])
+    def __call__(self, ids: Tensor, images: Tensor, extra: list[Tensor]) -> Tensor:
+        """Features of the step's real images, which are looked up where they are always the same; then of the extra."""
+        real = self.kept(images, keep=False) if self.real is None else self.real[ids]
+        return torch.cat([real, *(self.kept(part, self.repeated) for part in extra if len(part))])
+
+
+def _transformed(transform: Transform, images: Tensor, labels: Tensor, loop: _Loop) -> tuple[Tensor, Tensor]:
+    with loop.over_all(loop.rows, loop.batch_size), torch.no_grad():
+        made = transform(images, labels)
+    if not (isinstance(made, (tuple, list)) and len(made) == 2 and len(made[0]) == len(made[1]) == len(images)):
+        raise InputError(f"transform: gave {type(made).__name__}, wanted as many images and their labels")
+    return made[0].to(images), made[1].to(labels.device)
 
 
 def _check_part(part: ExtraImages, real: Tensor) -> None:
@@ -99,22 +129,17 @@ def _check_part(part: ExtraImages, real: Tensor) -> None:
 def fit_classifier(
     classifier: nn.Module,
     data: Any,
+    settings: ClassifierSettings | None = None,
     *,
     task: str = "multiclass",
-    iterations: int = 300,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 1e-2,
-    balanced: bool = True,
     augmentation: Augmentation | ExtraFunction | None = None,
-    augmentation_weight: float = 1.0,
-    warmup_fraction: float = 0.3,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    precision: str = "float32",
-    progress: bool = True,
+    transform: Transform | None = None,
     val: Any = None,
+    metrics: Mapping[str, Metric] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
     checkpoint: Checkpoint | None = None,
+    **training: Any,
 ) -> FitReport:
     """Train a classifier, in place, with CE(x, y) + λ·CE(x*, y*) (binary CE per label for multilabel).
 
@@ -126,58 +151,57 @@ def fit_classifier(
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; it is moved to the device and left in eval
             mode.
         data: labelled images, as ``LabelledBatches`` reads them.
+        settings: see :class:`ClassifierSettings`.
         task: "multiclass" (labels int64 [N]) or "multilabel" (labels 0/1 [N, K]).
-        balanced: weigh the loss so that every class (every label's positives) counts the same.
         augmentation: asked for extra images with the classifier and each step's real batch after the warm-up, see
             :class:`tsynd.Augmentation`; a plain callable will do. What it gives is not differentiated and is learnt
             by the loss that it names. Over several processes each gives its own images.
-        augmentation_weight: λ.
-        warmup_fraction: part of the iterations before the augmentation is used, in [0, 1].
+        transform: what is done to every batch of real images before all else, as (images, labels) → (images, labels) on
+            the training's device: flips and turns, or what mixes images and gives probabilities [B, K] for labels
+            (MixUp, CutMix).
         val: labelled images, scored once after training.
-        iterations: optimiser steps.
-        batch_size: real images per step over all processes.
-        learning_rate: peak of a cosine schedule (AdamW).
-        weight_decay: of AdamW.
-        seed: of the batch order and dropout; the global random state is left as it was.
+        metrics: name → (probabilities [N, K], labels) → number, reported beside the scores on ``val``.
         device: Accelerate's choice by default.
-        precision: "float32" or "bfloat16" (autocast; weights stay float32).
         progress: show a bar.
         checkpoint: as in :func:`fit_autoencoder`.
+        **training: fields of the settings, instead of those given there, as ``iterations=500``.
 
     Raises:
         InputError: an argument that cannot be used, or a loss that is not finite.
     """
     check_task(task)
-    settings: dict[str, Any] = dict(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate)
-    settings |= dict(weight_decay=weight_decay, seed=seed, precision=precision)
-    _check_settings(settings | {"augmentation_weight": augmentation_weight, "warmup_fraction": warmup_fraction})
-    if warmup_fraction > 1:
-        raise InputError(f"warmup_fraction: got {warmup_fraction}, wanted a number in [0, 1]")
+    settings = override(settings or ClassifierSettings(), training, "the training")
+    iterations = settings.iterations
+    if metrics and val is None:
+        raise InputError(f"metrics: got {', '.join(metrics)} without val, wanted labelled images to measure them on")
     batches, classifier = LabelledBatches(data, task=task, name="data", by_index=True), as_classifier(classifier)
     frozen = isinstance(classifier, PretrainedClassifier) and classifier.frozen
-    loop = _Loop(classifier.head if frozen else classifier, batches, device, settings)  # type: ignore[arg-type]
+    trained = classifier.get_submodule("head") if frozen else classifier
+    loop = _Loop(trained, batches, device, settings)
     classifier.to(loop.device)
     with torch.no_grad():
         shape = list(classifier.eval()(batches.first.to(loop.device)).shape)
     if len(shape) != 2:
         raise InputError(f"classifier: one image gave logits {shape}, wanted [1, K]")
     everything = batches.labels(shape[1])
-    weights = _class_weights(everything, task, shape[1]) if balanced else torch.ones(shape[1])
+    weights = _class_weights(everything, task, shape[1]) if settings.balanced else torch.ones(shape[1])
     weights = weights.to(loop.device)
-    start_at = math.ceil(warmup_fraction * iterations)
+    start_at = math.ceil(settings.warmup_fraction * iterations)
     spent = 0.0
     extra_images = None if augmentation is None else as_augmentation(augmentation)
     if extra_images is not None:
         extra_images.check(classifier, iterations - start_at)
         extra_images.prepare(_Images(batches, loop.device))
-    repeated = bool(getattr(extra_images, "repeats", False))
-    encoder = (
-        _FrozenEncoder(classifier, batches, loop) if isinstance(classifier, PretrainedClassifier) and frozen else None
-    )
+    encoder = None
+    if isinstance(classifier, PretrainedClassifier) and classifier.frozen:
+        same = None if transform is not None else _Images(batches, loop.device)
+        encoder = _FrozenEncoder(classifier, same, bool(getattr(extra_images, "repeats", False)))
 
     def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
         assert labels is not None  # batches.labels has seen them
+        if transform is not None:
+            images, labels = _transformed(transform, images, labels, loop)
         count, everything = len(images), [images]
         share = [torch.full([count], 1 / loop.batch_size, device=loop.device)]
         rows, total, parts = loop.rows, loop.batch_size, []
@@ -194,10 +218,10 @@ def fit_classifier(
             everything += [part.images.detach().to(images) for part in parts]
             rows, total, made = _with_extra(loop, sum(len(part.images) for part in parts), extra_rows)
             for part in parts:
-                own = augmentation_weight * part.weight / max(made, 1)
+                own = settings.augmentation_weight * part.weight / max(made, 1)
                 share.append(torch.full([len(part.images)], own, device=loop.device))
         with loop.over_all(rows, total), loop.autocast():
-            given = torch.cat(everything) if encoder is None else encoder(ids, parts, repeated)
+            given = torch.cat(everything) if encoder is None else encoder(ids, images, everything[1:])
             logits = engine(given).float()
         each = [image_losses(logits[:count], labels, task=task, weights=weights)]
         for part, own in zip(parts, logits[count:].split([len(part.images) for part in parts]), strict=True):
@@ -213,5 +237,7 @@ def fit_classifier(
         classifier.eval()
         if encoder is not None and loop.rank == 0:
             encoder.kept.save()
-    validation = evaluate(classifier, val, task=task, conditions=("clean",))["clean"] if val is not None else {}
+    validation = {}
+    if val is not None:
+        validation = evaluate(classifier, val, task=task, conditions=("clean",), metrics=metrics)["clean"]
     return FitReport(losses, iterations, seconds, min(spent / seconds, 1.0), validation)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tsynd.data.checks import check_labels
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.timing import clock
 
@@ -27,11 +28,13 @@ __all__ = [
     "PerImage",
     "as_augmentation",
     "as_parts",
+    "check_extra_labels",
     "draw_rows",
     "image_losses",
+    "most_likely",
 ]
 
-LOSSES = ("label", "soft", "consistency")
+LOSSES = ("label", "consistency")
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,9 @@ class ExtraImages:
 
     Attributes:
         images: [M, C, H, W] in [0, 1].
-        labels: [M] int64 or [M, L] of 0 and 1; with loss ``soft`` probabilities [M, K].
-        loss: ``label``: cross-entropy to the labels; ``soft``: cross-entropy to the probabilities; ``consistency``:
-            KL divergence from the classifier's prediction for the real image that each was made of (Zhang et al.
-            2019), whose gradient reaches both.
+        labels: [M] int64 or probabilities [M, K]; multilabel [M, L] in [0, 1].
+        loss: ``label``: cross-entropy to the labels; ``consistency``: KL divergence from the classifier's prediction
+            for the real image that each was made of (Zhang et al. 2019), whose gradient reaches both.
         weight: of their loss, times ``augmentation_weight``.
         sources: [M] int64, which images of the real batch they were made of; None: its first M.
 
@@ -207,7 +209,7 @@ def image_losses(
 
     Args:
         logits: [M, C].
-        labels: [M] int64, or [M, C] with 0 and 1 (multilabel) or probabilities.
+        labels: [M] int64 or probabilities [M, C]; multilabel [M, C] in [0, 1].
         loss: one of :data:`LOSSES`.
         task: ``multiclass``, or ``multilabel`` (the mean over labels).
         weights: [C], each class's weight or, with ``multilabel``, each label's where it is present.
@@ -223,13 +225,33 @@ def image_losses(
             both = [(sure, far(clean) - far(logits)), (1 - sure, far(-clean) - far(-logits))]
             return sum((p * ratio for p, ratio in both), torch.zeros_like(logits)).mean(1)
         each = functional.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
-        return each if weights is None or labels.dim() > 1 else each * weights[labels.long()]
+        if weights is None:
+            return each
+        return each * (labels.to(weights) @ weights if labels.dim() > 1 else weights[labels.long()])
     if task == "multilabel":
         return functional.binary_cross_entropy_with_logits(
             logits, labels.float(), pos_weight=weights, reduction="none"
         ).mean(1)
-    truth = labels.to(logits.dtype) if loss == "soft" else labels.long()
+    truth = labels.to(logits.dtype) if labels.dim() > 1 else labels.long()
     return functional.cross_entropy(logits, truth, weight=weights, reduction="none")
+
+
+def check_extra_labels(labels: Tensor, count: int, task: str, classes: int | None) -> None:
+    """As :func:`tsynd.data.checks.check_labels`, but multiclass labels may be probabilities [count, classes].
+
+    Raises:
+        InputError: labels that do not fit.
+    """
+    if task == "multiclass" and labels.dim() == 2 and labels.is_floating_point() and labels.shape[1] > 1:
+        if len(labels) != count or classes not in (None, labels.shape[1]):
+            raise InputError(f"labels: shape {list(labels.shape)}, wanted probabilities [{count}, {classes}]")
+    else:
+        check_labels(labels, count, task, classes)
+
+
+def most_likely(labels: Tensor) -> Tensor:
+    """Class numbers [M] of multiclass labels, which may be probabilities [M, K]."""
+    return labels.argmax(1) if labels.dim() == 2 and labels.shape[1] > 1 else labels.long().reshape(len(labels))
 
 
 def draw_rows(draw: Callable[..., Tensor], like: Tensor, rows: Tensor, seed: int) -> Tensor:

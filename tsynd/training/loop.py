@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,58 @@ from tsynd.data.dataset import LabelledBatches
 from tsynd.training.global_batch import GlobalBatch
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import differences
+from tsynd.utils.errors import InputError, check_choice, require
+from tsynd.utils.fingerprint import differences, hash_parts
 from tsynd.utils.progress import progress_bar
 
-__all__ = ["Checkpoint", "FitReport", "TrainingState", "batch_order", "load_state", "save_state"]
+__all__ = [
+    "Checkpoint",
+    "FitReport",
+    "TrainingSettings",
+    "TrainingState",
+    "batch_order",
+    "load_state",
+    "save_state",
+]
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+_LEAST = {"iterations": 1, "batch_size": 2, "seed": 0}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained.
+
+    Attributes:
+        iterations: optimiser steps, at least 1.
+        batch_size: real images per step over all processes, at least 2; at most the number of images is used.
+        learning_rate: peak of a cosine schedule (AdamW), above 0.
+        weight_decay: of AdamW.
+        seed: of the batch order, dropout and noise; the global random state is left as it was.
+        precision: ``float32`` or ``bfloat16`` (autocast; weights stay float32).
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    iterations: int = 300
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    seed: int = 0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name == "precision":
+                check_choice(name, value, tuple(_PRECISIONS))
+            elif name in _LEAST:
+                if not isinstance(value, int) or value < _LEAST[name]:
+                    raise InputError(f"{name}: got {value!r}, wanted an integer of {_LEAST[name]} or more")
+            elif not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise InputError(f"{name}: got {value!r}, wanted a finite number of 0 or more")
+        if self.learning_rate == 0:
+            raise InputError("learning_rate: got 0, wanted a positive number")
 
 
 @dataclass(frozen=True)
@@ -49,23 +94,6 @@ class FitReport:
     seconds: float
     augmentation_share: float = 0.0
     validation: dict[str, float] = field(default_factory=dict)
-
-
-_LEAST = {"iterations": 1, "batch_size": 2, "seed": 0}
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        if name == "precision":
-            if value not in _PRECISIONS:
-                raise InputError(f"precision: got {value!r}, wanted one of {', '.join(_PRECISIONS)}")
-        elif name in _LEAST:
-            if not isinstance(value, int) or value < _LEAST[name]:
-                raise InputError(f"{name}: got {value!r}, wanted an integer of {_LEAST[name]} or more")
-        elif not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-            raise InputError(f"{name}: got {value!r}, wanted a finite number of 0 or more")
-    if settings["learning_rate"] == 0:
-        raise InputError("learning_rate: got 0, wanted a positive number")
 
 
 def batch_order(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -115,40 +143,45 @@ class _Loop:
     """What both trainings share: device, processes, optimiser, schedule, precision, batch order."""
 
     def __init__(
-        self, module: nn.Module, batches: LabelledBatches, device: torch.device | str | None, settings: dict[str, Any]
+        self,
+        module: nn.Module,
+        batches: LabelledBatches,
+        device: torch.device | str | None,
+        settings: TrainingSettings,
     ) -> None:
         if len(batches) < 2:
             raise InputError(f"{batches.name}: holds {len(batches)} image, wanted two or more")
         self.accelerator = require("accelerate", "train").Accelerator(device_placement=False)
         self.device = resolve_device(device) if device is not None else self.accelerator.device
         self.module = module.to(self.device)
-        self.batches, self.seed, self.settings = batches, settings["seed"], settings
-        self.iterations = settings["iterations"]
-        self.batch_size = min(settings["batch_size"], len(batches))
+        self.batches, self.settings = batches, settings
+        self.batch_size = min(settings.batch_size, len(batches))
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if self.batch_size < self.ranks:
             raise InputError(
                 f"batch_size: {self.batch_size} images for {self.ranks} processes, wanted one each or more"
             )
         self.rows = torch.arange(self.batch_size)[self.rank :: self.ranks]
-        self.dtype = _PRECISIONS[settings["precision"]]
+        self.dtype = _PRECISIONS[settings.precision]
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise InputError(f"{type(module).__name__}: has no parameter that requires a gradient")
         groups = getattr(
             module, "parameter_groups", None
-        )  # of a pretrained network, whose parts learn at rates of their own
+        )  # of a pretrained network, whose parts learn at their own rates
         self.optimizer = torch.optim.AdamW(
-            groups(settings["learning_rate"]) if groups else module.parameters(),
-            lr=settings["learning_rate"],
-            weight_decay=settings["weight_decay"],
+            groups(settings.learning_rate) if groups else module.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self.schedule = self._schedule_from(0)
 
     def _schedule_from(self, step: int) -> torch.optim.lr_scheduler.LambdaLR:
-        warm = max(1, min(20, self.iterations // 10))  # a few small steps while batch norm finds its statistics
+        warm = max(
+            1, min(20, self.settings.iterations // 10)
+        )  # a few small steps while batch norm finds its statistics
         return torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.iterations)),
+            lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.settings.iterations)),
             last_epoch=step - 1,
         )
 
@@ -183,15 +216,15 @@ class _Loop:
         Raises:
             InputError: the loss is not finite, in any process; all raise it then.
         """
-        draws = batch_order(len(self.batches), self.batch_size, self.seed)
+        draws = batch_order(len(self.batches), self.batch_size, self.settings.seed)
         start = time.perf_counter()
         with (
-            _own_randomness(self.seed, self.device),
-            progress_bar(text, self.iterations, progress and self.rank == 0) as report,
+            _own_randomness(self.settings.seed, self.device),
+            progress_bar(text, self.settings.iterations, progress and self.rank == 0) as report,
         ):
             state = TrainingState()
             if checkpoint is not None:
-                state = load_state(checkpoint.path, self.settings, self.module, self.optimizer, self.device)
+                state = load_state(checkpoint.path, asdict(self.settings), self.module, self.optimizer, self.device)
                 if extra is not None and state.extra:
                     extra.load_state_dict(state.extra)
                 report(state.step, "resumed" if state.step else "")
@@ -200,7 +233,7 @@ class _Loop:
             if state.step:
                 self.schedule = self._schedule_from(state.step)
             engine = self.accelerator.prepare_model(self.module) if self.ranks > 1 else self.module
-            for step in range(state.step, self.iterations):
+            for step in range(state.step, self.settings.iterations):
                 ids = next(draws)[self.rows]
                 batch = self.batches.at(ids)
                 labels = None if batch.labels is None else batch.labels.to(self.device)
@@ -217,10 +250,12 @@ class _Loop:
                 self.optimizer.step()
                 self.schedule.step()
                 state.step = step + 1
-                due = checkpoint is not None and (state.step % checkpoint.every == 0 or state.step == self.iterations)
+                due = checkpoint is not None and (
+                    state.step % checkpoint.every == 0 or state.step == self.settings.iterations
+                )
                 if checkpoint is not None and due and self.rank == 0:
                     state.extra = {} if extra is None else extra.state_dict()
-                    save_state(checkpoint.path, self.settings, state, self.module, self.optimizer, self.device)
+                    save_state(checkpoint.path, asdict(self.settings), state, self.module, self.optimizer, self.device)
                 report(1, f"loss {state.losses[-1]:.4f}")
         self.optimizer.zero_grad(set_to_none=True)
         return tuple(state.losses), time.perf_counter() - start
@@ -249,6 +284,15 @@ def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.
     if device.type == "cuda":
         held["generator.cuda"] = torch.cuda.get_rng_state(device)
     return held
+
+
+def _digest(held: dict[str, Tensor], about: dict[str, str]) -> str:
+    """Of everything in a state's file."""
+    parts: list[str | memoryview] = [json.dumps({key: about[key] for key in sorted(about) if key != "digest"})]
+    for name in sorted(held):
+        value = held[name].contiguous().reshape(-1)
+        parts += [f"{name} {value.dtype} {list(held[name].shape)}", value.view(torch.uint8).numpy().data]
+    return hash_parts(*parts)
 
 
 _TENSOR = "tensor:"
@@ -291,7 +335,9 @@ def save_state(
     }
     held["losses"] = torch.tensor(state.losses, dtype=torch.float64)
     about = {"settings": json.dumps(settings), "step": str(state.step), "extra": json.dumps(_put(state.extra, held))}
-    content: bytes = require("safetensors.torch", "models").save(held, metadata=about)
+    content: bytes = require("safetensors.torch", "models").save(
+        held, metadata=about | {"digest": _digest(held, about)}
+    )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -317,6 +363,8 @@ def load_state(
             about = file.metadata()
             then, step, extra = json.loads(about["settings"]), int(about["step"]), json.loads(about["extra"])
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        if about["digest"] != _digest(held, about):
+            raise ValueError("a bit has changed")
     except (require("safetensors", "models").SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint: {path} cannot be read ({type(error).__name__}); delete it") from None
     if changes := differences(then, settings):

@@ -14,12 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.checks import check_images, check_labels
+from tsynd.data.checks import check_images
 from tsynd.models.classifier import as_classifier
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import TASKS
 from tsynd.posteriors.posterior import frozen
-from tsynd.training.extra_images import BatchAugmentation, ExtraImages, PerImage, draw_rows, image_losses
+from tsynd.training.extra_images import (
+    BatchAugmentation,
+    ExtraImages,
+    PerImage,
+    check_extra_labels,
+    draw_rows,
+    image_losses,
+)
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["PixelAdversarial", "PixelAscent", "PixelConsistency"]
@@ -89,7 +96,7 @@ class PixelAscent(BatchAugmentation):
         with frozen(classifier):
             with torch.no_grad():
                 if self.calls == 0:
-                    check_labels(labels, len(check_images(images)), self.task, network(images[:1]).shape[-1])
+                    check_extra_labels(labels, len(check_images(images)), self.task, network(images[:1]).shape[-1])
                 raised = self.loss(network, images, labels)
             for _ in range(self.steps):
                 with torch.enable_grad():
