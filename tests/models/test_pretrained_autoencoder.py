@@ -112,7 +112,7 @@ def test_fine_tuning_reconstructs_better(trains: str, tmp_path: Path) -> None:
     tsynd.fit_autoencoder(found, IMAGES, iterations=20, batch_size=6, progress=False, device="cpu")
     assert float(error()) < 0.8 * float(first)
     moved = {name.split(".")[2] for name, value in found.state_dict().items()
-             if name.startswith("adapter") and not torch.equal(value, before[name])}  # fmt: skip
+             if name.startswith("adapter.model.") and not torch.equal(value, before[name])}  # fmt: skip
     assert ("encoder" in moved) == (trains == "all")
     assert {"decoder", "post_quant_conv"} <= moved
     assert 0 < float(found.latent_std) < 100

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,9 @@ def _diffusers(source: Source, blueprint: Mapping[str, Any] | None) -> tuple[nn.
     if blueprint is not None:
         return _diffusers_class(library, blueprint["_class_name"]).from_config(dict(blueprint)), dict(blueprint)
     try:
-        kind = _diffusers_class(library, library.ModelMixin.load_config(source.name, **source.options)["_class_name"])
+        kind = _diffusers_class(
+            library, library.AutoencoderKL.load_config(source.name, **source.options)["_class_name"]
+        )
         model: Any = kind.from_pretrained(source.name, **source.options)
     except InputError:
         raise
@@ -146,10 +147,23 @@ def _diffusers_class(library: Any, name: object) -> Any:
 
 def _monai_bundle(source: Source, blueprint: Mapping[str, Any] | None) -> tuple[nn.Module, dict[str, Any]]:
     """A bundle's network from its definition alone: no expression of its configuration is run."""
-    if blueprint is None:
-        folder = Path(source.name).expanduser()
-        blueprint = _definition(folder, source)
-    arguments = dict(blueprint)
+    if blueprint is not None:  # of a checkpoint, which fills it
+        return _monai_network(source, blueprint), dict(blueprint)
+    folder = Path(source.name).expanduser()
+    found = _definition(folder, source)
+    own = source.options.get("weights")
+    files = [folder / str(own)] if own else [folder / "models" / name for name in _BUNDLE_WEIGHTS]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        names = ", ".join(str(path.relative_to(folder)) for path in files)
+        raise InputError(f"autoencoder: {folder} holds none of {names}; wanted ,weights=FILE inside it")
+    model = _monai_network(source, found)
+    load_weights(model, path)
+    return model, found
+
+
+def _monai_network(source: Source, definition: Mapping[str, Any]) -> nn.Module:
+    arguments = dict(definition)
     name = str(arguments.pop("_target_")).rpartition(".")[2]
     library = require("monai.networks.nets", "models")
     if name not in _MONAI:
@@ -158,9 +172,7 @@ def _monai_bundle(source: Source, blueprint: Mapping[str, Any] | None) -> tuple[
         model: nn.Module = getattr(library, name)(**arguments)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"autoencoder: {source.text}: MONAI's {name} refuses it: {first_line(error)}") from error
-    if "path" in source.options:  # of a first look: rebuilt models are filled from a checkpoint
-        load_weights(model, Path(source.options["path"]))
-    return model, dict(blueprint)
+    return model
 
 
 def _definition(folder: Path, source: Source) -> dict[str, Any]:
@@ -202,20 +214,7 @@ def _resolved(value: Any, config: Mapping[str, Any], path: Path, depth: int) -> 
     return _resolved(found, config, path, depth + 1)
 
 
-def _filled_bundle(source: Source, blueprint: Mapping[str, Any] | None) -> tuple[nn.Module, dict[str, Any]]:
-    if blueprint is not None:
-        return _monai_bundle(source, blueprint)
-    folder = Path(source.name).expanduser()
-    own = source.options.get("weights")
-    files = [folder / str(own)] if own else [folder / "models" / name for name in _BUNDLE_WEIGHTS]
-    path = next((path for path in files if path.is_file()), None)
-    if path is None:
-        names = ", ".join(str(path.relative_to(folder)) for path in files)
-        raise InputError(f"autoencoder: {folder} holds none of {names}; wanted ,weights=FILE inside it")
-    return _monai_bundle(replace(source, options=source.options | {"path": str(path)}), None)
-
-
-_DOORS = {"diffusers": _diffusers, "monai-bundle": _filled_bundle}
+_DOORS = {"diffusers": _diffusers, "monai-bundle": _monai_bundle}
 
 
 def _channels(model: nn.Module) -> int:
