@@ -41,7 +41,6 @@ LINES, ARROWS, FLOORS = 20000, 90, 9
 PARAMETERS = 12
 # functions with more parameters: this list only shrinks; `synthesize` stays, as the public face of all settings
 WIDE = {
-    "data/load.py:load_data",
     "synthesis/api.py:synthesize",
 }
 

@@ -49,6 +49,7 @@ _HOME = {
     "fit_classifier": "training.classifier",
     "load_data": "data.load",
     "load_model": "models.checkpoint",
+    "recipe": "training.recipe",
     "save_model": "models.checkpoint",
     "synthesize": "synthesis.api",
     "uncertainty": "synthesis.api",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from tsynd.training.classifier import fit_classifier
     from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
+    from tsynd.training.recipe import recipe
     from tsynd.training.rounds import RoundsAugmentation
     from tsynd.utils.errors import InputError
 

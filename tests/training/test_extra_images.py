@@ -21,6 +21,7 @@ from tsynd.training.classifier import fit_classifier
 from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture, as_parts, image_losses
 from tsynd.training.loop import Checkpoint, batch_order
 from tsynd.training.pixels import PixelAdversarial, PixelConsistency
+from tsynd.training.recipe import recipe
 from tsynd.training.rounds import RoundsAugmentation
 from tsynd.utils.errors import InputError
 
@@ -393,9 +394,12 @@ def _data(count: int = 20) -> tuple[Tensor, Tensor]:
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(count) % 2
 
 
-def _coder() -> TinyAutoencoder:
+def _coder(latent_std: float | None = None) -> TinyAutoencoder:
     torch.manual_seed(1)
-    return TinyAutoencoder()
+    coder = TinyAutoencoder()
+    if latent_std is not None:
+        coder.latent_std = torch.tensor(latent_std)
+    return coder
 
 
 KINDS: dict[str, Callable[[], Augmentation]] = {
@@ -405,6 +409,7 @@ KINDS: dict[str, Callable[[], Augmentation]] = {
     "expected": lambda: _targeted(objective="expected_information", steps=2),
     "alternation": lambda: Alternation(PixelConsistency(0.02, 1, persistent=True), _targeted(steps=1, persistent=True)),
     "mixture": lambda: Mixture(PixelAdversarial(0.02, 1, persistent=True), _targeted(steps=1), shares=[1, 2]),
+    "recipe": lambda: recipe("robust", _coder(0.4), seed=3),
     "rounds": lambda: RoundsAugmentation(_coder(), _data(), rounds=2, samples=4, steps=1, latent_std=0.4),
 }
 
@@ -490,6 +495,22 @@ def test_a_loop_of_ones_own_gets_the_same_batches(kind: str) -> None:
         schedule.step()
     assert len(kept[0]) == len(kept[1]) >= 5
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_the_recipe_keeps_predictions_and_moves_towards_targets() -> None:
+    images, labels = _data()
+    robust = recipe("robust", _coder(0.4), targets=images[:3])
+    model, found = TinyClassifier(classes=2), []
+    robust.prepare([images])
+    for _ in range(4):
+        robust.set_ids(torch.arange(20))
+        found += as_parts(robust(model, images, labels))
+    assert [part.loss for part in found] == ["consistency", "label"] * 2
+    assert [part.weight for part in found] == [3.0, 1.0] * 2
+    assert float((found[0].images - images).abs().max()) <= BUDGET + 1e-6
+    assert (found[3].images - found[1].images).abs().max() > 1e-4  # it goes on
+    with pytest.raises(InputError, match="recipe: got 'best', wanted one of 'robust'"):
+        recipe("best", _coder(0.4))
 
 
 # --- what fit_classifier takes besides

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from tsynd.data.checks import as_tensor, check_images, check_labels, shape_of, unit_pixels
+from tsynd.data.summary import Origin, Summary, summarise
 from tsynd.utils.errors import InputError
 
 __all__ = ["Batch", "DataSource", "LabelledBatches", "LabelledImages", "at_once", "check_task", "parts"]
@@ -75,7 +77,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return unit_pixels(self.images)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DataSource:
     """A data set in its splits.
 
@@ -88,6 +90,7 @@ class DataSource:
         val: validation images.
         test: test images.
         train_indices: int64, the positions of `train` in `unlabelled`, ascending.
+        origin: what reading left behind besides images.
     """
 
     name: str
@@ -98,6 +101,17 @@ class DataSource:
     val: LabelledImages
     test: LabelledImages
     train_indices: Tensor
+    origin: Origin = field(default_factory=Origin)
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Counts, what was ignored, exact doubles, grouping and warnings; ``summary.lines()`` shows them."""
+        splits = {"train": self.unlabelled, "val": self.val, "test": self.test}
+        pairs = {split: (part.images, part.labels) for split, part in splits.items()}
+        return summarise(pairs, len(self.train), self.class_names, self.origin)
+
+    def __repr__(self) -> str:
+        return "\n".join(self.summary.lines()[:2])
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -1,36 +1,37 @@
 """Files of a data source, on this machine or behind an fsspec address, read by position.
 
 ``identity`` hashes are over every file's name, size and bytes; beyond ``HASHED_WHOLE`` bytes in all, over each file's
-first and last mebibyte. Compressed .npz arrays cannot be mapped: they are unpacked once, to the folder that the
-variable TSYND_CACHE names or ``~/.cache/tsynd``.
+first and last mebibyte.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 import re
-import shutil
+import stat
 import tarfile
+import tempfile
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from tsynd.utils.atomic import atomic_path
+from tsynd.data.limits import check_expansion, check_limit
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import _BLOCK
 
-__all__ = ["HASHED_WHOLE", "FileTree", "Record", "index_tar", "map_member"]
+__all__ = ["HASHED_WHOLE", "FileTree", "Record", "index_tar", "read_array"]
 
 HASHED_WHOLE = 4 * 2**30
 _OPEN = 64  # files kept open at once
-_IMAGES = (".png", ".jpg", ".jpeg", ".npy")
+_IMAGES = (".png", ".jpg", ".jpeg", ".npy", ".bmp", ".tif", ".tiff")
 
 
 def _expand(text: str) -> list[str]:
@@ -39,8 +40,13 @@ def _expand(text: str) -> list[str]:
     if found is None:
         return [text]
     first, last = found.groups()
+    check_limit("NAMES", max(0, int(last) - int(first) + 1), text)
     numbers = range(int(first), int(last) + 1)
-    return [one for n in numbers for one in _expand(f"{text[: found.start()]}{n:0{len(first)}d}{text[found.end() :]}")]
+    names = []
+    for n in numbers:
+        names += _expand(f"{text[: found.start()]}{n:0{len(first)}d}{text[found.end() :]}")
+        check_limit("NAMES", len(names), text)
+    return names
 
 
 class FileTree:
@@ -105,6 +111,8 @@ class FileTree:
     def open(self, name: str = "") -> BinaryIO:
         """Open a file, to read; the caller closes it."""
         path = self.path(name)
+        if not self.remote and os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path}: no regular file; wanted one, neither a folder nor a pipe or device")
         try:
             return cast("BinaryIO", self._fs.open(path, "rb") if self.remote else open(path, "rb"))
         except OSError as error:
@@ -120,19 +128,61 @@ class FileTree:
                 if item["type"] == "directory"
             ]
         else:
-            found = [item.name for item in os.scandir(root) if item.is_dir()]
+            try:
+                found = [item.name for item in os.scandir(root) if item.is_dir()]
+            except OSError as error:
+                raise InputError(f"{root}: cannot be read ({error.strerror or error})") from None
         return sorted(item for item in found if not item.startswith("."))
 
+    def files(self, name: str = "") -> list[str]:
+        """Names of the files in a folder itself, without hidden ones."""
+        root = self.path(name).rstrip("/")
+        if self.remote:
+            held = [os.path.basename(item["name"]) for item in self._fs.ls(root, detail=True) if item["type"] == "file"]
+        else:
+            held = [item.name for item in os.scandir(root) if not item.is_dir()]
+        return [item for item in held if not item.startswith(".")]
+
     def list(self, name: str = "") -> list[str]:
-        """Names of all files below a folder, with ``/`` between their parts."""
+        """Names of all files below a folder, with ``/`` between their parts; hidden ones are left out.
+
+        Raises:
+            InputError: a folder that cannot be read, or one that lies in itself by a link.
+        """
         root = self.path(name).rstrip("/")
         if self.remote:
             return [item[len(root) + 1 :] for item in self._fs.find(root)] if self._fs.isdir(root) else []
-        found = []
-        for folder, _, names in os.walk(root, followlinks=True):
-            inner = os.path.relpath(folder, root)
-            found += [name if inner == "." else f"{inner}/{name}" for name in names]
+        found: list[str] = []
+
+        def walk(folder: str, inner: str, above: tuple[tuple[int, int], ...]) -> None:
+            try:
+                about = os.stat(folder)
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError as error:
+                raise InputError(f"{folder}: cannot be read ({error.strerror or error})") from None
+            here = (about.st_dev, about.st_ino)
+            if here in above:
+                raise InputError(f"{folder}: a link to a folder that it lies in; wanted none")
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    walk(entry.path, f"{inner}{entry.name}/", (*above, here))
+                else:
+                    found.append(f"{inner}{entry.name}")
+            check_limit("ROWS", len(found), root)
+
+        if os.path.isdir(root):
+            walk(root, "", ())
         return found
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return bool(self._fs.isfile(self.path(name)) if self.remote else os.path.isfile(self.path(name)))
+
+    def is_regular(self, name: str) -> bool:
+        """Whether it is a file, or a link to one, that is there: no pipe or device."""
+        return self.remote or os.path.isfile(self.path(name))
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
@@ -186,34 +236,40 @@ class FileTree:
         return digest.hexdigest()
 
 
-def map_member(tree: FileTree, archive: zipfile.ZipFile, info: zipfile.ZipInfo, identity: str) -> np.ndarray[Any, Any]:
-    """An array of an .npz as a read-only memory map.
+def read_array(tree: FileTree, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
+    """An array of an .npz as a read-only memory map, after its checksum was compared.
 
-    A stored one of a local file is mapped where it lies; any other is unpacked to the cache first.
+    A stored one of a local file is mapped where it lies; any other is unpacked to a temporary file without a name,
+    which is gone with the array.
+
+    Raises:
+        InputError: damaged, or not as long as its header says.
     """
-    local = tree.local()
-    if local is None or info.compress_type != zipfile.ZIP_STORED:
-        folder = Path(os.environ.get("TSYND_CACHE") or Path.home() / ".cache" / "tsynd").expanduser()
-        unpacked = folder / f"{identity[:32]}.npy"
-        if not unpacked.exists():
-            with atomic_path(unpacked) as temporary, archive.open(info) as source, temporary.open("wb") as target:
-                shutil.copyfileobj(source, target, 16 * _BLOCK)  # also checks the CRC
-        return cast("np.ndarray[Any, Any]", np.load(unpacked, mmap_mode="r", allow_pickle=False))
+    where = f"{tree.text}: {info.filename}"
+    check_expansion(info.compress_size, info.file_size, where)
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(member)
+        start = member.tell()
+    if dtype.hasobject or fortran:
+        raise InputError(f"{where} holds Python objects or Fortran order; wanted plain C arrays")
+    if any(side < 0 for side in shape) or start + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise InputError(f"{where}: {info.file_size} bytes for an array {list(shape)} of {dtype}; it is truncated")
+    local, stored = tree.local(), info.compress_type == zipfile.ZIP_STORED
+    target = cast("Any", None if local is not None and stored else tempfile.TemporaryFile())  # noqa: SIM115 (mapped)
+    with archive.open(info) as member:  # reading to the end compares the checksum
+        while block := member.read(16 * _BLOCK):
+            if target is not None:
+                target.write(block)
+    if local is None or target is not None:
+        target.flush()
+        return np.memmap(target, dtype, "r", start, shape)
     with local.open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
-        if header[:4] != b"PK\x03\x04":
-            raise InputError(f"{tree.text}: damaged .npz file (no header at {info.header_offset})")
-        file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(file)
-        offset = file.tell()
-    if dtype.hasobject or fortran:
-        raise InputError(f"{tree.text}: {info.filename} holds Python objects or Fortran order; wanted plain C arrays")
-    if offset + int(np.prod(shape)) * dtype.itemsize > local.stat().st_size:
-        raise InputError(f"{tree.text}: truncated .npz file")
-    return np.memmap(local, dtype, "r", offset, shape)
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return np.memmap(local, dtype, "r", info.header_offset + 30 + names + start, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,32 +284,91 @@ class Record:
     cls: tuple[int, int] | None
 
 
-def index_tar(tree: FileTree, name: str) -> Iterator[Record]:
-    """The samples of a tar that hold an image; only headers are read.
+Members = dict[str, tuple[int, int]]
+
+
+def index_tar(tree: FileTree, name: str) -> tuple[list[Record], Counter[str]]:
+    """The samples of a tar that hold an image, and how many members of which kind no sample holds; reads headers only.
+
+    A sample is what shares a name up to its first dot (as in WebDataset), wherever in the tar; where that leaves
+    images over, as of ``1.2.840.1.png`` and ``1.2.840.2.png``, what shares a name up to its last dot.
 
     Raises:
-        InputError: no tar, or a damaged one.
+        InputError: no tar, a damaged one, or one that does not end as tars do.
     """
-    key = ""
-    parts: dict[str, tuple[int, int]] = {}
-
-    def record() -> Iterator[Record]:
-        suffix = next((s for s in _IMAGES if s in parts), None)
-        if suffix is not None:
-            yield Record(name, key, suffix, parts[suffix], parts.get(".json"), parts.get(".cls"))
-
+    groups: list[tuple[str, Members]] = []
+    last: dict[str, int] = {}
+    ignored: Counter[str] = Counter()
+    size = tree.size(name)
     try:
         with tree.open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
+            for number, member in enumerate(archive):
+                check_limit("ROWS", number + 1, name)
                 if not member.isfile():
+                    if not member.isdir():
+                        ignored["links and devices"] += 1
                     continue
+                if member.size < 0 or member.offset_data + member.size > size:
+                    raise InputError(f"{name}: ends within {member.name!r}; it is truncated")
                 folder, _, base = member.name.rpartition("/")
+                if base.startswith("."):
+                    ignored[base] += 1
+                    continue
                 stem, _, end = base.partition(".")
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key:
-                    yield from record()
-                    key, parts = this, {}
-                parts[f".{end.lower()}"] = (member.offset_data, member.size)
-            yield from record()
-    except tarfile.TarError as error:
+                key, part = f"{folder}/{stem}" if folder else stem, f".{end.lower()}"
+                if key not in last or part in groups[last[key]][1]:
+                    last[key] = len(groups)
+                    groups.append((key, {}))
+                groups[last[key]][1][part] = (member.offset_data, member.size)
+                archive.members = []  # type: ignore[attr-defined]  # or all headers stay in memory
+            _check_end(file, archive.offset, name)
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{name}: damaged or no tar ({error})") from None
+    records: list[Record] = []
+    for key, parts in groups:
+        found, rest = _samples(name, key, parts)
+        records += found
+        ignored.update(rest)
+    records.sort(key=lambda record: record.image[0])
+    return records, ignored
+
+
+def _check_end(file: BinaryIO, offset: int, name: str) -> None:
+    """The zeros that end a tar, and nothing behind them."""
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if len(block) < 512:
+        raise InputError(f"{name}: has no end mark; it is truncated, copy it again")
+    while block:
+        if block.count(0) != len(block):
+            raise InputError(f"{name}: goes on behind its end mark; damaged, or several tars laid end to end")
+        block = file.read(_BLOCK)
+
+
+def _samples(tar: str, key: str, parts: Members) -> tuple[list[Record], list[str]]:
+    """The samples of members that share a key, and the kinds of those that belong to none."""
+    plain = next((suffix for suffix in _IMAGES if suffix in parts), None)
+    dotted = {part: part.rpartition(".")[0] for part in parts if part.endswith(_IMAGES) and part not in _IMAGES}
+    if plain is None and not dotted:
+        return [], [_kind(part) for part in parts]
+    records, ignored = [], []
+    if plain is not None:
+        records.append(Record(tar, key, plain, parts[plain], parts.get(".json"), parts.get(".cls")))
+    elif len(set(dotted.values())) < len(dotted) or (len(dotted) > 1 and {".cls", ".json"} & set(parts)):
+        raise InputError(f"{tar}: sample {key!r} holds several images ({', '.join(dotted)}); wanted one a sample")
+    for part, stem in dotted.items():
+        json, cls = parts.get(f"{stem}.json"), parts.get(f"{stem}.cls")
+        if plain is None:
+            json, cls = json or parts.get(".json"), cls or parts.get(".cls")
+        elif json is None and cls is None:
+            ignored.append("second images of a sample")
+            continue
+        records.append(Record(tar, key + stem, part[len(stem) :], parts[part], json, cls))
+    return records, ignored
+
+
+def _kind(name: str) -> str:
+    base = name.rpartition("/")[2]
+    return f".{base.rpartition('.')[2].lower()}" if "." in base else "without suffix"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from tsynd.data import medmnist
 from tsynd.data.checks import channels_first, check_labels, shape_of
 from tsynd.data.dataset import DataSource, LabelledImages
 from tsynd.data.filetree import FileTree
+from tsynd.data.limits import check_expansion, check_limit
 from tsynd.data.phantom import phantom
 from tsynd.data.phantom3d import phantom3d
 from tsynd.data.readers.folders import list_folder
 from tsynd.data.readers.huggingface import is_dataset, read_dataset
-from tsynd.data.readers.listing import SPLITS, Listing, gather, read_entries
+from tsynd.data.readers.listing import SPLITS, Listing, canonical, gather, read_entries
 from tsynd.data.readers.options import ReadOptions
 from tsynd.data.readers.tables import SUFFIXES as TABLES
 from tsynd.data.readers.tables import list_table
 from tsynd.data.splits import check_apart, split, stratified_order
+from tsynd.data.summary import Origin
 from tsynd.utils.errors import InputError
 
 __all__ = ["find_class_names", "load_data"]
@@ -38,18 +40,7 @@ def load_data(
     *,
     train_size: int | None = None,
     seed: int = 0,
-    image_size: int | None = None,
-    channels: int | None = None,
-    window: tuple[float, float] | None = None,
-    frames: str | None = None,
-    volumes: bool = False,
-    slices: str | None = None,
-    spacing: tuple[float, float, float] | None = None,
-    path_column: str = "path",
-    label_column: str = "label",
-    split_column: str = "split",
-    group_column: str = "patient",
-    group: str = "auto",
+    **reading: Any,
 ) -> DataSource:
     """Load a data set.
 
@@ -58,9 +49,9 @@ def load_data(
             - a MedMNIST-style .npz: `{train,val,test}_{images,labels}`, or `images` and `labels` alone; uint8
               images [N, H, W] or [N, H, W, 3], or volumes [N, D, H, W]; labels [N] or [N, 1], or [N, L] of 0 and 1
               (multilabel); optionally `class_names`, strings;
-            - a folder: train/ val/ test/ with class folders, or class folders alone, with PNG, JPEG, BMP, TIFF (8 or
-              16 bits), DICOM or NIfTI files at any depth below; classes are numbered in the sorted order of their
-              names;
+            - a folder: train/ val/ test/ (or Training/, valid/, ...) with class folders, or class folders alone, with
+              PNG, JPEG, BMP, TIFF (8 or 16 bits), DICOM or NIfTI files at any depth below; classes are numbered in
+              the sorted order of their names;
             - a table, .csv, .tsv or .parquet, with the columns `path`, `label`, optionally `split` and `patient`;
             - a Hugging Face `datasets.Dataset` or `DatasetDict` with an image and a label column;
             - a MedMNIST set, as `pneumoniamnist`, `bloodmnist_64` or `nodulemnist3d`: downloaded once, into the folder
@@ -73,34 +64,23 @@ def load_data(
             every class; a smaller draw of the same seed is contained in a larger one. Of a class, every patient gives
             one image before any gives a second. None: all.
         seed: seeds that draw and any splitting, never the images themselves.
-        image_size: how folders, tables and `datasets` objects are read, like all that follow; see
-            :class:`tsynd.ReadOptions`. This: make every image this square (or cube).
-        channels: 1 or 3.
-        window: (centre, width) of grey values.
-        frames: "split" takes multi-frame files apart.
-        volumes: multi-frame files and DICOM series are volumes.
-        slices: volumes become their slices in this plane.
-        spacing: (x, y, z) in mm.
-        path_column: of a table.
-        label_column: of a table.
-        split_column: of a table.
-        group_column: of a table; whose images stay in one split.
-        group: "auto" or "none".
+        reading: how folders, tables and `datasets` objects are read: the fields of :class:`tsynd.ReadOptions`, such as
+            `image_size`, `channels`, `window` or `group`.
 
     Raises:
         InputError: the source or an argument cannot be used.
         MissingExtraError: a package is not installed: pillow (pictures), pydicom, nibabel, pyarrow (Parquet), pooch
             (downloads).
     """
-    options = ReadOptions(
-        image_size, channels, window, frames, volumes, slices, spacing,
-        path_column, label_column, split_column, group_column, group,
-    )  # fmt: skip
+    if unknown := set(reading) - set(ReadOptions.__dataclass_fields__):
+        raise TypeError(f"load_data() got an unexpected keyword argument {min(unknown)!r}")
+    options = ReadOptions(**reading)
     if seed < 0:
         raise InputError(f"seed: {seed}; wanted 0 or more")
     if is_dataset(source):
         read, names, name = read_dataset(source, options)
-        return _assemble(gather(read, names, options), name, "source", train_size, seed)
+        arrays, grouping = gather(read, names, options)
+        return _assemble(arrays, name, "source", train_size, seed, Origin(grouping=grouping))
     text = str(source)
     known, path = text.lower(), Path(source).expanduser()
     kind, _, size = known.partition(":")
@@ -119,9 +99,10 @@ def load_data(
     if listed:
         listing = list_folder(FileTree(str(path), tars=False), options) if path.is_dir() else list_table(path, options)
         _check_listing(listing, text)
-        arrays = gather(read_entries(listing, options), listing.class_names, options)
+        read = read_entries(listing, options)
+        arrays, grouping = gather(read, listing.class_names, options, listing.by_folder)
         name = path.resolve().name if path.is_dir() else path.stem
-        return _assemble(arrays, name, text, train_size, seed)
+        return _assemble(arrays, name, text, train_size, seed, Origin(dict(listing.ignored), grouping, _notes(listing)))
     if path.is_file():
         return _assemble(_read_npz(path), path.stem, text, train_size, seed)
     close = difflib.get_close_matches(known, [*_PHANTOMS, *medmnist.MD5], n=3)
@@ -142,8 +123,23 @@ def _check_listing(listing: Listing, where: str) -> None:
         raise InputError(f"{where}: {len(listing.class_names)} class folders or labels; wanted 2 or more")
 
 
-def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, seed: int) -> DataSource:
+def _notes(listing: Listing) -> tuple[str, ...]:
+    """What looks like patients but is not taken for them."""
+    folders = {entry.folder for entry in listing.entries if entry.folder}
+    told = any(entry.patient is not None for entry in listing.entries)
+    if listing.by_folder or told or len(folders) < 2:
+        return ()
+    return (
+        f"{len(folders)} folders inside class folders are not taken for patients; group='folder' (--group folder) "
+        "keeps the images of each in one split",
+    )
+
+
+def _assemble(
+    arrays: Arrays, name: str, where: str, train_size: int | None, seed: int, origin: Origin | None = None
+) -> DataSource:
     """Check the arrays of a MedMNIST-style file and make the splits."""
+    origin = origin or Origin()
     held = set(arrays)
     splits = [s for s in SPLITS if s != "val" or {"val_images", "val_labels"} & held]
     if {"images", "labels"} & held and not {"train_images", "train_labels"} & held:
@@ -159,10 +155,14 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
     task = "multilabel" if first.ndim == 2 and first.shape[1] > 1 else "multiclass"
     base = check_labels(first, len(images[0]), task, name=f"{where}: {keys[0][1]}")
     count = base.shape[1] if task == "multilabel" else int(base.max()) + 1
+    if task == "multilabel" and bool((base.sum(1) == 1).all()):
+        note = f"every image has exactly one of the {count} labels: class numbers (labels.argmax(1)) make it multiclass"
+        origin = replace(origin, notes=(*origin.notes, note))
     present = set(base.tolist()) if task == "multiclass" else set(range(count))
     if len(present) < count and "class_names" not in arrays:
         gap = next(number for number in range(count) if number not in present)
         raise InputError(f"{where}: class {gap} has no training image; number the classes from 0 without gaps")
+    check_limit("CLASSES", count, f"{where}: {keys[0][1]}")
     names = find_class_names(arrays, name, count, where)
     if len(names) < 2:
         raise InputError(f"{where}: one class only; wanted 2 or more")
@@ -179,12 +179,12 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
         first_patients = first_patients[pieces[0]] if first_patients is not None else None
     train, val, test = parts
     if train_size is None:
-        return DataSource(name, task, names, train, train, val, test, torch.arange(len(train)))
+        return DataSource(name, task, names, train, train, val, test, torch.arange(len(train)), origin)
     least = len(names) if task == "multiclass" else 1
     if not least <= train_size <= len(train):
         raise InputError(f"train_size: {train_size}; wanted {least} (one per class) to {len(train)} (all)")
     chosen = stratified_order(train.labels, seed, first_patients)[:train_size].msort()
-    return DataSource(name, task, names, train.subset(chosen), train, val, test, chosen)
+    return DataSource(name, task, names, train.subset(chosen), train, val, test, chosen, origin)
 
 
 def find_class_names(arrays: Arrays, name: str, count: int, where: str) -> tuple[str, ...]:
@@ -205,16 +205,15 @@ def _read_npz(path: Path) -> Arrays:
     keys = ["images", "labels", "class_names", *(f"{s}_{k}" for s in SPLITS for k in ("images", "labels"))]
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in keys if key in archive.files}
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+            members = {info.filename: info for info in archive.zip.infolist()}
+            held = canonical({name: name for name in archive.files}, str(path))
+            for name in (held[key] for key in keys if key in held):
+                if (info := members.get(f"{name}.npy")) is not None:
+                    check_expansion(info.compress_size, info.file_size, f"{path}: {name}")
+            return {key: archive[held[key]] for key in keys if key in held}
+    except InputError:
+        raise
+    except Exception as error:  # a damaged zip leads anywhere: encrypted, of an unknown compression, ...
         if "pickle" in str(error):
             raise InputError(f"{path}: holds Python objects; wanted plain arrays (tsynd never loads pickle)") from error
-        raise InputError(f"{path}: damaged .npz file ({error})") from error
+        raise InputError(f"{path}: damaged .npz file ({type(error).__name__}: {error})") from error

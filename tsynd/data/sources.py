@@ -8,8 +8,11 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import re
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,15 @@ from tsynd.data import filetree as files
 from tsynd.data.checks import channels_first, check_labels, unit_pixels
 from tsynd.data.dataset import Batch, LabelledImages
 from tsynd.data.filetree import FileTree, Record
+from tsynd.data.limits import check_limit
 from tsynd.data.load import find_class_names, load_data
 from tsynd.data.readers.folders import list_folder
 from tsynd.data.readers.image_file import read_image
-from tsynd.data.readers.listing import SPLITS, Listing, read_entry
+from tsynd.data.readers.listing import SPLITS, Listing, canonical, read_entry, split_name
 from tsynd.data.readers.options import ReadOptions
 from tsynd.data.readers.tables import SUFFIXES as TABLES
-from tsynd.data.readers.tables import list_table
-from tsynd.utils.errors import InputError
+from tsynd.data.readers.tables import class_numbers, list_table
+from tsynd.utils.errors import InputError, MissingExtraError
 from tsynd.utils.fingerprint import hash_parts
 
 __all__ = ["RangeSource", "decode_image", "open_source"]
@@ -68,10 +72,10 @@ def open_source(source: str, split: str = "train", options: ReadOptions | None =
     """Open a source without reading its images.
 
     Args:
-        source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones unpacked once
-            into the cache folder, see ``tsynd.data.filetree``); a folder or a table of image files as there; a
-            WebDataset tar, a folder of tars, or a pattern with ``*`` or ``{000..099}``; any of these but tables
-            behind an fsspec address such as ``s3://bucket/images.npz``; a MedMNIST name, ``phantom`` or ``phantom3d``.
+        source: an .npz as :func:`tsynd.load_data` takes it (stored arrays are mapped, compressed ones
+            unpacked to a temporary file; every checksum is compared first); a folder or a table of image files as
+            there; a WebDataset tar, a folder of tars, or a pattern with ``*`` or ``{000..099}``; any of these
+            but tables behind an address such as ``s3://bucket/x.npz``; a MedMNIST name, ``phantom`` or ``phantom3d``.
         split: which of the source's own splits to take; a source without splits is taken whole.
         options: how the files of a folder or table are read; every file must be one image.
 
@@ -97,7 +101,7 @@ def open_source(source: str, split: str = "train", options: ReadOptions | None =
         name = next(iter(given))
         raise InputError(f"{name}: {given[name]!r}; wanted only with a folder of image files or a table")
     if tree.tars:
-        return _Tars(tree)
+        return _Tars(tree, split)
     if tree.is_file and tree.name.endswith(".npz"):
         return _Npz(tree, split)
     if tree.remote:
@@ -125,7 +129,7 @@ class _Npz(RangeSource):
         where = tree.text
         try:
             with tree.open() as file, zipfile.ZipFile(file) as archive:
-                held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+                held = canonical({info.filename.removesuffix(".npy"): info for info in archive.infolist()}, where)
                 prefix = f"{split}_" if f"{split}_images" in held else ""
                 if not prefix and any(f"{name}_images" in held for name in SPLITS):
                     raise InputError(f"{where}: has no {split} split, wanted one of {', '.join(sorted(held))}")
@@ -134,21 +138,19 @@ class _Npz(RangeSource):
                 used = [held[key] for key in (f"{prefix}images", f"{prefix}labels", "class_names") if key in held]
                 # a zip holds the checksum of every array
                 self.identity = hash_parts(*(f"{i.filename} {i.file_size} {i.CRC:08x}" for i in used))
-                self._images = files.map_member(tree, archive, held[f"{prefix}images"], self.identity)
-                labels = np.load(io.BytesIO(archive.read(held[f"{prefix}labels"])), allow_pickle=False)
-                names = held.get("class_names")
-                given = None if names is None else np.load(io.BytesIO(archive.read(names)), allow_pickle=False)
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{where}: damaged or no .npz of plain arrays ({error})") from error
+                self._images, labels, *given = (np.asanyarray(files.read_array(tree, archive, i)) for i in used)
+        except (InputError, MissingExtraError):
+            raise
+        except Exception as error:  # a damaged zip leads anywhere: encrypted, of an unknown compression, ...
+            raise InputError(f"{where}: damaged or no .npz of plain arrays ({error})") from None
         x = self._images
         channels_first(x, f"{where}: images")
         self.count = len(x)
         self.task = "multilabel" if labels.ndim == 2 and labels.shape[1] > 1 else "multiclass"
         self._labels = check_labels(labels, self.count, self.task, name=f"{where}: labels")
         classes = self._labels.shape[1] if self.task == "multilabel" else int(self._labels.max()) + 1
-        arrays = {} if given is None else {"class_names": given}
+        check_limit("CLASSES", classes, where)
+        arrays = {"class_names": given[0]} if given else {}
         self.class_names = find_class_names(arrays, Path(tree.name).stem, classes, where)
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -210,30 +212,68 @@ class _Listed(RangeSource):
 
 
 class _Tars(RangeSource):
-    """WebDataset shards: files that share a name up to its first dot are a sample."""
+    """WebDataset shards, see :func:`tsynd.data.filetree.index_tar`; of tars named after splits those of ``split``."""
 
-    def __init__(self, tree: FileTree) -> None:
+    def __init__(self, tree: FileTree, split: str) -> None:
         self._tree = tree
-        self._records: list[Record] = [record for name in tree.tars for record in files.index_tar(tree, name)]
+        starts = {name: split_name(re.split(r"[-_.\d]", name.rpartition("/")[2])[0]) for name in tree.tars}
+        several = None not in starts.values() and len(set(starts.values())) > 1
+        tars = [name for name in tree.tars if starts[name] == split or not several]
+        if not tars:
+            held = sorted({str(start) for start in starts.values()})
+            raise InputError(f"{tree.text}: has no {split} split, wanted one of {', '.join(held)}")
+        indices = {name: files.index_tar(tree, name) for name in tars}
+        self._records: list[Record] = [record for records, _ in indices.values() for record in records]
+        ignored = sum((left for _, left in indices.values()), Counter[str]())
         if not self._records:
             raise InputError(f"{tree.text}: no sample with an image (.png, .jpg, .npy) in the tars")
+        if ignored:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(5))
+            warnings.warn(f"{tree.text}: left out of the tars: {kinds}", stacklevel=2)
+        self._check_counts({name: len(records) for name, (records, _) in indices.items()})
         self.count = len(self._records)
-        self.identity = tree.identity(tree.tars)
-        label, names = self._label(self._records[0])
+        self.identity = tree.identity(tars)
+        label, self.class_names = self._label(self._records[0])
         self._has_labels = label is not None
         self.task = "multilabel" if isinstance(label, list) else "multiclass"
-        self.class_names = names
+        self._numbers: dict[str, int] = {}
+        if isinstance(label, str):  # names of classes, numbered in sorted order as of folders
+            _, names = class_numbers(sorted({str(self._label(record)[0]) for record in self._records}))
+            self._numbers = {name: number for number, name in enumerate(names)}
+            self.class_names = names
 
-    def _label(self, record: Record) -> tuple[int | list[int] | None, tuple[str, ...]]:
-        if record.cls is not None:
-            return int(self._tree.read_at(record.tar, *record.cls)), ()
-        if record.json is not None:
+    def _check_counts(self, found: dict[str, int]) -> None:
+        """Against the manifest that a sharded job left beside its tars."""
+        for folder in {name.rpartition("/")[0] for name in found}:
+            if not self._tree.exists(f"{folder}/manifest.json"):
+                continue
             try:
-                content = json.loads(self._tree.read_at(record.tar, *record.json))
-            except ValueError:
-                raise InputError(f"{record.tar}: {record.key}.json is no JSON") from None
-            return content.get("label"), tuple(content.get("class_names", ()))
-        return None, ()
+                shards = json.loads(self._tree.read(f"{folder}/manifest.json"))["shards"]
+                wanted = {tar: shard["images"] for shard in shards for tar in shard["files"] if tar.endswith(".tar")}
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue  # another program's
+            for name, count in found.items():
+                tar = name.rpartition("/")[2]
+                if name.rpartition("/")[0] == folder and wanted.get(tar, count) != count:
+                    raise InputError(f"{name}: holds {count} samples, manifest.json says {wanted[tar]}; it is damaged")
+
+    def _label(self, record: Record) -> tuple[int | str | list[int] | None, tuple[str, ...]]:
+        part = record.cls or record.json
+        if part is None:
+            return None, ()
+        check_limit("JSON", part[1], f"{record.tar}: {record.key}")
+        content = self._tree.read_at(record.tar, *part)
+        if record.cls is not None:
+            text = content.decode("utf-8", "replace").strip()
+            return int(text) if text.isascii() and text.isdigit() else text, ()
+        try:
+            held = json.loads(content)
+            label, names = held.get("label"), tuple(map(str, held.get("class_names", ())))
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise InputError(f"{record.tar}: {record.key}.json is no JSON object with a label") from None
+        if not (label is None or isinstance(label, (int, str, list))):
+            raise InputError(f"{record.tar}: {record.key}.json: label {label!r}; wanted a number, a name or 0 and 1")
+        return label, names
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         records = self._records[start:stop]
@@ -245,4 +285,8 @@ class _Tars(RangeSource):
         labels = [self._label(record)[0] for record in records]
         if missing := [name for name, label in zip(names, labels, strict=True) if label is None]:
             raise InputError(f"{missing[0]}: has no label, while the first sample has one")
+        if self._numbers:
+            labels = [self._numbers.get(str(label)) for label in labels]
+        elif any(isinstance(label, str) for label in labels):
+            raise InputError(f"{names[0]} ..: a label is text, the first one a number; wanted one kind")
         return images, check_labels(labels, len(labels), self.task, name=f"{names[0]} ..: labels")

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from tsynd.fx.tracing import subgraph, trace
 
-__all__ = ["FoldedGraph", "folded_decoder"]
+__all__ = ["FoldedGraph", "fold", "folded_decoder"]
 
 _TRANSPOSED: dict[type[nn.Module], bool] = {
     nn.Conv1d: False,
@@ -83,21 +83,32 @@ def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
     return norm.running_mean is not None and norm.running_var is not None and not any(hooks)
 
 
+def fold(model: nn.Module, example: Tensor, method: str = "forward") -> FoldedGraph | None:
+    """A method of a network with its batch norms folded; None where it cannot be traced or folding changes it.
+
+    Args:
+        model: in eval mode.
+        example: a few inputs to compare on.
+        method: the network's own call, or a method of one tensor.
+    """
+    call: Callable[[Tensor], Tensor] = model if method == "forward" else getattr(model, method)
+    try:
+        folded = FoldedGraph(trace(model, method, whole=True))
+        with torch.no_grad():
+            wanted, got = call(example), folded.module(example)
+        same = torch.allclose(got, wanted, rtol=1e-2, atol=1e-3, equal_nan=True)
+    except Exception:  # whatever the model's own code raises under tracing
+        return None
+    return folded if same else None
+
+
 def folded_decoder(model: Any, latents: Tensor) -> Callable[[Tensor], Tensor]:
-    """``model.decode`` with its batch norms folded; as it is where it cannot be traced or folding changes it.
+    """``model.decode`` with its batch norms folded; as it is where that cannot be done.
 
     Args:
         model: in eval mode; its weights must stay as they are while the result is used.
         latents: [B, ...], a few to compare on.
     """
-    decode: Callable[[Tensor], Tensor] = model.decode
-    if not isinstance(model, nn.Module):
-        return decode
-    try:
-        folded = FoldedGraph(trace(model, "decode", whole=True)).module
-        with torch.no_grad():
-            wanted, got = decode(latents), folded(latents)
-        same = torch.allclose(got, wanted, rtol=1e-2, atol=1e-3, equal_nan=True)
-    except Exception:  # whatever the model's own code raises under tracing
-        return decode
-    return folded if same else decode
+    folded = fold(model, latents, "decode") if isinstance(model, nn.Module) else None
+    decode: Callable[[Tensor], Tensor] = model.decode if folded is None else folded.module
+    return decode

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.checks import check_images
+from tsynd.fx.folding import FoldedGraph, fold
 from tsynd.models.classifier import as_classifier
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import TASKS
@@ -71,6 +72,7 @@ class PixelAscent(BatchAugmentation):
         check_choice("task", task, TASKS)
         self.budget, self.steps, self.task, self.persistent = budget, steps, task, persistent
         self._offsets = PerImage()
+        self._folded: tuple[nn.Module, FoldedGraph | None] | None = None
 
     @abstractmethod
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor) -> Loss:
@@ -85,15 +87,26 @@ class PixelAscent(BatchAugmentation):
         super().load_state_dict(state)
         self._offsets.load_state_dict(state["offsets"])
 
+    def _network(self, classifier: nn.Module, images: Tensor) -> nn.Module:
+        """The classifier with its batch norms folded where that can be done; traced once, it follows the weights."""
+        network = as_classifier(classifier)
+        if self._folded is None or self._folded[0] is not classifier:
+            self._folded = classifier, fold(network, images[:2])
+        graph = self._folded[1]
+        if graph is None:
+            return network
+        graph.refresh()
+        return graph.module
+
     def make(self, classifier: nn.Module, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """See :meth:`BatchAugmentation.make`."""
-        network = as_classifier(classifier)
         offset = self.budget * (2 * draw_rows(torch.rand, images, rows, self.seed + self.calls) - 1)
         if self.persistent:
             offset = self._offsets.get(self.ids, offset)
         step = 2.5 * self.budget / max(self.steps, 2)
         moved = (images + offset).clamp_(0, 1)
         with frozen(classifier):
+            network = self._network(classifier, images)
             with torch.no_grad():
                 if self.calls == 0:
                     check_extra_labels(labels, len(check_images(images)), self.task, network(images[:1]).shape[-1])

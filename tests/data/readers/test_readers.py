@@ -444,7 +444,7 @@ def test_bad_tables(tmp_path: Path, pictures: list[str]) -> None:
         ({"path": ["a/nowhere.png", "gone.png", *pictures[2:]]}, {}, r"2 of 20 files are not there, first .* row 1,"),
         ({"label": ["a", ""] * 10}, {}, "row 2 has an empty label"),
         ({"label": ["a"] * 20}, {}, "1 class folders or labels"),
-        ({"split": ["train", "dev"] * 10}, {}, "row 2: split 'dev'; wanted train, val"),
+        ({"split": ["train", "more"] * 10}, {}, "row 2: split 'more'; wanted train, val"),
         ({"split": ["train"] * 20}, {}, "holds train; wanted train and test"),
     ]
     for change, options, message in cases:
@@ -508,7 +508,7 @@ def test_datasets_objects(tmp_path: Path, pictures: list[str]) -> None:
         (whole.remove_columns("finding"), {}, "label_column=NAME says which"),
         (whole, {"label_column": "x"}, "without 'x'"),
         (whole, {"group_column": "x"}, "group_column: 'x'"),
-        (datasets.DatasetDict(train=whole, dev=whole), {}, "split 'dev'"),
+        (datasets.DatasetDict(train=whole, more=whole), {}, "split 'more'"),
     ):
         with pytest.raises(InputError, match=message):
             load_data(bad, **options)

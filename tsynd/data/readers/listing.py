@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,10 +19,47 @@ from tsynd.data.readers.options import ReadOptions
 from tsynd.data.readers.pixels import Array, describe
 from tsynd.utils.errors import InputError
 
-__all__ = ["SPLITS", "Entry", "Listing", "gather", "read_entries", "read_entry"]
+__all__ = [
+    "SPLITS",
+    "Entry",
+    "Listing",
+    "canonical",
+    "gather",
+    "read_entries",
+    "read_entry",
+    "split_name",
+]
 
 SPLITS = ("train", "val", "test")
 _DIM = 26  # of 255: below a tenth of the range
+_SPLIT = re.compile(
+    r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev|development)|(?P<test>test|testing))"
+    r"(?:[ _.-]?(?:set|data|dataset|images?|imgs?|split))?",
+    re.IGNORECASE,
+)
+
+
+def split_name(text: str) -> str | None:
+    """``train``, ``val`` or ``test`` of what people call them, in any case; None of anything else."""
+    found = _SPLIT.fullmatch(text.strip())
+    return None if found is None else found.lastgroup
+
+
+def canonical(arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Arrays by name, the splits' called ``train_images``, ``val_labels``, ... whatever the file calls them.
+
+    Raises:
+        InputError: two of one split.
+    """
+    out: dict[str, Any] = {}
+    for name, array in arrays.items():
+        start, _, end = name.rpartition("_")
+        split = split_name(start) if end.lower() in ("images", "labels") else None
+        key = f"{split}_{end.lower()}" if split else name
+        if key in out:
+            raise InputError(f"{where}: holds {key} twice, under two names; wanted one")
+        out[key] = array
+    return out
 
 
 @dataclass(frozen=True)
@@ -31,26 +71,40 @@ class Entry:
         label: class number, or a list of 0 and 1.
         split: ``train``, ``val``, ``test``, or empty where the source has no splits.
         patient: where the source tells it; never shown nor kept.
+        folder: inside the class folder, which may be a patient's; None where there is none.
     """
 
     names: tuple[str, ...]
     label: int | list[int]
     split: str = ""
     patient: str | None = None
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Every labelled file of a source, in a fixed order."""
+    """Every labelled file of a source, in a fixed order.
+
+    Attributes:
+        ignored: how many files of which suffix are no images.
+        by_folder: take an entry's folder for its patient where nothing else tells it.
+    """
 
     tree: FileTree
     entries: list[Entry]
     class_names: tuple[str, ...]
+    ignored: Counter[str] = field(default_factory=Counter)
+    by_folder: bool = False
 
 
 def read_entry(tree: FileTree, entry: Entry, options: ReadOptions) -> Image:
     """The images of an entry, and the patient."""
     paths = [tree.path(name) for name in entry.names]
+    if options.inside and not tree.remote:
+        root = os.path.realpath(tree.path(""))
+        for path in paths:
+            if os.path.commonpath([root, os.path.realpath(path)]) != root:
+                raise InputError(f"{path}: lies outside of {root}; wanted files inside alone (inside=True)")
     if len(paths) > 1:
         contents = ((tree.read(name), path) for name, path in zip(entry.names, paths, strict=True))
         return read_volume(contents, str(PurePosixPath(paths[0]).parent), options)
@@ -67,10 +121,12 @@ def read_entries(listing: Listing, options: ReadOptions) -> Iterator[tuple[Entry
         yield entry, read_entry(listing.tree, entry, options)
 
 
-def gather(read: Iterable[tuple[Entry, Image]], class_names: Iterable[str], options: ReadOptions) -> dict[str, Array]:
-    """The arrays of a MedMNIST-style file, and ``groups``: numbers that images of one patient share.
+def gather(
+    read: Iterable[tuple[Entry, Image]], class_names: Iterable[str], options: ReadOptions, by_folder: bool = False
+) -> tuple[dict[str, Array], str]:
+    """The arrays of a MedMNIST-style file, and ``groups``: numbers that images of one patient share; and of what kind.
 
-    Groups are left out where every image would be one of its own.
+    Groups are left out where every image would be one of its own. The kind is a phrase, such as ``by patient (12)``.
 
     Raises:
         InputError: images of several sizes or colour modes.
@@ -84,6 +140,8 @@ def gather(read: Iterable[tuple[Entry, Image]], class_names: Iterable[str], opti
         name = entry.names[0]
         patient = entry.patient if entry.patient is not None else patient
         key = ("file", name) if patient is None else ("patient", patient)
+        if patient is None and by_folder and entry.folder is not None:
+            key = ("folder", entry.folder)
         number = numbers.setdefault(key, len(numbers))
         for image in found:
             first = first or (PurePosixPath(name).name, image.shape)
@@ -96,11 +154,14 @@ def gather(read: Iterable[tuple[Entry, Image]], class_names: Iterable[str], opti
             labels.setdefault(entry.split, []).append(entry.label)
             groups.setdefault(entry.split, []).append(number)
     arrays: dict[str, Array] = {"class_names": np.array(list(class_names))}
+    grouped = options.group != "none" and sum(map(len, groups.values())) > len(numbers)
+    kinds = Counter(kind for kind, _ in numbers)
+    grouping = " and ".join(f"by {kind} ({count})" for kind, count in kinds.most_common()) if grouped else "none"
     for split, found in images.items():
         prefix = f"{split}_" if split else ""
         arrays[f"{prefix}images"] = np.moveaxis(np.stack(found), 1, -1)
         arrays[f"{prefix}labels"] = np.array(labels[split])
-        if options.group == "auto" and sum(map(len, groups.values())) > len(numbers):
+        if grouped:
             arrays[f"{prefix}groups"] = np.array(groups[split])
     brightest = max(int(array.max()) for key, array in arrays.items() if key.endswith("images"))
     if brightest < _DIM:
@@ -109,4 +170,4 @@ def gather(read: Iterable[tuple[Entry, Image]], class_names: Iterable[str], opti
             "values are black and white",
             stacklevel=2,
         )
-    return arrays
+    return arrays, grouping

@@ -35,7 +35,10 @@ class ReadOptions:
         split_column: of a table, where it has it: train, val or test.
         group_column: of a table, where it has it: patients, each kept in one split.
         group: ``auto`` keeps a patient's images in one split: by the group column, a DICOM file's PatientID (where
-            that is empty, its study), or the file that frames and slices come from. ``none`` splits image by image.
+            that is empty, its study), the folder inside the class folder where every class has three or more
+            (``folder``: also where it has fewer), or the file that frames and slices come from. ``none`` splits image
+            by image.
+        inside: refuse files that links, absolute paths or ``..`` lead to outside of the folder, or of the table's.
 
     Raises:
         InputError: a value that cannot be used.
@@ -53,6 +56,7 @@ class ReadOptions:
     split_column: str = "split"
     group_column: str = "patient"
     group: str = "auto"
+    inside: bool = False
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -74,7 +78,7 @@ class ReadOptions:
             raise InputError(f"spacing: {self.spacing}; wanted (x, y, z) in mm, each above 0")
         if self.slices is not None:
             check_choice("slices", self.slices, [p + end for p in _PLANES for end in ("", ":middle")])
-        check_choice("group", self.group, ("auto", "none"))
+        check_choice("group", self.group, ("auto", "folder", "none"))
         for name in ("path_column", "label_column", "split_column", "group_column"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise InputError(f"{name}: {getattr(self, name)!r}; wanted the name of a column")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from typing import Any
 
 import numpy as np
 
+from tsynd.data.limits import check_limit
 from tsynd.data.readers.options import ReadOptions
 from tsynd.data.readers.pixels import Array, quietly, to_unit, windowed
 from tsynd.utils.errors import InputError, require
 
 __all__ = ["read_picture"]
 
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")  # MPO is opened as JPEG
 _PHOTOMETRIC, _BITS = 262, 258  # TIFF tags
 
 
@@ -21,7 +25,9 @@ def read_picture(content: bytes, where: str, options: ReadOptions) -> list[Array
 
     Grey of 16 bits is scaled by its full range, 0 to 65535 (a TIFF of 12 bits: 4095), or by ``options.window``;
     whole numbers of 32 bits need a window; float pixels are taken in [0, 1] or by a window. Colour of 16 bits
-    keeps its upper eight. Transparency is dropped, palettes become RGB, a JPEG's orientation mark is obeyed.
+    keeps its upper eight. Transparency is dropped, palettes become RGB, an orientation mark is obeyed whatever the
+    format and depth, not-a-number is black. Of a camera's JPEG with previews or a gain map (MPO) the first is taken.
+    What a file is tells its content; only FORMATS are opened.
 
     Returns:
         uint8, or float32 in [0, 1]: [1 or 3, H, W] each; with ``volumes`` one [1 or 3, D, H, W] of several pages.
@@ -32,14 +38,16 @@ def read_picture(content: bytes, where: str, options: ReadOptions) -> list[Array
     """
     pillow, sequence = require("PIL.Image", "data"), require("PIL.ImageSequence", "data")
     try:
-        with quietly("PIL"), pillow.open(io.BytesIO(content)) as image:
-            count = getattr(image, "n_frames", 1)
+        with quietly(), pillow.open(io.BytesIO(content), formats=FORMATS) as image:
+            count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            check_limit("VALUES", math.prod(image.size) * len(image.getbands()) * count, where)
             if count > 1 and options.frames is None and not options.volumes:
                 raise InputError(
                     f"{where}: {count} pages; frames='split' (--frames split) takes each as an image, volumes=True"
                     " (--volumes) all as one volume"
                 )
-            pages = [_pixels(page, where, options) for page in sequence.Iterator(image)]
+            shown = itertools.islice(sequence.Iterator(image), count)
+            pages = [_pixels(page, where, options) for page in shown]
     except InputError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
@@ -52,7 +60,13 @@ def read_picture(content: bytes, where: str, options: ReadOptions) -> list[Array
 
 
 def _pixels(image: Any, where: str, options: ReadOptions) -> Array:
-    mode, tags = image.mode, getattr(image, "tag_v2", {})
+    tags = getattr(image, "tag_v2", {})
+    size = image.size
+    image.load()
+    check_limit("VALUES", math.prod(size), where)
+    # a TIFF is turned when it is loaded
+    image = image if image.format == "TIFF" else require("PIL.ImageOps", "data").exif_transpose(image)
+    mode = image.mode
     if mode[0] in "IF":
         return _deep(image, tags, where, options)[None]
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr"):
@@ -60,7 +74,6 @@ def _pixels(image: Any, where: str, options: ReadOptions) -> Array:
     grey = mode in ("1", "L", "LA", "La")
     if options.window is not None and not grey:
         raise InputError(f"window: {where} is a colour picture; wanted a window with grey images alone")
-    image = require("PIL.ImageOps", "data").exif_transpose(image)
     if mode in ("P", "PA"):
         image = image.convert("RGBA")  # a palette's transparency first, or Pillow warns
     pixels = np.array(image.convert("L" if grey else "RGB"))
@@ -78,13 +91,22 @@ def _deep(image: Any, tags: Any, where: str, options: ReadOptions) -> Array:
     full = 2 ** (bits if isinstance(bits, int) else bits[0]) - 1
     if short and tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts eight bits alone
         values = full - values.astype(np.int64)
-    if options.window is not None:
-        return windowed(values, options.window)
     if short:
-        return to_unit(values.astype(np.float32), 0, full)
-    if image.mode == "F" and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1:
-        return values.astype(np.float32)
-    raise InputError(
-        f"{where}: {'float' if image.mode == 'F' else '32-bit'} pixels from {values.min():g} to {values.max():g}; "
-        "window=(centre, width) (--window CENTRE WIDTH) says which are black and white"
-    )
+        unit = windowed(values, options.window) if options.window else to_unit(values.astype(np.float32), 0, full)
+        return unit
+    hidden = np.isnan(values) if image.mode == "F" else np.zeros(values.shape, bool)
+    if hidden.all() or not np.isfinite(values[~hidden]).all():
+        raise InputError(f"{where}: holds no number, or an infinite one")
+    low, high = values[~hidden].min(), values[~hidden].max()
+    if options.window is not None:
+        unit = windowed(values, options.window)
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        unit = values.astype(np.float32)
+    else:
+        raise InputError(
+            f"{where}: {'float' if image.mode == 'F' else '32-bit'} pixels from {low:g} to {high:g}; "
+            "window=(centre, width) (--window CENTRE WIDTH) says which are black and white"
+        )
+    if tags.get(_PHOTOMETRIC) == 0:
+        unit = 1 - unit
+    return np.where(hidden, np.float32(0), unit)

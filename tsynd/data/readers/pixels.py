@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -92,15 +94,41 @@ def describe(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, reversed(shape[1:]))) + (" RGB" if shape[0] == 3 else " grey")
 
 
+class _Silence(logging.Filter):
+    """Drops what is logged by a thread that reads a file."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _READING.get()
+
+
+_READING: ContextVar[bool] = ContextVar("tsynd_reading", default=False)
+_SILENCE = _Silence()
+_LOCK = threading.Lock()
+_inside: dict[str, Any] = {"threads": 0}
+
+
 @contextmanager
-def quietly(logger_name: str) -> Iterator[None]:
-    """Without warnings, and without what this logger says."""
-    logger = logging.getLogger(logger_name)
-    before = logger.disabled
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.disabled = True
-        try:
-            yield
-        finally:
-            logger.disabled = before
+def quietly() -> Iterator[None]:
+    """Without a word of the packages that read files: their warnings and logs quote headers, and those name patients.
+
+    Logs of this thread are dropped, of other threads not; warnings of all threads are, for Python's filters are the
+    process's: what they were before the first thread came in they are after the last one went out.
+    """
+    with _LOCK:
+        for logger in [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]:
+            if isinstance(logger, logging.Logger) and _SILENCE not in logger.filters:
+                logger.addFilter(_SILENCE)
+        if _inside["threads"] == 0:
+            _inside["warnings"] = warnings.catch_warnings()
+            _inside["warnings"].__enter__()
+            warnings.simplefilter("ignore")
+        _inside["threads"] += 1
+    token = _READING.set(True)
+    try:
+        yield
+    finally:
+        _READING.reset(token)
+        with _LOCK:
+            _inside["threads"] -= 1
+            if _inside["threads"] == 0:
+                _inside.pop("warnings").__exit__(None, None, None)

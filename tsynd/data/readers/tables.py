@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tsynd.data.filetree import FileTree
-from tsynd.data.readers.listing import SPLITS, Entry, Listing
+from tsynd.data.limits import check_limit
+from tsynd.data.readers.listing import Entry, Listing, split_name
 from tsynd.data.readers.options import ReadOptions
 from tsynd.utils.errors import InputError, require
 
 __all__ = ["SUFFIXES", "class_numbers", "list_table", "named_split", "zero_one"]
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-_OTHER_NAMES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
 def list_table(path: Path, options: ReadOptions) -> Listing:
@@ -29,16 +31,22 @@ def list_table(path: Path, options: ReadOptions) -> Listing:
         InputError: a column, a cell or a file is missing or cannot be used.
         MissingExtraError: pyarrow is not installed (Parquet).
     """
-    columns = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
     wanted = options.label_column.split(",")
     needed = {options.path_column: "path_column"} | dict.fromkeys(wanted, "label_column")
     needed |= {getattr(options, n): n for n in ("split_column", "group_column") if options.named(n)}
+    try:
+        check_limit("TABLE", path.stat().st_size, str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    read = _parquet if path.suffix.lower() == ".parquet" else _csv
+    columns = read(path, {*needed, options.split_column, options.group_column})
     for column, name in needed.items():
-        if column not in columns:
+        if column not in columns or columns[column] is None:
             raise InputError(
                 f"{path}: holds the columns {', '.join(columns)}; missing {column} ({name}=NAME, --"
                 f"{name.replace('_', '-')} names another)"
             )
+    columns = {name: cells for name, cells in columns.items() if cells is not None}
     names = _cells(columns, options.path_column, path)
     if not names:
         raise InputError(f"{path}: holds no row; wanted one per image")
@@ -83,17 +91,18 @@ def class_numbers(cells: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
 
 def named_split(cell: str, where: str) -> str:
     """``train``, ``val`` or ``test`` of what a source calls it."""
-    name = _OTHER_NAMES.get(cell.lower(), cell.lower())
-    if name not in SPLITS:
+    name = split_name(cell)
+    if name is None:
         raise InputError(f"{where}: split {cell!r}; wanted train, val (or validation) or test")
     return name
 
 
 def zero_one(cell: str, where: str) -> int:
     """0 or 1 of a cell."""
-    if cell not in ("0", "1"):
+    whole = re.fullmatch(r"([01])(?:[.,]0+)?", cell)  # also as spreadsheets write them
+    if whole is None:
         raise InputError(f"{where}: label {cell!r} among several label columns; wanted 0 or 1")
-    return int(cell)
+    return int(whole[1])
 
 
 def _files(tree: FileTree, name: str, options: ReadOptions) -> tuple[str, ...]:
@@ -105,7 +114,7 @@ def _files(tree: FileTree, name: str, options: ReadOptions) -> tuple[str, ...]:
     return (name,) if os.path.isfile(path) else ()
 
 
-def _cells(columns: dict[str, Sequence[Any]], column: str, path: Path) -> list[str]:
+def _cells(columns: Mapping[str, Any], column: str, path: Path) -> list[str]:
     """A column as text, without an empty cell."""
     cells = []
     for row, value in enumerate(columns[column], 1):
@@ -117,28 +126,67 @@ def _cells(columns: dict[str, Sequence[Any]], column: str, path: Path) -> list[s
     return cells
 
 
-def _csv(path: Path) -> dict[str, Sequence[Any]]:
+def _text(path: Path) -> str:
+    """A table's text: UTF-8, UTF-16 with its mark, or where semicolons tell of a spreadsheet, cp1252."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True))
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if b";" not in content.partition(b"\n")[0]:
+            raise
+        return content.decode("cp1252")
+
+
+def _csv(path: Path, needed: Iterable[str]) -> dict[str, Sequence[Any] | None]:
+    """Columns by their names; None for those that are not needed."""
+    try:
+        text = _text(path)
+        first, _, rest = text.partition("\n")
+        if re.fullmatch(r'"?sep=.?"?\s*', first):  # a spreadsheet's own word for its separator
+            text, first = rest, rest.partition("\n")[0]
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        if separator not in first:
+            separator = next((other for other in ";\t|" if other in first), separator)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+        head = [name.strip() for name in next((row for row in reader if row), [])]
+        chosen = {name: index for index, name in enumerate(head) if name in set(needed)}
+        columns: dict[str, list[Any]] = {name: [] for name in chosen}
+        count = 0
+        for row in reader:
+            if row:
+                count += 1
+                check_limit("ROWS", count, str(path))
+                if len(row) != len(head):
+                    raise InputError(f"{path}: row {count} has {len(row)} cells, the head {len(head)}")
+                for name, index in chosen.items():
+                    columns[name].append(row[index])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: unreadable table ({error}); wanted UTF-8 text with commas") from None
-    rows = [row for row in rows if row]
-    if not rows:
+        reason = type(error).__name__ if isinstance(error, UnicodeDecodeError) else error
+        raise InputError(f"{path}: unreadable table ({reason}); wanted UTF-8 text with commas") from None
+    if not head:
         raise InputError(f"{path}: holds nothing; wanted a line of column names, then one line per image")
-    head = [name.strip() for name in rows[0]]
     if len(set(head)) < len(head):
         raise InputError(f"{path}: two columns of one name; wanted each once")
-    for line, row in enumerate(rows[1:], 1):
-        if len(row) != len(head):
-            raise InputError(f"{path}: row {line} has {len(row)} cells, the head {len(head)}")
-    return {name: [row[i] for row in rows[1:]] for i, name in enumerate(head)}
+    return {name: columns.get(name) for name in head}
 
 
-def _parquet(path: Path) -> dict[str, Sequence[Any]]:
-    pyarrow = require("pyarrow", "tables")
+def _parquet(path: Path, needed: Iterable[str]) -> dict[str, Sequence[Any] | None]:
+    """As :func:`_csv`."""
+    parquet = require("pyarrow.parquet", "tables")
     try:
-        table = require("pyarrow.parquet", "tables").read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        with parquet.ParquetFile(path) as file:
+            head = list(file.schema_arrow.names)
+            chosen = [name for name in head if name in set(needed)]
+            check_limit("ROWS", file.metadata.num_rows, str(path))
+            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+            parts = [group.column(index) for group in groups for index in range(group.num_columns)]
+            size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in chosen)
+            check_limit("TABLE", size, str(path))
+            columns = file.read(chosen).to_pydict()
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes lead anywhere
         raise InputError(f"{path}: unreadable Parquet file ({type(error).__name__})") from None
-    return dict(table.to_pydict())
+    return {name: columns.get(name) for name in head}

@@ -1,0 +1,51 @@
+"""Recipes: augmentations by name, with settings that were chosen on validation splits (docs/study.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tsynd.training.augmentation import TargetedAugmentation
+from tsynd.training.extra_images import Alternation, Augmentation
+from tsynd.training.pixels import PixelConsistency
+from tsynd.utils.errors import check_choice
+
+__all__ = ["RECIPES", "recipe"]
+
+RECIPES = ("robust",)
+
+
+def recipe(
+    name: str, autoencoder: Any, *, task: str = "multiclass", targets: Tensor | None = None, seed: int = 0
+) -> Augmentation:
+    """The augmentation of a name, for :func:`tsynd.fit_classifier`.
+
+    ``robust``: in turn, images whose prediction is kept in a ball of pixels (:class:`PixelConsistency`), and images in
+    whose latents the classifier would learn most about the targets (:class:`TargetedAugmentation`,
+    ``expected_information``). Both go on, image by image, where their last visit ended, with one step a visit.
+
+    Args:
+        name: one of :data:`RECIPES`.
+        autoencoder: trained, see :class:`TargetedAugmentation`.
+        task: ``multiclass`` or ``multilabel``.
+        targets: [M, C, H, W] in [0, 1], unlabelled images of where the classifier will be used; None takes the training
+            images.
+        seed: of whatever is drawn.
+
+    Raises:
+        InputError: an unknown name, or an argument that cannot be used.
+    """
+    check_choice("recipe", name, RECIPES)
+    consistency = PixelConsistency(budget=4 / 255, steps=1, weight=3.0, persistent=True, task=task, seed=seed)
+    targeted = TargetedAugmentation(
+        autoencoder,
+        objective="expected_information",
+        targets=targets,
+        steps=1,
+        radius=0.5,
+        persistent=True,
+        task=task,
+        seed=seed,
+    )
+    return Alternation(consistency, targeted)
