@@ -116,7 +116,10 @@ def _augmentations(arm: str, autoencoder: nn.Module, seed: int) -> list[Any]:
         "trades": lambda: [PixelConsistency(2 * BUDGET, 3, seed=seed)],
         "random": lambda: [TargetedAugmentation(autoencoder, direction="random", **targeted)],
         "mutual_information": lambda: [TargetedAugmentation(autoencoder, **targeted)],
-        "recipe": lambda: [PixelConsistency(2 * BUDGET, 3, seed=seed), TargetedAugmentation(autoencoder, **targeted)],
+        "recipe": lambda: [
+            PixelConsistency(2 * BUDGET, 3, seed=seed),
+            TargetedAugmentation(autoencoder, objective="expected_information", **targeted),
+        ],
     }
     return make[arm]()
 

@@ -25,6 +25,7 @@ _HOME = {
     "LaplaceHead": "posteriors.laplace",
     "MCDropout": "posteriors.mc_dropout",
     "Mixture": "training.extra_images",
+    "OfflineRounds": "training.rounds",
     "OnnxSynthesizer": "export.runtime",
     "PixelAdversarial": "training.pixels",
     "PixelConsistency": "training.pixels",
@@ -84,7 +85,7 @@ if TYPE_CHECKING:
     from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
-    from tsynd.training.rounds import RoundsAugmentation
+    from tsynd.training.rounds import OfflineRounds, RoundsAugmentation
     from tsynd.utils.errors import InputError
 
 

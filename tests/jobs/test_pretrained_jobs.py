@@ -114,9 +114,9 @@ def test_the_command_line(data: Path, network: str, tmp_path: Path) -> None:
     given = ["--data", data, "--classifier", network, "--rounds", "1", *FLAGS, "--quiet"]
     assert in_process(["run", *given, "--output", tmp_path / "out"])[0] == 0
     # the model's file is a door too, for classifiers and autoencoders
-    out = tmp_path / "out"
-    again = ["run", "--data", data, "--classifier", out / "classifier.safetensors", "--autoencoder",
-             out / "autoencoder.safetensors", "--rounds", "1", *FLAGS, "--quiet", "--output", tmp_path / "again"]  # fmt: skip
+    saved = [tmp_path / "out" / f"{name}.safetensors" for name in ("classifier", "autoencoder")]
+    given = ["--data", data, "--classifier", saved[0], "--autoencoder", saved[1], "--rounds", "1", *FLAGS, "--quiet"]
+    again = ["run", *given, "--output", tmp_path / "again"]
     assert in_process(again)[0] == 0
     trained = ["train", "--data", data, "--train-size", "24", "--iterations", "4", "--classifier", network, "--trains",
                "last_block", "--quiet", "--output", tmp_path / "trained"]  # fmt: skip

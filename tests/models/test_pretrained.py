@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from local_networks import Blocks, stand_in_for_timm
 from torch import Tensor, nn
 
 import tsynd
@@ -19,22 +20,6 @@ from tsynd.models.pretrained import PretrainedClassifier
 from tsynd.posteriors.mc_dropout import MCDropout
 
 IMAGES = torch.rand(5, 1, 48, 48, generator=torch.Generator().manual_seed(0))
-
-
-class Blocks(nn.Module):
-    """A residual network in blocks, with dropouts of its own."""
-
-    def __init__(self, width: int = 8, classes: int = 10, drop: float = 0.2) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, 2, 1)
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width),
-                                                    nn.ReLU(inplace=True)) for _ in range(3)))  # fmt: skip
-        self.norm = nn.BatchNorm2d(width)
-        self.drop = nn.Dropout(drop)
-        self.fc = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.drop(self.norm(self.blocks(self.stem(x))).mean((2, 3))))
 
 
 class Convolutional(nn.Module):
@@ -113,26 +98,9 @@ def test_processor_of_the_folder_gives_the_pixels(tmp_path: Path) -> None:
     assert made.std.flatten().tolist() == pytest.approx(about["image_std"])
 
 
-def fake_timm(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
-    """timm's face, where timm itself is not installed."""
-
-    def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
-        asked.append({"name": name, "pretrained": pretrained, **options})
-        if name != "blocks.a1_in1k":
-            raise RuntimeError(f"Unknown model ({name})")
-        torch.manual_seed(7 if pretrained else 1)
-        network = Blocks(**options)
-        network.pretrained_cfg = {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-        return network
-
-    module: Any = types.ModuleType("timm")
-    module.create_model = create_model
-    monkeypatch.setitem(sys.modules, "timm", module)
-
-
 def test_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = []
-    fake_timm(monkeypatch, asked)
+    stand_in_for_timm(monkeypatch, "blocks.a1_in1k", asked)
     made = tsynd.classifier("timm:blocks.a1_in1k,width=12", 4, dropout=0.3)
     assert asked == [{"name": "blocks.a1_in1k", "pretrained": True, "width": 12}]
     assert made.head[0].p == 0.3

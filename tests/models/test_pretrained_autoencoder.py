@@ -1,12 +1,12 @@
 """Pretrained autoencoders by name, on local weights: no network is asked."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from local_networks import save_bundle
 from torch import Tensor, nn
 
 import tsynd
@@ -31,27 +31,6 @@ def diffusers_model(kind: str, folder: Path, options: dict[str, Any]) -> nn.Modu
     torch.manual_seed(0)
     model = getattr(diffusers, kind)(**options).eval()
     model.save_pretrained(folder)
-    return model
-
-
-def bundle(folder: Path, change: dict[str, Any] | None = None, channels: int = 1) -> nn.Module:
-    """A bundle as MONAI's model zoo lays it out: references beside expressions that need not be run."""
-    nets = pytest.importorskip("monai.networks.nets")
-    torch.manual_seed(0)
-    arguments = {"spatial_dims": 2, "in_channels": channels, "out_channels": channels, "channels": [8, 8],
-                 "latent_channels": 3, "num_res_blocks": [1, 1], "norm_num_groups": 4,
-                 "attention_levels": [False, False]}  # fmt: skip
-    model = nets.AutoencoderKL(**arguments).eval()
-    config = {
-        "imports": ["$import torch"], "device": "$torch.device('cpu')", "dims": 2, "shared": {"colours": [channels]},
-        "autoencoder_def": {"_target_": "monai.networks.nets.AutoencoderKL", **arguments, "spatial_dims": "@dims",
-                            "in_channels": "@shared::colours::0", "out_channels": "@shared#colours#0"},
-        "autoencoder": "$@autoencoder_def.to(@device)",
-    } | (change or {})  # fmt: skip
-    (folder / "configs").mkdir(parents=True, exist_ok=True)
-    (folder / "models").mkdir(exist_ok=True)
-    (folder / "configs" / "inference.json").write_text(json.dumps(config))
-    torch.save(model.state_dict(), folder / "models" / "autoencoder.pt")
     return model
 
 
@@ -88,7 +67,7 @@ def test_diffusers_from_a_folder(kind: str, options: dict[str, Any], tmp_path: P
 
 
 def test_monai_bundle(tmp_path: Path) -> None:
-    plain: Any = bundle(tmp_path)
+    plain: Any = save_bundle(tmp_path)
     found = made(f"monai-bundle:{tmp_path}")
     with torch.no_grad():
         assert torch.allclose(found(IMAGES), plain.decode(plain.encode(IMAGES)[0]).clamp(0, 1), atol=1e-5)
@@ -100,7 +79,7 @@ def test_monai_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trains", ["decoder", "all"])
 def test_fine_tuning_reconstructs_better(trains: str, tmp_path: Path) -> None:
-    bundle(tmp_path)
+    save_bundle(tmp_path)
     found = made(f"monai-bundle:{tmp_path}", trains=trains)
     before = {name: value.clone() for name, value in found.state_dict().items()}
 
@@ -120,8 +99,8 @@ def test_fine_tuning_reconstructs_better(trains: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     grey, colour = tmp_path / "grey", tmp_path / "colour"
-    bundle(grey)
-    bundle(colour, channels=3)
+    save_bundle(grey)
+    save_bundle(colour, channels=3)
     for name, change in {
         "expression": {"autoencoder_def": {"_target_": "monai.networks.nets.VQVAE", "channels": "$[1] * 9"}},
         "foreign": {"autoencoder_def": {"_target_": "subprocess.call", "args": ["true"]}},
@@ -130,12 +109,12 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         "other": {"dims": 3},
         "none": {"autoencoder_def": 3},
     }.items():
-        bundle(tmp_path / name, change)
+        save_bundle(tmp_path / name, change)
     torn = tmp_path / "torn"
-    bundle(torn)
+    save_bundle(torn)
     (torn / "models" / "autoencoder.pt").write_bytes(b"PK\x03\x04")
     empty = tmp_path / "empty"
-    bundle(empty)
+    save_bundle(empty)
     (empty / "models" / "autoencoder.pt").unlink()
     for words, name, options in [
         ("takes images of 1 channels, but these have 3", f"monai-bundle:{grey}", {"channels": 3}),
