@@ -140,10 +140,10 @@ class Noisy(Augmentation):
     """Brighter by the number of the call; counts what it was asked for, and fails when told."""
 
     def __init__(self, fails_at: int | None = None) -> None:
-        self.calls, self.seen, self.fails_at = 0, 0, fails_at
+        self.calls, self.seen, self._fails_at = 0, 0, fails_at
 
     def __call__(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Extra:
-        if self.seen == self.fails_at:
+        if self.seen == self._fails_at:
             raise KeyboardInterrupt
         self.calls, self.seen = self.calls + 1, self.seen + 1
         return (images + 0.01 * self.calls).clamp(0, 1), labels

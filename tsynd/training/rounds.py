@@ -169,6 +169,7 @@ class OfflineRounds(Augmentation):
         self.parts = tuple(as_augmentation(part) for part in augmentations)
         self.batches = LabelledBatches(data, name="data", by_index=True)
         self.rounds, self.folder, self.at_once = rounds, folder, at_once
+        self._settings = [json.dumps(_describe(part)) for part in self.parts]  # now: some change as they work
         self.made: list[list[ExtraImages]] = []
         self.progress = 0.0
         self._ids: Tensor | None = None
@@ -242,7 +243,7 @@ class OfflineRounds(Augmentation):
         part.set_progress(number / max(self.rounds - 1, 1))
         weights = [f"{name} {value.dtype}" for name, value in classifier.state_dict().items()]
         tensors = [value.detach().cpu().contiguous().numpy().data for value in classifier.state_dict().values()]
-        against = hash_parts(json.dumps(_describe(part)), *weights, *tensors)
+        against = hash_parts(self._settings[number % len(self.parts)], *weights, *tensors)
         found: list[list[ExtraImages]] = []
         for index, ids in enumerate(self._chunks()):
             batch = self.batches.at(ids)
@@ -308,8 +309,7 @@ def _describe(value: Any) -> Any:
     name = type(value).__name__
     if not isinstance(value, Augmentation):
         return name
-    moving = ("calls", "images_made", "seconds", "progress")
-    return [name, {k: _describe(v) for k, v in vars(value).items() if k not in moving and not k.startswith("_")}]
+    return [name, {k: _describe(v) for k, v in vars(value).items() if not k.startswith("_")}]
 
 
 def _write(path: Path, key: str, part: Augmentation, made: list[ExtraImages]) -> None:
