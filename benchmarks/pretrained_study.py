@@ -31,6 +31,7 @@ from tsynd.models.features import KeptFeatures
 from tsynd.models.named import classifier
 from tsynd.models.networks import SmallAutoencoder
 from tsynd.models.pretrained import PretrainedClassifier
+from tsynd.study.statistics import mean_interval
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.autoencoder import fit_autoencoder
 from tsynd.training.classifier import fit_classifier
@@ -39,7 +40,7 @@ from tsynd.training.pixels import PixelAdversarial, PixelConsistency
 from tsynd.training.rounds import OfflineRounds
 from tsynd.utils.errors import require
 
-__all__ = ["ARMS", "Standard", "encoder", "main"]
+__all__ = ["ARMS", "Standard", "blur_table", "encoder", "main", "score_tables"]
 
 ARMS = ("real", "standard", "adversarial", "trades", "random", "mutual_information", "recipe")
 SIDE, ROUNDS, SEVERITIES = 128, 2, (3,)
@@ -176,6 +177,50 @@ def _blur(source: DataSource, folder: Path, name: str) -> Iterator[dict[str, Any
                 "unexplained": round(missed, 4),
                 "balanced_accuracy": round(float(found["balanced_accuracy"]), 4),
             }
+
+
+_SHOWN = {"balanced_accuracy": "Clean", "shifted": "Shifted", "pgd": "PGD-10, 2/255", "auroc": "AUROC", "nll": "NLL"}
+
+
+def score_tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Means over seeds and, behind them, the paired difference to ``real`` with its 95 % interval; as Markdown."""
+    lines: list[str] = []
+    cells = [row for row in rows if row["arm"] in ARMS]
+    for data, size in sorted({(row["data"], row["size"]) for row in cells}):
+        own = [row for row in cells if (row["data"], row["size"]) == (data, size)]
+        seeds = {arm: {row["seed"]: row for row in own if row["arm"] == arm} for arm in ARMS}
+        whole = set.intersection(*(set(found) for found in seeds.values() if found))
+        lines += [f"**{data}, {size} labels, {len(whole)} seeds**", ""]
+        lines += ["| arm | " + " | ".join(_SHOWN.values()) + " |", "|---" * (len(_SHOWN) + 1) + "|"]
+        for arm in (arm for arm in ARMS if seeds[arm]):
+            parts = []
+            for key in _SHOWN:
+                scale, digits = (1.0, 3) if key == "nll" else (100.0, 1)
+                values = [scale * seeds[arm][seed][key] for seed in sorted(whole)]
+                text = f"{sum(values) / len(values):.{digits}f}"
+                if arm != "real":
+                    pairs = [
+                        v - scale * seeds["real"][seed][key] for v, seed in zip(values, sorted(whole), strict=True)
+                    ]
+                    mean, half = mean_interval(pairs)
+                    text += f" ({mean:+.{digits}f} ± {half:.{digits}f})" if len(pairs) > 1 else f" ({mean:+.{digits}f})"
+                parts.append(text)
+            lines.append(f"| {arm.replace('_', ' ')} | " + " | ".join(parts) + " |")
+        lines.append("")
+    return lines[:-1]
+
+
+def blur_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What the real classifier makes of reconstructions, by how much of the images these miss; as Markdown."""
+    lines = ["| set | optimiser steps | variance missed | balanced accuracy on reconstructions | on the images |"]
+    lines.append("|---" * 5 + "|")
+    for row in rows:
+        if row["arm"] == "blur":
+            real = [r for r in rows if (r["data"], r["size"], r["seed"], r["arm"]) == (row["data"], 100, 0, "real")]
+            whole = f"{100 * real[0]['balanced_accuracy']:.1f}" if real else "–"
+            shares = f"{100 * row['unexplained']:.0f} % | {100 * row['balanced_accuracy']:.1f} | {whole}"
+            lines.append(f"| {row['data']} | {row['iterations']} | {shares} |")
+    return lines
 
 
 def main() -> None:
