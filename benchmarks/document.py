@@ -25,7 +25,7 @@ def update(page: Path, suite: str, rows: list[Row], summary: list[str]) -> None:
         InputError: the page has no such markers.
     """
     plot(page.parent / "images" / f"bench_{suite}.png", rows)
-    text = between(page.read_text(), suite, suite_lines(suite, rows, summary), page.name)
+    text = between(page.read_text(encoding="utf-8"), suite, suite_lines(suite, rows, summary), page.name)
     with atomic_path(page) as temporary:
         temporary.write_text(text)
 

@@ -80,7 +80,7 @@ def _run(step: Step, log: Path, left: float) -> None:
         step.note = "no time was left"
         return
     start = time.perf_counter()
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         try:
             code = subprocess.run(
                 step.command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, env=dict(os.environ), check=False
@@ -90,7 +90,7 @@ def _run(step: Step, log: Path, left: float) -> None:
         except subprocess.TimeoutExpired:
             step.passed, step.note = False, f"stopped after {limit:.0f} s"
     step.seconds = time.perf_counter() - start
-    step.output = log.read_text(errors="replace")
+    step.output = log.read_text(encoding="utf-8", errors="replace")
     counts = re.findall(r"\d+ (?:passed|failed|skipped|error)[^\n]*", step.output)
     step.note = "; ".join(filter(None, [step.note, counts[-1] if counts else ""]))
 

@@ -61,7 +61,8 @@ class Row:
 def describe_machine(device: str) -> str:
     """Device, threads and versions in one line."""
     model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+    about = Path("/proc/cpuinfo")
+    for line in about.read_text(encoding="utf-8").splitlines() if about.exists() else []:
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
             break
@@ -133,7 +134,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
             ctypes.CDLL(None).malloc_trim(0)
     reset = Path("/proc/self/clear_refs")
     try:
-        reset.write_text("5")  # resets the resident set's high-water mark
+        reset.write_text("5", encoding="utf-8")  # resets the resident set's high-water mark
     except OSError:
         return None
     before = _high_water()
@@ -142,7 +143,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
 
 
 def _high_water() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -276,4 +277,5 @@ def write_json(rows: list[Row], path: Path) -> None:
 def read_json(path: Path) -> list[Row]:
     """Rows that :func:`write_json` wrote."""
     names = {field.name for field in fields(Row)}
-    return [Row(**{key: value for key, value in row.items() if key in names}) for row in json.loads(path.read_text())]
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**{key: value for key, value in row.items() if key in names}) for row in rows]

@@ -69,7 +69,7 @@ def measure_workers(folder: Path, rounds: int, units: int, shard_size: int) -> N
 
 def _resident() -> float:
     """This process's resident memory in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def measure_memory(folder: Path, count: int) -> None:

@@ -30,7 +30,7 @@ def benchmark_page(text: str, results: Path) -> str:
 
 def study_page(text: str, cells: Path) -> str:
     """The page's text with the study's tables made of the cells in a JSON-lines file."""
-    rows = [json.loads(line) for line in cells.read_text().splitlines()]
+    rows = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
     sizes = sizes_of(rows)
     parts = {
         "scores": [score_table(rows, size) for size in sizes],

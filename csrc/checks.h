@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
@@ -79,6 +80,19 @@ inline uint32_t keep_count(double p) {
 
 inline void check_samples(int64_t samples) {
   STD_TORCH_CHECK(samples >= 1, "samples: got ", samples, ", wanted at least 1");
+  STD_TORCH_CHECK(samples < int64_t{1} << 31, "samples: got ", samples, ", wanted fewer than 2^31");
+}
+
+// What is made of `sizes`, and a few times that, can be counted and addressed.
+inline void check_elements(const char* name, std::initializer_list<int64_t> sizes) {
+  constexpr int64_t kMost = int64_t{1} << 46;
+  int64_t product = 1;
+  std::string text;
+  for (const int64_t size : sizes) {
+    text += (text.empty() ? "" : " x ") + std::to_string(size);
+    product = size > 0 && product > kMost / size ? kMost + 1 : product * size;
+  }
+  STD_TORCH_CHECK(product <= kMost, name, ": got ", text, " values, wanted at most 2^46");
 }
 
 inline void check_sizes(int64_t classes, int64_t units) {
@@ -137,6 +151,8 @@ inline void check_dropout_head(const Tensor& features, const Tensor& weight,
                   ", wanted its last size to be ", units, " as in features ", shape_of(features));
   check_samples(samples);
   check_sizes(classes, units);
+  check_elements("samples", {samples, classes, units});
+  check_elements("samples", {samples, features.size(0), classes});
   check_layer(layer);
   check_sample_ids(sample_ids, features.size(0));
   check_same_device(sample_ids, "sample_ids", features, "features");
@@ -151,6 +167,7 @@ inline void check_mask(int64_t units, int64_t samples, int64_t layer, const Tens
   check_layer(layer);
   check_sample_ids(sample_ids, -1);
   STD_TORCH_CHECK(units >= 0, "units: got ", units, ", wanted at least 0");
+  check_elements("mask", {samples, sample_ids.size(0), units});
 }
 
 // `input` [images or samples * images, units, inner]; returns the number of images.
@@ -165,6 +182,7 @@ inline int64_t check_expand(const Tensor& input, const char* name, int64_t sampl
   const int64_t images = passes ? input.size(0) / samples : input.size(0);
   check_sample_ids(sample_ids, sample_ids.dim() == 1 && sample_ids.size(0) == 1 ? 1 : images);
   check_same_device(sample_ids, "sample_ids", input, name);
+  check_elements("samples", {samples, images, input.size(1), input.size(2)});
   return images;
 }
 

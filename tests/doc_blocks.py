@@ -81,7 +81,7 @@ def run_page(page: Path, folder: Path, short: bool) -> list[tuple[Block, str]]:
     names: dict[str, Any] = {"__name__": "__page__"}
     done = []
     with _inside(folder):
-        for block in blocks_of(page.read_text()):
+        for block in blocks_of(page.read_text(encoding="utf-8")):
             if block.reason is not None or block.language not in ("python", "bash"):
                 continue
             where = f"{page.name}:{block.line}"

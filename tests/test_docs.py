@@ -48,13 +48,14 @@ def _parameter(page: Path) -> Any:
 
 @pytest.mark.parametrize("page", [_parameter(page) for page in PAGES])
 def test_every_block_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not any(block.language in ("python", "bash") and block.reason is None for block in blocks_of(page.read_text())):
+    blocks = blocks_of(page.read_text(encoding="utf-8"))
+    if not any(block.language in ("python", "bash") and block.reason is None for block in blocks):
         pytest.skip("no code to run")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(data._PHANTOMS, "phantom", lambda size: phantom(size, 200, 40, 80))
     if page.name == "pretrained.md":
         local_networks(tmp_path, monkeypatch)
-    own = re.search(r"tsynd run .*--output out\b", page.read_text()) is not None
+    own = re.search(r"tsynd run .*--output out\b", page.read_text(encoding="utf-8")) is not None
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out") if own else None)
     torch.manual_seed(0)  # pages take the first weights as they come
     before = os.environ.copy()
@@ -116,3 +117,14 @@ def test_modules_and_files_that_texts_name_exist() -> None:
             if not ((ROOT / match[0]).exists() or (ROOT / f"{match[0]}.py").exists()):
                 gone.append(f"{path.relative_to(ROOT)}: {match[0]}")
     assert gone == []
+
+
+def test_promises_are_held_by_tests_that_exist() -> None:
+    text = (ROOT / "docs/promises.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| [^-p]", line)]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named or "`make lowest`" in row, row
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"

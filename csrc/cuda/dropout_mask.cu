@@ -27,7 +27,6 @@ Tensor dropout_mask(int64_t units, double p, int64_t samples, int64_t seed, int6
 
 Expansion expansion_of(const Tensor& tensor, int64_t images, double p, int64_t samples, int64_t seed,
                        int64_t layer, const Tensor& sample_ids, bool passes) {
-  STD_TORCH_CHECK(samples < int64_t{1} << 31, "samples: got ", samples, ", wanted fewer than 2^31");
   const uint32_t keep = keep_count(p);
   return {images,
           tensor.size(1),

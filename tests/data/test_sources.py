@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tsynd.data.load import load_data
 from tsynd.data.sources import open_source
 from tsynd.utils.errors import InputError
 
@@ -119,3 +121,171 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="0 class folders"):
         open_source(str(tmp_path / "empty"))
+
+
+def _members(path, members, **how) -> str:
+    with tarfile.open(path, "w", **how) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def _samples(names):
+    return [
+        part for i, n in enumerate(names) for part in ((f"{n}.png", _png(PIXELS[i])), (f"{n}.cls", b"%d" % LABELS[i]))
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{i}" for i in range(10)],
+        [f"1.2.840.{i}" for i in range(10)],
+        [f"p{i}{'.left' if i % 2 else ''}" for i in range(10)],
+        [f"p{i // 2}{'.left' if i % 2 else ''}" for i in range(10)],
+        [f"x.y/1.2.{i}" for i in range(10)],
+    ],
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_names_with_dots_lose_no_sample(tmp_path, names, grouped):
+    members = _samples(names)
+    if grouped:  # all pictures first
+        members.sort(key=lambda member: member[0].endswith(".cls"))
+    _check(open_source(_members(tmp_path / "x.tar", members)))
+
+
+def test_samples_of_several_images_and_left_out_members(tmp_path):
+    second = [("a.png", _png(PIXELS[0])), ("a.depth.png", _png(PIXELS[1])), ("a.cls", b"0")]
+    with pytest.warns(UserWarning, match="1 second images of a sample"):
+        assert open_source(_members(tmp_path / "a.tar", second)).count == 1
+    both = [("a.left.png", _png(PIXELS[0])), ("a.right.png", _png(PIXELS[1])), ("a.cls", b"0")]
+    with pytest.raises(InputError, match=r"sample 'a' holds several images \(.left.png, .right.png\)"):
+        open_source(_members(tmp_path / "b.tar", both))
+    other = [*_samples(["a", "b"]), ("c.webp", b"RIFF"), ("c.cls", b"1")]
+    with pytest.warns(UserWarning, match=r"left out of the tars: 1 \.webp, 1 \.cls"):
+        assert open_source(_members(tmp_path / "c.tar", other)).count == 2
+
+
+def test_classes_by_name_and_what_is_no_label(tmp_path):
+    text = [(name, b"cat\n" if c == b"0" else b"ant" if c == b"1" else b"dog") if name.endswith("cls") else (name, c)
+            for name, c in _samples([str(i) for i in range(10)])]  # fmt: skip
+    source = open_source(_members(tmp_path / "x.tar", text))
+    assert source.class_names == ("ant", "cat", "dog")
+    assert source.read(0, 10).labels.tolist() == [[1, 0, 2][label] for label in LABELS]
+    mixed = _samples([str(i) for i in range(10)])
+    mixed[3] = ("1.cls", b"cat")
+    with pytest.raises(InputError, match="a label is text, the first one a number"):
+        open_source(_members(tmp_path / "y.tar", mixed)).read(0, 10)
+    for bad in (b"[" * 100_000, b"[]", b'{"label": {"a": 1}}', b"\xff"):
+        with pytest.raises(InputError, match="json"):
+            open_source(_members(tmp_path / "z.tar", [("a.png", _png(PIXELS[0])), ("a.json", bad)]))
+
+
+def test_tars_named_after_splits(tmp_path):
+    for split, names in (("train", ["a", "b", "c"]), ("valid", ["d"]), ("test", ["e", "f"])):
+        _members(tmp_path / f"{split}-000.tar", _samples(names))
+    assert [open_source(str(tmp_path), split).count for split in ("train", "val", "test")] == [3, 1, 2]
+    assert open_source(str(tmp_path / "test-000.tar")).count == 2  # without others it is the whole
+
+
+def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path):
+    whole = open(_members(tmp_path / "x.tar", _samples(["a", "b", "c"])), "rb").read()  # noqa: SIM115
+    end = len(whole.rstrip(b"\0"))
+    end += -end % 512
+    for stop in range(512, end + 1, 512):
+        (tmp_path / "cut.tar").write_bytes(whole[:stop])
+        with pytest.raises(InputError, match=r"truncated|damaged"):
+            open_source(str(tmp_path / "cut.tar"))
+    third = whole.find(b"b.png")
+    (tmp_path / "hole.tar").write_bytes(whole[:third] + bytes(512) + whole[third + 512 :])
+    with pytest.raises(InputError, match="goes on behind its end mark"):
+        open_source(str(tmp_path / "hole.tar"))
+    (tmp_path / "two.tar").write_bytes(whole + whole)
+    with pytest.raises(InputError, match="goes on behind its end mark"):
+        open_source(str(tmp_path / "two.tar"))
+    (tmp_path / "short.tar").write_bytes(whole[: end + 1024])  # the two blocks of the standard and no more
+    assert open_source(str(tmp_path / "short.tar")).count == 3
+
+
+def test_counts_are_held_against_the_packers_manifest(tmp_path):
+    _members(tmp_path / "000.tar", _samples(["a", "b", "c"]))
+    shards = [{"images": 3, "files": {"000.tar": {}, "000.parquet": {}}}]
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
+    assert open_source(str(tmp_path)).count == 3
+    shards[0]["images"] = 4
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
+    with pytest.raises(InputError, match=r"holds 3 samples, manifest\.json says 4"):
+        open_source(str(tmp_path))
+    for other in ('{"shards": 3}', "[]", "no json"):
+        (tmp_path / "manifest.json").write_text(other)
+        assert open_source(str(tmp_path)).count == 3
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_changed_array_is_refused_and_never_the_same(tmp_path, save, prefix):
+    path = tmp_path / "x.npz"
+    save(path, train_images=PIXELS, train_labels=LABELS)
+    before = open_source(f"{prefix}{path}").identity
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0x20
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"x\.npz"):
+        open_source(f"{prefix}{path}")
+    save(path, train_images=PIXELS ^ 1, train_labels=LABELS)
+    assert open_source(f"{prefix}{path}").identity != before
+
+
+def test_an_array_shorter_than_its_header_says(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": PIXELS.shape})
+    labels = io.BytesIO()
+    np.save(labels, LABELS)
+    for shape in (PIXELS[:5], np.concatenate([PIXELS, PIXELS])):
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+            archive.writestr("images.npy", header.getvalue() + shape.tobytes())
+            archive.writestr("labels.npy", labels.getvalue())
+        with pytest.raises(InputError, match="it is truncated"):
+            open_source(str(tmp_path / "x.npz"))
+
+
+def test_damaged_containers_are_one_error(tmp_path):
+    np.savez(tmp_path / "good.npz", images=PIXELS, labels=LABELS)
+    good = (tmp_path / "good.npz").read_bytes()
+    locked, odd = bytearray(good), bytearray(good)
+    for mark, flags, method in ((b"PK\x03\x04", 6, 8), (b"PK\x01\x02", 8, 10)):
+        at = good.find(mark)
+        while at >= 0:
+            locked[at + flags] |= 1  # says that it is encrypted
+            odd[at + method] = 77  # a compression that nobody knows
+            at = good.find(mark, at + 4)
+    nested = io.BytesIO()
+    with zipfile.ZipFile(nested, "w") as archive:
+        archive.writestr("images.npy", good)
+        archive.writestr("labels.npy", good)
+    huge = b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b"{" * 64
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("images.npy", huge)
+        archive.writestr("labels.npy", huge)
+    kinds = {"locked": locked, "odd": odd, "nested": nested.getvalue(), "cut": good[: len(good) // 2]}
+    kinds["huge"] = (tmp_path / "huge.npz").read_bytes()
+    for name, content in kinds.items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        for read in (open_source, load_data):
+            with pytest.raises(InputError, match=rf"{name}\.npz") as caught:
+                read(str(tmp_path / f"{name}.npz"))
+            assert "\n" not in str(caught.value)
+    looped = tarfile.TarInfo("a.png")
+    looped.type, looped.linkname = tarfile.LNKTYPE, "a.png"
+    with tarfile.open(tmp_path / "loop.tar", "w") as archive:
+        archive.addfile(looped)
+    with pytest.raises(InputError, match="no sample with an image"):
+        open_source(str(tmp_path / "loop.tar"))
+    negative = bytearray(open(_members(tmp_path / "n.tar", _samples(["a"])), "rb").read())  # noqa: SIM115
+    negative[124:136] = b"\xff" * 12  # a size below zero in base 256
+    negative[148:156] = b"%06o\0 " % (sum(negative[:148]) + 8 * 32 + sum(negative[156:512]))
+    (tmp_path / "n.tar").write_bytes(negative)
+    with pytest.raises(InputError, match=r"n\.tar"):
+        open_source(str(tmp_path / "n.tar"))

@@ -18,7 +18,7 @@ FINGERPRINT = {"seed": 0, "sizes": [1, 2]}
 def stages(folder: Path, made: list[str]) -> None:
     def make(path: Path) -> dict[str, Any]:
         made.append(path.stem)
-        path.write_text(path.name)
+        path.write_text(path.name, encoding="utf-8")
         path.with_suffix(".json").write_text("{}")
         return {"name": path.stem}
 

@@ -582,6 +582,43 @@ def test_backward_of_expected_information(task: str) -> None:
     assert none is None  # a target is fixed
 
 
+def _values(features: Tensor) -> dict[str, Tensor]:
+    heads, ids = random(3, 5, 6, seed=1).float(), torch.arange(4)
+    logits = torch.einsum("bd,tcd->tbc", features, heads)
+    return {
+        "logits_uncertainty": ops.logits_uncertainty(logits)[0],
+        "expected_information": ops.expected_information(logits, heads[:, :, :5].contiguous())[0],
+        "head_uncertainty": ops.head_uncertainty(features, heads)[0],
+        "dropout_head_uncertainty": ops.dropout_head_uncertainty(features, heads[0], None, 0.5, 3, 1, 0, ids)[0],
+    }
+
+
+@pytest.mark.parametrize("name", _values(torch.ones(4, 6)))
+def test_a_second_derivative_is_an_error(name: str) -> None:
+    """Even where the rest of a loss has one, which alone would be silently wrong."""
+    features = random(4, 6).float().requires_grad_(True)
+    loss = _values(features)[name].square().sum() + features.square().sum()
+    (first,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(first.sum(), features)
+
+
+def test_ascend_counts_its_change() -> None:
+    latents = random(4, 6).float()
+    version = latents._version
+    ops.ascend_(latents, latents.clone(), latents.clone(), 0.1, 1.0)
+    assert latents._version == version + 1
+    weight = torch.ones(4, 6, requires_grad=True)
+    product = (latents * weight).sum()  # whose gradient is the latents as they were
+    ops.ascend_(latents, torch.ones(4, 6), latents.clone(), 0.1, 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        inside = torch.zeros(2, 3)
+        ops.ascend_(inside, torch.ones(2, 3), inside.clone(), 0.1, 1.0)
+        assert (inside > 0).all()
+
+
 def test_compile_and_script() -> None:
     def step(features: Tensor, heads: Tensor) -> Tensor:
         value, gradient = torch.ops.tsynd.head_uncertainty(features, heads, None, "mutual_information", "multiclass")
@@ -633,6 +670,13 @@ _T = torch.ones(3, 4, 5)
         (lambda: ops.dropout_head_uncertainty(_F, _W, None, 0.5, 2, 0, -1, _I), ["layer", "-1"]),
         (lambda: ops.dropout_head_uncertainty(_F, _W, None, 0.5, 2, 0, 0, _I[:3]), ["sample_ids", "[3]"]),
         (lambda: ops.dropout_mask(8, 0.5, 2, 0, 0, _I.float()), ["sample_ids", "int64"]),
+        (lambda: ops.dropout_mask(8, 0.5, 2**58, 0, 0, _I), ["samples", str(2**58), "2^31"]),
+        (lambda: ops.dropout_mask(2**58, 0.5, 2, 0, 0, _I), ["mask", f"2 x 4 x {2**58}", "2^46"]),
+        (lambda: ops.dropout_mask(2**24, 0.5, 2**30, 0, 0, _I), ["mask", "2^46"]),
+        (lambda: ops.dropout_head_uncertainty(_F, _W, None, 0.5, 2**58, 0, 0, _I), ["samples", str(2**58)]),
+        (lambda: ops.dropout_expand(_F[..., None], 0.5, 2**58, 0, 0, _I), ["samples", str(2**58)]),
+        (lambda: ops.dropout_gather(_F[..., None], 0.5, 2**62, 0, 0, _I), ["samples", str(2**62)]),
+        (lambda: ops.dropout_expand(_F[:, :1, None].expand(4, 2**20, 2**30), 0.5, 8, 0, 0, _I), ["samples", "2^46"]),
         (lambda: ops.dropout_mask(8, -0.1, 2, 0, 0, _I), ["p", "-0.1"]),
         (lambda: ops.dropout_expand(_F, 0.5, 2, 0, 0, _I), ["input", "[4, 6]", "images, units"]),
         (lambda: ops.dropout_gather(_F[:3, :, None], 0.5, 2, 0, 0, _I), ["gradient", "[3, 6, 1]", "samples 2"]),

@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from tsynd.data.checks import as_tensor, check_images, check_labels, shape_of, unit_pixels
 from tsynd.data.summary import Origin, Summary, summarise
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, printable
 
 __all__ = ["Batch", "DataSource", "LabelledBatches", "LabelledImages", "at_once", "check_task", "parts"]
 
@@ -112,6 +112,10 @@ class DataSource:
 
     def __repr__(self) -> str:
         return "\n".join(self.summary.lines()[:2])
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
+        object.__setattr__(self, "class_names", tuple(map(printable, self.class_names)))
 
     @property
     def image_shape(self) -> tuple[int, ...]:

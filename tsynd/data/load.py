@@ -210,7 +210,10 @@ def _read_npz(path: Path) -> Arrays:
             for name in (held[key] for key in keys if key in held):
                 if (info := members.get(f"{name}.npy")) is not None:
                     check_expansion(info.compress_size, info.file_size, f"{path}: {name}")
-            return {key: archive[held[key]] for key in keys if key in held}
+            arrays = {key: archive[held[key]] for key in keys if key in held}
+            if odd := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise InputError(f"{path}: damaged .npz file ({odd[0]} is no array)")
+            return arrays
     except InputError:
         raise
     except Exception as error:  # a damaged zip leads anywhere: encrypted, of an unknown compression, ...

@@ -15,7 +15,7 @@ import numpy as np
 from tsynd.data.formats import folder_names
 from tsynd.data.sources import decode_image
 from tsynd.distributed.shards import image_bytes
-from tsynd.utils.atomic import atomic_path
+from tsynd.utils.atomic import atomic_path, clear_leftovers
 from tsynd.utils.errors import InputError
 from tsynd.utils.fingerprint import hash_file, is_sealed
 from tsynd.utils.progress import progress_bar
@@ -97,6 +97,7 @@ def pack(shards: str | Path, output: str | Path, *, progress: bool = True) -> in
     """
     folder, path = Path(shards).expanduser(), Path(output).expanduser()
     manifest = read_manifest(folder)
+    clear_leftovers(path.parent, path.stem)
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise InputError(f"output: {path} exists already, wanted a new file or folder")
     write = _write_npz if path.suffix == ".npz" else _write_folders

@@ -19,7 +19,7 @@ from tsynd.distributed.shards import FORMATS, Sample, ShardFolder, Unit
 from tsynd.models.checkpoint import load_model, read_card
 from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.synthesizer import AscentStream
-from tsynd.utils.errors import InputError, check_choice, require
+from tsynd.utils.errors import InputError, check_choice, printable, require
 from tsynd.utils.fingerprint import plain_settings
 from tsynd.utils.version import __version__
 
@@ -110,11 +110,9 @@ class ShardWorker:
         autoencoder, classifier = load_model(settings.autoencoder), load_model(settings.classifier)
         self.source = open_source(settings.data, settings.split, settings.reading)
         names = read_card(settings.classifier).class_names or ()
-        if names and self.source.class_names and tuple(names) != self.source.class_names:
-            raise InputError(
-                f"classifier: was trained for {', '.join(names)}, but the data have "
-                f"{', '.join(self.source.class_names)}"
-            )
+        held = tuple(map(printable, self.source.class_names))
+        if names and held and tuple(names) != held:
+            raise InputError(f"classifier: was trained for {', '.join(names)}, but the data have {', '.join(held)}")
         self.settings = settings = replace(settings, task=self.source.task)
         device = "cpu" if look_only else settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.stream = AscentStream(
@@ -148,7 +146,7 @@ class ShardWorker:
         fingerprint = _fingerprint(settings, self.source, latent_std)
         facts = {
             "task": self.source.task,
-            "class_names": list(names or self.source.class_names),
+            "class_names": list(names or held),
             "image_shape": list(first.images.shape[1:]),
         }
         self.folder = ShardFolder(Path(settings.output), fingerprint, facts)

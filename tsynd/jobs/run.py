@@ -125,9 +125,9 @@ def run(
     where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     settings = replace(settings, task=source.task)
-    model = new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
+    new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
-    settings = replace(settings, rounds=settings.rounds_for(model))
+    settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
         return _stages(job, source, settings, where, progress)
@@ -204,8 +204,7 @@ def _check(settings: RunSettings) -> None:
     for name, wanted in choices.items():
         if getattr(settings, name) not in wanted:
             raise InputError(f"{name}: got {getattr(settings, name)!r}, wanted one of {', '.join(wanted)}")
-    if settings.rounds is not None and (not isinstance(settings.rounds, int) or settings.rounds < 0):
-        raise InputError(f"rounds: got {settings.rounds!r}, wanted an integer of 0 or more, or None")
+    settings.rounds_of_training()
     if not settings.augmentation_weight >= 0:
         raise InputError(f"augmentation_weight: got {settings.augmentation_weight!r}, wanted at least 0")
 
@@ -313,7 +312,7 @@ def _finish(
         _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metrics
 
 

@@ -100,9 +100,15 @@ class NetworkChoice(ClassifierChoice):
             )
         return {}
 
-    def rounds_for(self, model: nn.Module) -> int:
-        """How many rounds a training of this classifier has."""
-        usual = 3 if isinstance(model, PretrainedClassifier) else 0
+    def rounds_of_training(self) -> int:
+        """How many rounds a training has.
+
+        Raises:
+            InputError: a number that cannot be one.
+        """
+        if self.rounds is not None and (not isinstance(self.rounds, int) or self.rounds < 0):
+            raise InputError(f"rounds: got {self.rounds!r}, wanted an integer of 0 or more, or None")
+        usual = 0 if self.classifier == "small" else 3
         return usual if self.rounds is None else self.rounds
 
 

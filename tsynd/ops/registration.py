@@ -128,21 +128,38 @@ def _ascend_fake(latents: Tensor, gradient: Tensor, origin: Tensor, step: float,
     return None
 
 
+class _Once(torch.autograd.Function):
+    """The identity on a gradient that is a number to autograd: differentiating it would silently miss a part."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "gradient of an uncertainty: got a derivative of it to take; the operators are differentiable once"
+        )
+
+
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
+    ctx.source = inputs[0]  # not saved: its values are not needed, and may change
 
 
-def _scale_logits_gradient(ctx: Any, value: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
-    (gradient,) = ctx.saved_tensors
-    return None if value is None else (gradient * value[None, :, None]).to(gradient.dtype), None, None
+def _scale_gradient(inputs: int, images: int) -> Any:
+    """Backward of an operator with this many inputs: value's gradient times what was returned, images at this axis."""
 
-
-def _scale_features_gradient(inputs: int) -> Any:
     def backward(ctx: Any, value: Tensor | None, _: Any) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        scaled = None if value is None else (gradient * value[:, None]).to(gradient.dtype)
+        if value is None:
+            return (None,) * inputs
+        scale = value.reshape([-1 if axis == images else 1 for axis in range(gradient.dim())])
+        scaled = (gradient * scale).to(gradient.dtype)
+        if torch.is_grad_enabled():
+            scaled = _Once.apply(scaled, ctx.source)  # type: ignore[no-untyped-call]
         return (scaled, *[None] * (inputs - 1))
 
     return backward
@@ -170,15 +187,28 @@ torch.library.register_fake("tsynd::dropout_gather", _dropout_gather_fake)
 torch.library.register_fake("tsynd::ascend_", _ascend_fake)
 
 
-torch.library.register_autograd("tsynd::logits_uncertainty", _scale_logits_gradient, setup_context=_keep_gradient)
-# a target is fixed: no gradient flows to it
-torch.library.register_autograd("tsynd::expected_information", _scale_logits_gradient, setup_context=_keep_gradient)
-torch.library.register_autograd("tsynd::head_uncertainty", _scale_features_gradient(5), setup_context=_keep_gradient)
-torch.library.register_autograd(
-    "tsynd::dropout_head_uncertainty", _scale_features_gradient(10), setup_context=_keep_gradient
-)
+# operator: inputs and the axis of images; all but the first input (targets, weights) are constants
+for _name, _shape in {
+    "logits_uncertainty": (3, 1),
+    "expected_information": (3, 1),
+    "head_uncertainty": (5, 0),
+    "dropout_head_uncertainty": (10, 0),
+}.items():
+    torch.library.register_autograd(f"tsynd::{_name}", _scale_gradient(*_shape), setup_context=_keep_gradient)
 
 
 # linear, and each other's transpose: differentiable as often as one likes
 torch.library.register_autograd("tsynd::dropout_expand", _gather_gradient, setup_context=_keep_address)
 torch.library.register_autograd("tsynd::dropout_gather", _expand_gradient, setup_context=_keep_address)
+
+
+def _ascend_counted(keys: Any, latents: Tensor, *rest: Any) -> None:
+    """Count the change, so that a backward pass that needs the latents as they were is an error."""
+    torch.autograd.graph.increment_version(latents)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        torch.ops.tsynd.ascend_.default.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, latents, *rest)
+
+
+_new_library: Any = torch.library.Library
+_fragment = _new_library("tsynd", "FRAGMENT")  # kept, or what it registers goes
+_fragment.impl("ascend_", _ascend_counted, "ADInplaceOrView", with_keyset=True)

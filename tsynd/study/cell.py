@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from tsynd.study.settings import (
     samples_path,
 )
 from tsynd.training.loop import FitReport
+from tsynd.training.rounds import OfflineRounds
 from tsynd.utils.atomic import atomic_path, save_npz
 from tsynd.utils.fingerprint import seal
 
@@ -65,7 +67,7 @@ def train_autoencoder(place: Workplace, size: int, seed: int) -> None:
         autoencoder_path(place, size, seed),
         seed=seed,
         which=settings.autoencoder_data,
-        network=settings.autoencoder(),
+        network=settings.autoencoder_options(),
         iterations=settings.autoencoder_iterations,
         device=place.device,
         progress=False,
@@ -132,19 +134,26 @@ def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: Dat
         "warmup_fraction": settings.warmup_fraction,
         **arm.training,
     }
-    return fit_classifier_step(
+    augmentation = make_augmentation(arm, autoencoder, settings, source.task, _SPACING * cell.seed)
+    rounds, folder = settings.rounds_of_training(), place.folder / "rounds" / cell.name
+    if rounds and augmentation is not None:
+        augmentation = OfflineRounds(source.train, augmentation, rounds=rounds, folder=folder)
+    trained = fit_classifier_step(
         source,
         classifier_path(place, cell),
         seed=cell.seed,  # the same first weights in all arms
-        network=settings.classifier(),
+        network=settings.classifier_options(),
+        features=place.folder / "features",
         iterations=settings.iterations,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        augmentation=make_augmentation(arm, autoencoder, settings, source.task, _SPACING * cell.seed),
+        augmentation=augmentation,
         device=place.device,
         progress=False,
         **training,
     )
+    shutil.rmtree(folder, ignore_errors=True)
+    return trained
 
 
 def _training_facts(report: FitReport) -> dict[str, Any]:

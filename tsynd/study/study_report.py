@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ def _summary(rows: Sequence[Row]) -> str:
 
 def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     lines = [
-        f"# Study on {facts['data']}\n",
+        f"# Study on {_literal(str(facts['data']))}\n",
         "Balanced accuracy, AUROC and the like in percent, mean ± 95 % t interval.\n",
     ]
     lines += [to_markdown(score_table(rows, size)) for size in sizes_of(rows)]
@@ -175,6 +176,11 @@ def _picture(pixels: np.ndarray[Any, Any], title: str, note: str) -> str:
         f'<div><img{kind} src="{inline_png(pixels)}" alt="{alt}"><div class="cap">{html.escape(title)}'
         f"<span>{html.escape(note) or '&nbsp;'}</span></div></div>"
     )
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+.!|~-])", r"\\\1", text)
 
 
 def _rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -38,7 +38,7 @@ def _machine() -> str:
     parts = [socket.gethostname()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with suppress(OSError):
-            parts.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text())
+            parts.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text(encoding="utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 

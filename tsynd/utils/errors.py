@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["InputError", "MissingExtraError", "check_choice", "require"]
+__all__ = ["InputError", "MissingExtraError", "check_choice", "printable", "require"]
+
+
+def printable(text: str) -> str:
+    """Text that every terminal, page and file can show: control characters and bytes of no text become escapes."""
+    return "".join(
+        char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 class InputError(ValueError):
     """An argument or a file that cannot be used; the message names it, what came and what is wanted."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))  # it may quote what a stranger wrote
 
 
 class MissingExtraError(ImportError):
