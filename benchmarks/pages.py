@@ -44,7 +44,7 @@ def study_page(text: str, cells: Path) -> str:
 
 def pretrained_page(text: str, rows: Path) -> str:
     """The page's text with the tables of the study of a frozen encoder."""
-    held = [json.loads(line) for line in rows.read_text().splitlines()]
+    held = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     text = between(text, "scores", score_tables(held), "study_pretrained.md")
     return between(text, "blur", blur_table(held), "study_pretrained.md")
 
