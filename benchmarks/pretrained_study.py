@@ -234,11 +234,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm != "mutual_information"], choices=ARMS)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    lines = given.output.read_text().splitlines() if given.output.exists() else []
+    lines = given.output.read_text(encoding="utf-8").splitlines() if given.output.exists() else []
     done = {tuple(json.loads(line)[key] for key in ("data", "size", "seed", "arm")) for line in lines}
 
     def write(row: dict[str, Any]) -> None:
-        with given.output.open("a") as file:
+        with given.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     for path in given.data:

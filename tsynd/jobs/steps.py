@@ -30,6 +30,8 @@ __all__ = [
     "new_classifier",
 ]
 
+_WHOLE, _FEW = 64, 16  # side of pictures that an autoencoder is trained on whole; how many larger ones make a batch
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierChoice:
@@ -161,11 +163,11 @@ def fit_autoencoder_step(
         seed: of first weights, batches and noise.
         which: ``train`` (the labelled images) or ``all`` (every training image, without labels).
         network: see :func:`new_autoencoder`.
-        fitting: options of :func:`tsynd.fit_autoencoder`; fewer large images make a batch.
+        fitting: options of :func:`tsynd.fit_autoencoder`; of large pictures, the small one looks at windows.
     """
     model = new_autoencoder(source, seed, **(network or {}))
-    if source.spatial_dims == 2:
-        fitting.setdefault("batch_size", max(8, min(64, 64**3 // math.prod(source.image_shape[1:]))))
+    if source.spatial_dims == 2 and math.prod(source.image_shape[1:]) > _WHOLE**2:
+        fitting = {"batch_size": _FEW} | ({"crop": _WHOLE} if isinstance(model, SmallAutoencoder) else {}) | fitting
     report = fit_autoencoder(model, source.unlabelled if which == "all" else source.train, seed=seed, **fitting)
     if path is not None:
         save_model(model, path, image_shape=source.image_shape)

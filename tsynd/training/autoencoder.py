@@ -27,12 +27,15 @@ class AutoencoderSettings(TrainingSettings):
 
     Attributes:
         latent_noise: largest noise, in deviations of the latents, 0 or more.
+        crop: side of the windows of large images that a step looks at, for a convolutional autoencoder; 0 takes whole
+            images.
     """
 
     iterations: int = 1500
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     latent_noise: float = 0.5
+    crop: int = 0
 
 
 class ReconstructionLoss(nn.Module):
@@ -103,6 +106,8 @@ def fit_autoencoder(
     check_autoencoder(model, batches.first.to(loop.device))
 
     def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
+        if settings.crop:
+            images = _window(images, settings.crop, settings.seed + step)
         with loop.over_all(loop.rows, loop.batch_size), loop.autocast():
             loss: Tensor = engine(images)
         return loss if loop.ranks == 1 else loss * (len(images) / loop.batch_size)
@@ -114,6 +119,16 @@ def fit_autoencoder(
         autoencoder.eval()
     _measure(autoencoder, batches, loop.device)
     return FitReport(losses, settings.iterations, seconds)
+
+
+def _window(images: Tensor, side: int, seed: int) -> Tensor:
+    """The same random window of all images, of at most that side."""
+    generator = torch.Generator().manual_seed(seed)
+    for axis in range(2, images.dim()):
+        if (room := images.shape[axis] - side) > 0:
+            start = int(torch.randint(room + 1, (), generator=generator))
+            images = images.narrow(axis, start, side)
+    return images
 
 
 def _measure(model: Any, batches: LabelledBatches, device: torch.device) -> None:
