@@ -7,12 +7,13 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help build test test-fast test-kernels test-python sanitize gpu-check registers demo docs wheel lowest bench \
-  lint format clean
+.PHONY: help build test test-fast test-slow test-kernels test-python fuzz sanitize gpu-check registers demo docs wheel \
+  lowest bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests, the slow ones in a second step"
 	@echo "make test-fast  without the slow ones"
+	@echo "make fuzz    read damaged files for some minutes: nothing but clear errors may come of it"
 	@echo "make bench   measure everything against its floor and its peers, into docs/benchmarks.md"
 	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
 	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
@@ -46,23 +47,31 @@ $(VENV)/.tested: $(VENV)/.built pyproject.toml
 
 build: $(VENV)/.built
 
+fuzz: $(VENV)/.tested
+	$(BIN)/python tests/fuzz.py
+
 # two processes of one thread each; a file's tests stay in one process
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test-fast: $(VENV)/.tested $(VENV)/.torch
 	$(MAKE) --no-print-directory -j 2 test-kernels test-python
 
 test: test-fast
+	$(MAKE) --no-print-directory -j 2 test-kernels test-slow ORDERS=others
+
+test-slow: $(VENV)/.tested
 	$(PYTEST) -m "slow and not study"
 
 test-python: $(VENV)/.tested
 	$(PYTEST) -m "not slow and not study"
 
-# the CUDA kernels' own code on the host, by one order of the threads; ORDERS=all: by three
+# the CUDA kernels' own code on the host, by one order of the threads; ORDERS=others, ORDERS=all: by the rest, by all
 ORDERS ?= one
+ORDERS_one := -LE orders
+ORDERS_others := -L orders
 test-kernels: $(VENV)/.torch
 	$(BIN)/cmake -S tests/cpp -B build/kernel-tests -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" > /dev/null
 	$(BIN)/cmake --build build/kernel-tests
-	$(BIN)/ctest --test-dir build/kernel-tests -j 2 --output-on-failure $(if $(filter all,$(ORDERS)),,-LE orders)
+	$(BIN)/ctest --test-dir build/kernel-tests -j 2 --output-on-failure $(ORDERS_$(ORDERS))
 
 # with the torch, cmake and ninja that $(PYTHON) has: no network, nothing installed but tsynd itself
 gpu-check:
@@ -115,6 +124,16 @@ wheel: $(VENV)/.torch $(SOURCES)
 	done
 	rm -rf $(VENV)-wheel
 
+# every package at its lowest declared version (torch at its pin): something of every extra must run
+lowest: $(VENV)/.torch $(SOURCES)
+	rm -rf dist $(VENV)-lowest
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install -q "$(TORCH)" $$($(PYTHON) packaging/lowest.py test dicom-codecs | grep -v "^torch==")
+	$(VENV)-lowest/bin/pip install -q --no-deps $(subst >=,==,$(LAPLACE)) dist/tsynd-*.whl
+	cd "$$(mktemp -d)" && OMP_NUM_THREADS=1 "$(abspath $(VENV)-lowest)/bin/python" "$(abspath tests/extras.py)"
+	rm -rf $(VENV)-lowest
+
 lint: build
 	$(BIN)/pip install -q mypy ruff "clang-format>=18"
 	$(BIN)/ruff check .
@@ -129,4 +148,4 @@ format: build
 	$(BIN)/clang-format -i $$(find csrc tests/cpp examples -name "*.[ch]*")
 
 clean:
-	rm -rf build dist $(VENV) $(VENV)-wheel
+	rm -rf build dist $(VENV) $(VENV)-wheel $(VENV)-lowest

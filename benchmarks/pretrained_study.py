@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from tsynd.data.dataset import DataSource, LabelledImages
 from tsynd.data.load import load_data
 from tsynd.evaluation.attacks import Attack, perturb
-from tsynd.evaluation.evaluate import spread_indices
+from tsynd.evaluation.evaluate import choose_conditions, spread_indices
 from tsynd.evaluation.image_quality import unexplained
 from tsynd.evaluation.metrics import scores
-from tsynd.evaluation.shifts import shifts
 from tsynd.models.checkpoint import load_model, save_model
 from tsynd.models.features import KeptFeatures
 from tsynd.models.named import classifier
@@ -35,32 +34,16 @@ from tsynd.study.statistics import mean_interval
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.autoencoder import fit_autoencoder
 from tsynd.training.classifier import fit_classifier
-from tsynd.training.extra_images import BatchAugmentation, draw_rows
 from tsynd.training.pixels import PixelAdversarial, PixelConsistency
 from tsynd.training.rounds import OfflineRounds
+from tsynd.training.standard import StandardAugmentation
 from tsynd.utils.errors import require
 
-__all__ = ["ARMS", "Standard", "blur_table", "encoder", "main", "score_tables"]
+__all__ = ["ARMS", "blur_table", "encoder", "main", "score_tables"]
 
 ARMS = ("real", "standard", "adversarial", "trades", "random", "mutual_information", "recipe")
 SIDE, ROUNDS, SEVERITIES = 128, 2, (3,)
 TESTED, ATTACKED, BUDGET, ITERATIONS = 224, 32, 2 / 255, 400
-
-
-class Standard(BatchAugmentation):
-    """Flips, turns of up to 10 degrees, shifts of up to 5 % and scales of up to 10 %."""
-
-    def make(self, classifier: Any, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """See :meth:`BatchAugmentation.make`."""
-        drawn = draw_rows(torch.rand, images.new_zeros(len(images), 5), rows, self.seed + self.calls)
-        angle, zoom = (drawn[:, 0] * 2 - 1) * torch.pi / 18, 1 + 0.1 * (drawn[:, 1] * 2 - 1)
-        flip = torch.where(drawn[:, 4] < 0.5, -1.0, 1.0)
-        cos, sin, move = angle.cos() / zoom, angle.sin() / zoom, 0.1 * (drawn[:, 2:4] * 2 - 1)
-        turn = torch.stack(
-            [torch.stack([flip * cos, -sin, move[:, 0]], 1), torch.stack([flip * sin, cos, move[:, 1]], 1)], 1
-        )
-        grid = functional.affine_grid(turn, list(images.shape), align_corners=False)
-        return functional.grid_sample(images, grid, align_corners=False).clamp(0, 1)
 
 
 def encoder(classes: int, trains: str = "head") -> PretrainedClassifier:
@@ -112,7 +95,7 @@ def _augmentations(arm: str, autoencoder: nn.Module, seed: int) -> list[Any]:
     targeted: dict[str, Any] = {"samples": 8, "steps": 3, "radius": 0.5, "seed": seed}
     make: dict[str, Callable[[], list[Any]]] = {
         "real": lambda: [],
-        "standard": lambda: [Standard(seed=seed)],
+        "standard": lambda: [StandardAugmentation("horizontal", seed=seed)],
         "adversarial": lambda: [PixelAdversarial(2 * BUDGET, 3, seed=seed)],
         "trades": lambda: [PixelConsistency(2 * BUDGET, 3, seed=seed)],
         "random": lambda: [TargetedAugmentation(autoencoder, direction="random", **targeted)],
@@ -135,7 +118,7 @@ def _row(source: DataSource, size: int, seed: int, arm: str, autoencoder: nn.Mod
     fit_classifier(model, source.train, augmentation=rounds, seed=seed, progress=False, device="cpu")
     trained = time.perf_counter()
     labels, kept = source.test.labels, KeptFeatures(model, folder)
-    conditions = {name: disturb for name, disturb in shifts().items() if int(name.split(":")[1]) in SEVERITIES}
+    conditions = choose_conditions([f"shifts:{severity}" for severity in SEVERITIES])
     indices = torch.arange(len(labels))
     with torch.no_grad():
         found = {name: scores(model.head(kept(disturb(source.test.pixels(), indices, 0))), labels, "multiclass")

@@ -1,20 +1,24 @@
-"""A training step with targeted images against one with real images alone and with cheaper extra ones."""
+"""A training step with extra images of several kinds against one with real images alone, and what its phases cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from benchmarks import peers
 from benchmarks.harness import Row, measure
+from tsynd.models.held import frozen
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
+from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.api import uncertainty
 from tsynd.training.augmentation import TargetedAugmentation
+from tsynd.training.extra_images import ExtraImages, as_parts, image_losses
+from tsynd.training.recipe import recipe
 
 __all__ = ["SHAPES", "run", "summary"]
 
@@ -22,6 +26,7 @@ __all__ = ["SHAPES", "run", "summary"]
 SHAPES: dict[str, tuple[int, int, int]] = {"R1": (64, 8, 3), "GR1": (512, 8, 3)}
 FLOOR, TARGETED = "floor: real images alone", "tsynd, targeted"
 LOOP = "targeted by T passes, loop"
+CONSISTENCY, EXPECTED = "tsynd, recipe's step of consistency", "tsynd, recipe's targeted step"
 _CLASSES = 4
 
 
@@ -35,18 +40,21 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
     labels = torch.arange(count, device=device) % _CLASSES
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
-    def step(make: Callable[[], tuple[Tensor, Tensor]] | None) -> float:
-        x, y = images, labels
+    def step(make: Callable[[], ExtraImages] | None) -> float:
+        x, own = images, None
         if make is not None:
-            made, own = make()
-            x, y = torch.cat([images, made]), torch.cat([labels, own])
+            own = make()
+            x = torch.cat([images, own.images])
         network.train()
-        losses = functional.cross_entropy(network(x), y, reduction="none")
-        loss = losses[:count].mean() + (losses[count:].mean() if make is not None else 0.0)
+        logits = network(x)
+        loss = image_losses(logits[:count], labels).mean()
+        if own is not None:
+            extra = image_losses(logits[count:], own.labels, own.loss, clean=logits[: len(own.images)])
+            loss = loss + own.weight * extra.mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        return loss.item()
+        return float(loss.detach())
 
     made_by: dict[str, tuple[str, nn.Module | Posterior]] = {
         "reconstructions": ("reconstruction", network),
@@ -55,19 +63,64 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
         LOOP: ("uncertainty", peers.PassesPosterior(network, samples, batched=False)),
     }
 
-    def maker(direction: str, classifier: nn.Module | Posterior) -> Callable[[], tuple[Tensor, Tensor]]:
+    def maker(direction: str, classifier: nn.Module | Posterior) -> Callable[[], ExtraImages]:
         made = TargetedAugmentation(autoencoder, direction=direction, samples=samples, steps=steps)
-        return lambda: made(classifier, images, labels)
+        return lambda: ExtraImages(*made(classifier, images, labels))
 
     makers = {name: maker(direction, classifier) for name, (direction, classifier) in made_by.items()}
-    plain = uncertainty(network, makers["reconstructions"]()[0]).mean()
+    plain = uncertainty(network, makers["reconstructions"]().images).mean()
     for name in (TARGETED, LOOP):
-        made = makers[name]()[0]
+        made = makers[name]().images
         if not (made.shape == images.shape and uncertainty(network, made).mean() > plain):
             raise SystemExit(f"{name}: does not raise the uncertainty, not timed")
+    robust: Any = recipe("robust", autoencoder)
+    robust.prepare([images])
+
+    def part(number: int) -> ExtraImages:
+        robust.calls = number  # its turn
+        robust.set_ids(torch.arange(count))
+        return as_parts(robust(network, images, labels))[0]
+
+    makers |= {CONSISTENCY: partial(part, 0), EXPECTED: partial(part, 1)}
     methods: dict[str, Callable[[], object]] = {FLOOR: lambda: step(None)}
     methods |= {name: partial(step, make) for name, make in makers.items()}
-    return methods
+    return methods | _phases(network, autoencoder, images, samples)
+
+
+def _phases(
+    network: SmallResNet, autoencoder: SmallAutoencoder, images: Tensor, samples: int
+) -> dict[str, Callable[[], object]]:
+    """What one targeted step is made of."""
+    posterior = MCDropout(network, samples)
+
+    def uncertain(gradient: bool) -> None:
+        with posterior.frozen(), posterior.folded(), torch.set_grad_enabled(gradient):
+            leaf = images.clone().requires_grad_(gradient)
+            value = posterior.uncertainty(leaf).sum()
+            if gradient:
+                torch.autograd.grad(value, leaf)
+
+    def decode(gradient: bool) -> None:
+        with frozen(autoencoder), torch.set_grad_enabled(gradient):
+            leaf = latents.clone().requires_grad_(gradient)
+            decoded = autoencoder.decode(leaf).sum()
+            if gradient:
+                torch.autograd.grad(decoded, leaf)
+
+    with frozen(autoencoder), torch.no_grad():
+        latents = autoencoder.encode(images)
+
+    def encode() -> None:
+        with frozen(autoencoder), torch.no_grad():
+            autoencoder.encode(images)
+
+    return {
+        "phase: encode": encode,
+        "phase: decode": partial(decode, False),
+        "phase: decode, with gradient": partial(decode, True),
+        "phase: trunk and head": partial(uncertain, False),
+        "phase: trunk and head, with gradient": partial(uncertain, True),
+    }
 
 
 def run(shapes: list[str], device: str, dtype: torch.dtype, seconds: float) -> list[Row]:
@@ -90,8 +143,13 @@ def run(shapes: list[str], device: str, dtype: torch.dtype, seconds: float) -> l
 
 def summary(rows: list[Row]) -> list[str]:
     """What a targeted step costs."""
-    return [
+    lines = [
         f"{row.shape.split()[0]}, {row.method.removeprefix('tsynd, ')}: {row.over_floor:.1f}× a step with real images"
         for row in rows
-        if row.method != FLOOR
+        if row.method != FLOOR and not row.method.startswith("phase: ")
     ]
+    for shape in dict.fromkeys(row.shape for row in rows):
+        turns = [row.over_floor for row in rows if row.shape == shape and row.method in (CONSISTENCY, EXPECTED)]
+        whole = 0.3 + 0.7 * sum(turns) / len(turns)
+        lines.append(f"{shape.split()[0]}, a training with the recipe, warm-up 0.3: {whole:.2f}× real images alone")
+    return lines

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,13 +34,20 @@ def targeted(autoencoder: Any, **options: Any) -> TargetedAugmentation:
     return TargetedAugmentation(autoencoder, **({"latent_std": STD, "samples": 8} | options))
 
 
-def in_process(arguments: list[str | Path]) -> tuple[int, str]:
+def run_tsynd(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`tsynd ARGUMENTS` in this process, which has torch already."""
     from tsynd import cli
 
-    errors = io.StringIO()
-    with mock.patch.object(sys, "argv", ["tsynd", *map(str, arguments)]), contextlib.redirect_stderr(errors):
+    words = ["tsynd", *map(str, arguments)]
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", words), redirect_stdout(output), redirect_stderr(errors):
         try:
             cli.main()
         except SystemExit as stop:
-            return int(stop.code or 0), errors.getvalue()
-    return 0, errors.getvalue()
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(words, code, output.getvalue(), errors.getvalue())
+
+
+def in_process(arguments: list[str | Path]) -> tuple[int, str]:
+    done = run_tsynd(*arguments)
+    return done.returncode, done.stderr

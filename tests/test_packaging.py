@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,18 @@ import tsynd
 from tsynd import ops
 
 ROOT = Path(__file__).parent.parent
-_spec = importlib.util.spec_from_file_location("git_version", ROOT / "packaging" / "git_version.py")
-assert _spec
-assert _spec.loader
-git_version = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(git_version)
+
+
+def _program(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "packaging" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+git_version, lowest = _program("git_version"), _program("lowest")
 
 
 @pytest.mark.parametrize(
@@ -124,3 +132,32 @@ def test_sdist_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "LICENSE",
     }
     assert not any(name.startswith(".ci/") for name in names)
+
+
+def _project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project
+
+
+def test_every_extra_has_tests_that_the_lowest_versions_must_pass() -> None:
+    from extras import EXTRAS
+
+    groups = {"all", "test", "docs", "dev", "onnx-gpu"}  # of other extras, of no code, of a GPU
+    assert set(EXTRAS) == set(_project()["optional-dependencies"]) - groups
+    for tests in EXTRAS.values():
+        for test in tests:
+            file, _, name = test.partition("::")
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"def {name.partition('[')[0]}(" in text if name else text
+
+
+def test_lowest_versions_are_those_declared() -> None:
+    project = {
+        "dependencies": ["torch>=2.11", "numpy>=1.26"],
+        "optional-dependencies": {"a": ["x[y]>=1.2", "tsynd[b]"], "b": ["x[y]>=1.10", "z>=3"], "c": ["z"]},
+    }
+    assert lowest.lowest(["a"], project) == ["numpy==1.26", "torch==2.11", "x[y]==1.10", "z==3"]
+    with pytest.raises(ValueError, match="'z': wanted NAME>=VERSION"):
+        lowest.lowest(["c"], project)
+    lowest.lowest(["dev", "laplace", "dicom-codecs", "onnx-gpu"], _project())  # every bound is one

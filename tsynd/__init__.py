@@ -35,6 +35,7 @@ _HOME = {
     "SampledHead": "posteriors.last_layer",
     "SmallAutoencoder": "models.networks",
     "SmallResNet": "models.networks",
+    "StandardAugmentation": "training.standard",
     "Status": "synthesis.ascent",
     "SynthesisResult": "synthesis.result",
     "TargetedAugmentation": "training.augmentation",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
     from tsynd.training.rounds import OfflineRounds, RoundsAugmentation
+    from tsynd.training.standard import StandardAugmentation
     from tsynd.utils.errors import InputError
 
 

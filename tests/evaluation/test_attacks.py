@@ -68,6 +68,69 @@ def test_accuracy_under_attack_is_that_of_the_closed_form(images):
     assert result["pgd:20/255"]["accuracy"] < result["pgd:2/255"]["accuracy"] < 1
 
 
+@pytest.mark.parametrize("budget", [1 / 255, 4 / 255, 8 / 255])
+def test_autopgd_breaks_what_can_be_broken(images, budget):
+    model = Linear()
+    with torch.no_grad():
+        labels = model.eval()(images).argmax(1)
+    found = perturb(model, images, labels, Attack("apgd", budget))
+    with torch.no_grad():
+        left = model(found).argmax(1) == labels
+        assert torch.equal(left, model(best(model, images, labels, budget)).argmax(1) == labels)
+    assert left.any()
+
+
+def test_deepfool_goes_straight_to_the_boundary(images):
+    """Of a linear model the nearest boundary is |gap| / |w₀ − w₁| away."""
+    model = Linear()
+    with torch.no_grad():
+        logits = model.eval()(images)
+    labels = logits.argmax(1)
+    labels[:4] = 1 - labels[:4]  # wrong before: of distance 0
+    slope = (model.head.weight[0] - model.head.weight[1]).detach().norm()
+    wanted = 1.02 * (logits[:, 0] - logits[:, 1]).abs() / slope
+    found = perturb(model, images, labels, Attack("deepfool"))
+    wanted[:4] = 0
+    torch.testing.assert_close((found - images).flatten(1).norm(dim=1), wanted, rtol=1e-3, atol=1e-5)
+    result = evaluate(model, (images, labels), conditions=("clean",), attacks=("deepfool",))["deepfool"]
+    assert result["distance"] == pytest.approx(float(wanted.median()), rel=1e-3)
+
+
+def test_worst_counts_what_survives_every_attack(images):
+    """A staircase masks gradients, so that Square and PGD break different images."""
+    model = Steps()
+    with torch.no_grad():
+        labels = model.eval()(images).argmax(1)
+    names = ("square:12/255", "pgd:12/255", "fgsm:4/255")
+    result = evaluate(model, (images, labels), conditions=(), attacks=names, query_images=15)
+    assert "worst:4/255" not in result
+    assert result["worst:12/255"]["images"] == 15
+    assert result["worst:12/255"]["accuracy"] <= min(
+        result["square:12/255"]["accuracy"], result["square:12/255"]["gradient_accuracy"]
+    )
+    assert 0 < result["worst:12/255"]["accuracy"] < 1
+
+
+def test_more_queries_break_more(images):
+    model = Steps()
+    with torch.no_grad():
+        labels = model.eval()(images).argmax(1)
+    left = [
+        evaluate(model, (images, labels), conditions=(), attacks=("square:12/255",), queries=n)["square:12/255"][
+            "accuracy"
+        ]
+        for n in (1, 30, 1000)
+    ]
+    assert left[0] > left[1] > left[2]
+
+
+def test_attacks_on_one_label_alone(images):
+    labels = torch.ones(20, 3)
+    for kind in ("apgd", "deepfool"):
+        with pytest.raises(InputError, match=kind):
+            perturb(Linear(3), images, labels, Attack(kind, 0.1), task="multilabel")
+
+
 def test_multilabel_attack_climbs_the_loss_of_all_labels(images):
     model = Linear(3)
     labels = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).repeat(5, 1)
@@ -82,7 +145,7 @@ def test_multilabel_attack_climbs_the_loss_of_all_labels(images):
     assert after <= before
 
 
-@pytest.mark.parametrize("kind", ["fgsm", "pgd", "square"])
+@pytest.mark.parametrize("kind", ["fgsm", "pgd", "apgd", "square"])
 def test_budget_and_range_are_respected(kind):
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(12, 1, 6, 6, generator=generator).round(decimals=1)  # many pixels at the ends of the range
@@ -142,16 +205,17 @@ def test_modes_and_parameters_come_back(images):
 
 
 def test_names():
-    assert [attack.name for attack in parse_attacks(["pgd", "fgsm:3/255", "pgd:2/255", "square:0.1"])] == [
+    assert [attack.name for attack in parse_attacks(["pgd", "fgsm:3/255", "pgd:2/255", "square:0.1", "deepfool"])] == [
         "pgd:1/255",
         "pgd:2/255",
         "pgd:4/255",
         "pgd:8/255",
         "fgsm:3/255",
         "square:0.1",
+        "deepfool",
     ]
     assert parse_attacks(["pgd:2/255"])[0].budget == pytest.approx(2 / 255)
-    for bad in ("cw", "pgd:0", "pgd:300/255", "pgd:a", "pgd:1/0", "fgsm:-1"):
+    for bad in ("cw", "pgd:0", "pgd:300/255", "pgd:a", "pgd:1/0", "fgsm:-1", "deepfool:0.1"):
         with pytest.raises(InputError, match="attacks: got"):
             parse_attacks([bad])
 

@@ -15,16 +15,26 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("kornia")
 
 from tsynd.data.dataset import LabelledBatches
+from tsynd.evaluation.corruptions import MEDMNIST_C, adjust_contrast, impulse_noise, pixelate, shot_noise, speckle_noise
 from tsynd.evaluation.evaluate import (
     CONDITIONS,
+    choose_conditions,
+    conformal_metrics,
     evaluate,
     evaluate_uncertainty,
     gaussian_noise,
     rotation,
     scores,
 )
-from tsynd.evaluation.metrics import errors, uncertainty_scores
-from tsynd.evaluation.shifts import SHIFTS, blur, brightness, contrast, jpeg, shifts, translation
+from tsynd.evaluation.metrics import (
+    conformal_coverage,
+    conformal_limit,
+    conformal_size,
+    errors,
+    survival,
+    uncertainty_scores,
+)
+from tsynd.evaluation.shifts import SHIFTS, blur, brightness, contrast, jpeg, translation
 from tsynd.posteriors.mc_dropout import MCDropout
 
 
@@ -169,7 +179,7 @@ def test_all_kinds_of_data_read_alike(data):
     assert [part.tolist() for part in LabelledBatches(whole[:3]).chunks(2)] == [[0, 1], [2]]
 
 
-@pytest.mark.parametrize("name", list(shifts()))
+@pytest.mark.parametrize("name", list(choose_conditions(["shifts", "medmnist_c"])))
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shifts_do_not_depend_on_the_batch(name, channels):
     generator = torch.Generator().manual_seed(9)
@@ -182,17 +192,20 @@ def test_shifts_do_not_depend_on_the_batch(name, channels):
     assert not torch.equal(whole, images)
     for size in (1, 7, 64):
         parts = torch.cat([shift(images[part], part, 3) for part in indices.split(size)])
-        if name.startswith("blur"):  # torch picks another convolution for single images
+        if "blur" in name:  # torch picks another convolution for single images
             torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
         else:
             assert torch.equal(parts, whole)
 
 
-@pytest.mark.parametrize("kind", list(SHIFTS))
+@pytest.mark.parametrize("kind", [*SHIFTS, *MEDMNIST_C])
 def test_higher_severity_moves_images_further(kind):
     generator = torch.Generator().manual_seed(9)
-    smooth = torch.nn.functional.interpolate(torch.rand(30, 1, 7, 7, generator=generator), 28, mode="bilinear")
-    far = [float((shift(smooth, torch.arange(30), 0) - smooth).square().mean()) for shift in SHIFTS[kind]]
+    size = 28 if kind != "pixelate" else 224  # blocks of small images fall unevenly
+    smooth = torch.nn.functional.interpolate(torch.rand(30, 1, 7, 7, generator=generator), size, mode="bilinear")
+    far = [
+        float((shift(smooth, torch.arange(30), 0) - smooth).square().mean()) for shift in {**SHIFTS, **MEDMNIST_C}[kind]
+    ]
     assert len(far) == 5
     assert far == sorted(far)
     assert far[0] > 0
@@ -230,6 +243,70 @@ def test_shifts_against_hand_made_ones():
     for shift in (x, y):
         assert shift.abs().max() <= 0.2 * 29 + 1e-3
         assert shift.std().item() == pytest.approx(0.2 * 29 / 3**0.5, rel=0.15)
+
+
+def test_corruptions_against_known_moments():
+    grey = torch.full((200, 1, 20, 20), 0.4)
+    index = torch.arange(200)
+    assert speckle_noise(grey, index, 0, sigma=0.2).std().item() == pytest.approx(0.08, rel=0.02)
+    shot = shot_noise(grey, index, 0, photons=100)
+    assert shot.mean().item() == pytest.approx(0.4, rel=0.01)
+    assert shot.var().item() == pytest.approx(0.4 / 100, rel=0.02)
+    salted = impulse_noise(grey, index, 0, amount=0.06)
+    assert float((salted == 0).double().mean()) == pytest.approx(0.03, rel=0.05)
+    assert float((salted == 1).double().mean()) == pytest.approx(0.03, rel=0.05)
+    colours = torch.tensor([0.2, 0.5, 0.8]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
+    mean = 0.299 * 0.2 + 0.587 * 0.5 + 0.114 * 0.8  # the grey value of a colour
+    wanted = mean + 0.5 * (colours - mean)
+    torch.testing.assert_close(adjust_contrast(colours, index[:1], 0, factor=0.5), wanted)
+    board = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(4, 4)[None, None]
+    assert (pixelate(board, index[:1], 0, share=0.5) * 255).round().unique().tolist() in ([127.0], [128.0])
+    assert len(MEDMNIST_C) == 13
+
+
+def test_families_and_single_severities():
+    assert list(choose_conditions(["clean", "medmnist_c:3"])) == ["clean", *(f"{kind}:3" for kind in MEDMNIST_C)]
+    assert len(choose_conditions(["shifts", "medmnist_c"])) == 35 + 65
+
+
+@pytest.mark.parametrize(("count", "classes"), [(19, 2), (100, 3)])
+def test_conformal_sets_cover_as_promised(count, classes):
+    """Exactly ceil(0.9 (n + 1)) / (n + 1) of exchangeable images, for a classifier that is no good."""
+    generator = torch.Generator().manual_seed(0)
+    covered = []
+    for _ in range(300):
+        logits = torch.randn(count + 200, classes, generator=generator)
+        labels = torch.randint(classes, (count + 200,), generator=generator)
+        chances = logits.softmax(1)
+        limit = conformal_limit(chances[:count], labels[:count])
+        covered.append(conformal_coverage(chances[count:], labels[count:], limit))
+    wanted = math.ceil(0.9 * (count + 1)) / (count + 1)
+    assert sum(covered) / len(covered) == pytest.approx(wanted, abs=0.012)
+
+
+def test_conformal_sizes_and_survival_by_hand():
+    chances = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
+    assert conformal_coverage(chances, torch.tensor([0, 1, 0]), 0.35) == pytest.approx(2 / 3)
+    assert conformal_size(chances, torch.tensor([0, 1, 0]), 0.35) == pytest.approx(4 / 3)
+    assert conformal_limit(chances, torch.tensor([0, 0, 0])) == 0  # three images promise nothing at 90 %
+    many = torch.linspace(0.05, 0.95, 19)
+    both = torch.stack([many, 1 - many], 1)
+    assert conformal_limit(both, torch.zeros(19, dtype=torch.int64)) == pytest.approx(0.1)  # the second of 19
+    right = torch.tensor([True, True, False, True])
+    found = survival(right, torch.tensor([0, 0, 0, 1]))
+    assert found == pytest.approx({"balanced_accuracy": (2 / 3 + 1) / 2, "accuracy": 0.75, "images": 4})
+
+
+def test_conformal_metrics_of_a_classifier(data):
+    images, labels = data
+    model = Brightness()
+    metrics = conformal_metrics(model, (images[20:], labels[20:]))
+    assert model.training
+    result = evaluate(model, (images[20:], labels[20:]), conditions=("clean", "blur:3"), metrics=metrics)
+    # on the calibration images themselves: all but the one of 21 below the limit
+    assert result["clean"]["conformal_coverage"] == pytest.approx(20 / 21)
+    for row in result.values():
+        assert 0 < row["conformal_coverage"] <= 1 <= row["conformal_size"] <= 2
 
 
 def test_known_calibration_error_and_likelihood():
@@ -289,7 +366,7 @@ def test_multilabel_conditions_and_attacks():
 
 def test_shifts_stands_for_all(data):
     result = evaluate(Brightness(), data, conditions=("shifts",))
-    assert list(result) == list(shifts())
+    assert list(result) == list(choose_conditions(["shifts"]))
     assert len(result) == 35
 
 
@@ -317,6 +394,8 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
         ((IMAGES, LABELS), {"attacks": ("pgd:2",)}, "attacks: got 'pgd:2'"),
         ((IMAGES, LABELS), {"attack_images": 0}, "attack_images: got 0"),
         ((IMAGES, LABELS), {"batch_size": 0}, "batch_size: got 0"),
+        ((IMAGES, LABELS), {"queries": 0}, "queries: got 0"),
+        ((IMAGES, LABELS), {"conditions": ("medmnist_c:6",)}, "conditions: got"),
     ],
 )
 def test_bad_input_is_refused_by_name(data, options, message):

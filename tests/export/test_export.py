@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyAutoencoder, TinyClassifier
+from helpers import run_tsynd
 from torch import Tensor, nn
 
 import tsynd
@@ -410,15 +411,11 @@ def test_command_line(tmp_path: Path) -> None:
     tsynd.save_model(classifier, tmp_path / "classifier", class_names=names, image_shape=shape, task="multiclass")
     models = [f"--{name}={tmp_path / name}.safetensors" for name in ("autoencoder", "classifier")]
 
-    def tsynd_(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tsynd", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
     file = tmp_path / "s.onnx"
-    done = tsynd_("export", *models, f"--output={file}", "--steps=1", "--samples=4")
+    done = run_tsynd("export", *models, f"--output={file}", "--steps=1", "--samples=4")
     assert done.returncode == 0, done.stderr
     out = f"--output={tmp_path / 'made.npz'}"
-    done = tsynd_("synthesize", "--data=phantom", "--train-size=20", f"--model={file}", out)
+    done = run_tsynd("synthesize", "--data=phantom", "--train-size=20", f"--model={file}", out)
     assert done.returncode == 0, done.stderr
     assert "20 images by CPUExecutionProvider" in done.stdout
     made = np.load(tmp_path / "made.npz")
@@ -435,7 +432,7 @@ def test_command_line(tmp_path: Path) -> None:
         (("synthesize", "--data=phantom", f"--output={tmp_path / 'y.npz'}"), "autoencoder: got none"),
         (("synthesize", "--data=phantom", f"--model={__file__}", f"--output={tmp_path / 'y.npz'}"), "no ONNX file"),
     ):
-        done = tsynd_(*arguments)
+        done = run_tsynd(*arguments)
         assert done.returncode == 2, done.stdout
         assert message in done.stderr
         assert "Traceback" not in done.stderr

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import in_process
+from helpers import in_process, run_tsynd
 
 import tsynd
 from tsynd.jobs import run as pipeline
@@ -167,20 +167,20 @@ def test_command_synthesize(data: Path, finished: tuple[Path, dict[str, Any]], t
     folder, _ = finished
     models = ["--autoencoder", folder / "autoencoder.safetensors", "--classifier", folder / "classifier.safetensors"]
     flags = ["--data", data, *models, "--split", "val", "--samples", "4", "--quiet"]
-    done = command("synthesize", *flags, "--output", tmp_path / "new.npz")
+    done = run_tsynd("synthesize", *flags, "--output", tmp_path / "new.npz")
     assert done.returncode == 0, done.stderr
     assert "20 images, mean uncertainty" in done.stdout
     assert len(load_result(tmp_path / "new.npz")) == 20
-    done = command("synthesize", *flags, "--output", tmp_path / "folders")
+    done = run_tsynd("synthesize", *flags, "--output", tmp_path / "folders")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "folders").rglob("*.png"))) == 20
-    done = command("synthesize", *flags, "--output", tmp_path / "new.npz")
+    done = run_tsynd("synthesize", *flags, "--output", tmp_path / "new.npz")
     assert done.returncode == 2
     assert "exists already" in done.stderr
 
 
 def test_command_info() -> None:
-    done = command("info")
+    done = run_tsynd("info")
     assert done.returncode == 0, done.stderr
     assert tsynd.__version__ in done.stdout
     assert "head_uncertainty" in done.stdout

@@ -18,7 +18,7 @@ from tsynd.models.classifier import ClassifierAdapter
 from tsynd.posteriors.dropout import MaskSource
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Ensemble
-from tsynd.posteriors.whole_network import AddressedDropoutMode, attention_dropouts
+from tsynd.posteriors.whole_network import AddressedDropoutMode
 from tsynd.utils.errors import InputError
 
 IDS = torch.tensor([5, 9, 100, 3])
@@ -301,18 +301,6 @@ def test_torchs_multi_head_attention_is_caught_whole() -> None:
             out, _ = attention(same, same, same, need_weights=weights)
         assert torch.equal(out[0], out[1])  # two images of a pass share its mask
         assert not torch.equal(out[0], out[2])
-
-
-def test_attention_modules_are_found_and_left_alone() -> None:
-    monai = pytest.importorskip("monai.networks.blocks", reason="monai is not installed")
-    block = monai.SABlock(8, 2, dropout_rate=0.2, use_flash_attention=True).eval()
-    network = nn.ModuleList([nn.MultiheadAttention(8, 2, dropout=0.1), nn.Dropout(0.4), vit(**DROPOUT), block]).eval()
-    found = attention_dropouts(network)
-    assert [type(module).__name__ for module in found if "SABlock" not in type(module).__name__] == [
-        "MultiheadAttention",
-        *[type(found[1]).__name__] * 2,
-    ]
-    assert attention_dropouts(vit()) == []
 
 
 @fx.wrap

@@ -33,8 +33,9 @@ from tsynd.evaluation.image_quality import distribution_distances, memorisation,
 from tsynd.study import experiment
 from tsynd.study.arms import augmentation_of, parse_arm
 from tsynd.study.score_tables import masked_gradients, score_table, to_markdown
-from tsynd.study.settings import Cell, StudySettings, cells_of
+from tsynd.study.settings import Cell, StudySettings, Workplace, cells_of
 from tsynd.study.statistics import mean_interval, sign_flip_p, smallest_p
+from tsynd.study.study_report import write_study
 from tsynd.study.summary import difference, measure_of
 
 TINY = StudySettings(
@@ -264,7 +265,7 @@ def test_shifted_accuracy_weighs_kinds_alike(finished: tuple[Path, list[dict[str
     scores = finished[1][0]["scores"]
     noise = (scores["noise:1"]["balanced_accuracy"] + scores["noise:2"]["balanced_accuracy"]) / 2
     wanted = (noise + scores["blur:2"]["balanced_accuracy"]) / 2
-    assert measure_of(finished[1][0], "shifted") == pytest.approx(wanted)
+    assert measure_of(finished[1][0], "shifts") == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(("which", "count"), [("train", 4), ("all", 2)])
@@ -314,7 +315,10 @@ def test_a_score_that_is_missing_is_a_dash(finished: tuple[Path, list[dict[str, 
     assert "| – |" in to_markdown(score_table(rows, 16))
 
 
-@pytest.mark.parametrize("arm", ["adversarial", "randaugment", "randaugment,ratio=0.5", "adversarial,every=2"])
+PIXEL_ARMS = ["adversarial", "randaugment", "randaugment,ratio=0.5", "adversarial,every=2", "standard,flip=both"]
+
+
+@pytest.mark.parametrize("arm", PIXEL_ARMS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_arms_on_pixels(arm: str, channels: int) -> None:
     torch.manual_seed(0)
@@ -344,7 +348,7 @@ def test_arms_on_pixels(arm: str, channels: int) -> None:
 
 def test_arm_options() -> None:
     arm = parse_arm("mutual_information,radius=0.2:0.8,rule=linf,augmentation_weight=0.5,label_consistency=None")
-    assert arm.options["radius"] == (0.2, 0.8)
+    assert arm.options[0]["radius"] == (0.2, 0.8)
     assert arm.training == {"augmentation_weight": 0.5}
     autoencoder = tsynd.SmallAutoencoder(widths=(4, 4))
     autoencoder.latent_std.fill_(1.0)
@@ -356,6 +360,108 @@ def test_arm_options() -> None:
     control = augmentation_of(parse_arm("random"), autoencoder, {"typicality": 0.1}, **common)
     assert (control.direction, control.typicality) == ("random", 0)
     assert augmentation_of(parse_arm("real"), None, {}, **common) is None
+
+
+def test_arms_in_turn() -> None:
+    """Steps alternate between the parts, each with its own options; the recipe is such an arm."""
+    autoencoder = tsynd.SmallAutoencoder(1, 2, widths=(4, 4)).eval()
+    autoencoder.latent_std.fill_(1.0)
+    model = tsynd.SmallResNet(1, 2, widths=(4,)).train()
+    images, labels = torch.rand(6, 1, 12, 12), torch.arange(6) % 2
+    common = dict(task="multiclass", seed=0, adversarial_budget=0.02, adversarial_steps=2)
+    arm = parse_arm("trades+reconstruction,trades.weight=2,augmentation_weight=0.5,ratio=0.5")
+    assert (arm.kinds, arm.generative, arm.training) == (
+        ("trades", "reconstruction"),
+        True,
+        {"augmentation_weight": 0.5},
+    )
+    augment = augmentation_of(arm, autoencoder, {"samples": 4, "steps": 1}, **common)
+    first, second = augment(model, images, labels), augment(model, images, labels)
+    assert (first.loss, first.weight, len(first.images)) == ("consistency", 2.0, 3)
+    assert (first.images - images[:3]).abs().max() <= 0.02 + 1e-6
+    torch.testing.assert_close(second[0], autoencoder.decode(autoencoder.encode(images[:3])).detach())
+    assert parse_arm("trades+entropy,radius=0.3").latent().options[0]["radius"] == 0.3
+    assert parse_arm("recipe").generative
+    augmentation_of(parse_arm("recipe,flip=both"), autoencoder, {}, **common)
+    assert parse_arm("real,iterations=9").training == {"iterations": 9}
+    for bad in (
+        "real+entropy",
+        "recipe+entropy",
+        "entropy+entropy",
+        "trades+magic",
+        "real,ratio=0.5",
+        "trades,radius=1",
+        "standard,flip=x",
+    ):
+        with pytest.raises(tsynd.InputError, match=r"arms|flip"):
+            augmentation_of(parse_arm(bad), autoencoder, {}, **common)
+
+
+def test_standard_augmentation_moves_little_and_flips() -> None:
+    """A pixel off the centre stays near its place or, flipped, near the mirrored one."""
+    spot = torch.zeros(400, 1, 33, 33)
+    spot[:, :, 15:18, 24:27] = 1  # nine to the right
+    for flip, mirrored in (("none", 0.0), ("horizontal", 0.5)):
+        augment = augmentation_of(
+            parse_arm(f"standard,flip={flip}"),
+            None,
+            {},
+            task="multiclass",
+            seed=0,
+            adversarial_budget=1,
+            adversarial_steps=1,
+        )
+        made = augment(torch.nn.Identity(), spot, torch.zeros(400, dtype=torch.int64))[0]
+        places = torch.arange(33.0) - 16
+        mass = made.sum((1, 2, 3))
+        x = (made.sum((1, 2)) * places).sum(1) / mass
+        y = (made.sum((1, 3)) * places).sum(1) / mass
+        assert float((x < 0).double().mean()) == pytest.approx(mirrored, abs=0.08)
+        assert x.abs().min() > 9 / 1.15 - 2.5
+        assert x.abs().max() < 9 * 1.15 + 2.5
+        assert y.abs().max() < 9 * 1.1 * math.sin(math.radians(10)) + 2.5
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ("clean",),
+        ("clean", "blur:3"),
+        ("clean", "noise:2", "gamma_corr_up:1"),
+        ("clean", "noise", "square:4/255"),
+        ("clean", "pgd:1/255", "pgd:2/255", "deepfool"),
+        ("clean", "square:2/255", "worst:2/255", "medmnist"),
+    ],
+)
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_every_odd_subset_has_a_report(
+    kept: tuple[str, ...], seeds: int, finished: tuple[Path, list[dict[str, Any]]], data: Path, tmp_path: Path
+) -> None:
+    """Whatever was measured is shown, and nothing else is asked for."""
+    rows = json.loads(json.dumps([row for row in finished[1] if row["seed"] < seeds]))
+    for number, row in enumerate(rows):
+        base = row["scores"]["clean"]
+        row["scores"] = {
+            name: {**base, "balanced_accuracy": 0.3 + 0.011 * number} for name in kept if name != "medmnist"
+        }
+        if "deepfool" in kept:
+            row["scores"]["deepfool"]["distance"] = 0.123
+        if number == 1:  # one cell lacks everything but the clean images
+            row["scores"] = {"clean": row["scores"]["clean"]}
+    place = Workplace(str(data), tmp_path, TINY)
+    facts = {"data": "cells", "tested": 24, "image_shape": [3, 24, 24], "class_names": ["a", "b"]}
+    write_study(place, rows, {**facts, "task": "multiclass", "version": "0"})
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "results.md").read_text()
+    for name in kept[1:]:
+        title = {
+            "blur:3": "blur",
+            "noise:2": "noise",
+            "gamma_corr_up:1": "gamma corr up",
+            "deepfool": "DeepFool distance",
+        }
+        if name != "medmnist":
+            assert title.get(name, name) in text
+            assert title.get(name, name) in page
 
 
 def test_image_quality_against_known_answers() -> None:

@@ -23,6 +23,7 @@ from tsynd.training.loop import Checkpoint, batch_order
 from tsynd.training.pixels import PixelAdversarial, PixelConsistency
 from tsynd.training.recipe import recipe
 from tsynd.training.rounds import RoundsAugmentation
+from tsynd.training.standard import FLIPS, StandardAugmentation
 from tsynd.utils.errors import InputError
 
 QUIET: dict[str, Any] = {"progress": False, "device": "cpu"}
@@ -502,15 +503,42 @@ def test_the_recipe_keeps_predictions_and_moves_towards_targets() -> None:
     robust = recipe("robust", _coder(0.4), targets=images[:3])
     model, found = TinyClassifier(classes=2), []
     robust.prepare([images])
-    for _ in range(4):
+    for _ in range(6):
         robust.set_ids(torch.arange(20))
         found += as_parts(robust(model, images, labels))
-    assert [part.loss for part in found] == ["consistency", "label"] * 2
-    assert [part.weight for part in found] == [3.0, 1.0] * 2
+    assert [part.loss for part in found] == ["consistency", "label", "label"] * 2
+    assert [part.weight for part in found] == [3.0, 1.0, 1.0] * 2
     assert float((found[0].images - images).abs().max()) <= BUDGET + 1e-6
-    assert (found[3].images - found[1].images).abs().max() > 1e-4  # it goes on
+    assert (found[4].images - found[1].images).abs().max() > 1e-4  # it goes on
     with pytest.raises(InputError, match="recipe: got 'best', wanted one of 'robust'"):
         recipe("best", _coder(0.4))
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 12), (3, 12, 12), (1, 4, 12, 12)])
+def test_standard_images_are_turned_and_flipped_a_little(shape: tuple[int, ...]) -> None:
+    images = torch.zeros(16, *shape)
+    images[..., 2:5, 2:5] = 1.0  # a square up left
+    labels = torch.arange(16)
+    state = torch.get_rng_state()
+    sides = {}
+    for flip in FLIPS:
+        made, given = as_parts(StandardAugmentation(flip, seed=1)(nn.Identity(), images, labels))[0].images, labels
+        assert torch.equal(torch.get_rng_state(), state)
+        assert made.shape == images.shape
+        assert torch.equal(given, labels)
+        assert 0.4 * images.mean() < made.mean() < 2.5 * images.mean()
+        assert (made - images).abs().flatten(1).amax(1).min() > 0.05
+        corner = made.flatten(1, -3).sum(1)
+        sides[flip] = [bool(corner[i, :, :6].sum() > corner[i, :, 6:].sum()) for i in range(16)]
+        upper = [bool(corner[i, :6].sum() > corner[i, 6:].sum()) for i in range(16)]
+        assert all(upper) == (flip != "both")
+        if len(shape) == 4:  # every slice of a volume in the same way
+            assert torch.equal(made[:, :, 0], made[:, :, 3])
+    assert all(sides["none"])
+    assert not all(sides["horizontal"])
+    assert any(sides["horizontal"])
+    again = as_parts(StandardAugmentation("both", seed=1)(nn.Identity(), images, labels))[0].images
+    assert torch.equal(again, made)
 
 
 # --- what fit_classifier takes besides

@@ -24,10 +24,10 @@ from tsynd.utils.version import __version__
 
 __all__ = ["evaluate"]
 
-_CONDITIONS = "clean, noise (σ = 0.05), rotation (±15°), shifts (all kinds and severities), or one, as blur:3."
-_ATTACKS = "fgsm, pgd, square, or one budget of the range [0, 1], as pgd:2/255."
+_CONDITIONS = "clean, noise (σ = 0.05), rotation (±15°), shifts, medmnist_c, or one, as blur:3."
+_ATTACKS = "fgsm, pgd, apgd, square, deepfool, or one budget of the range [0, 1], as pgd:2/255."
 
-_ATTACKED = {"attack_images": 256, "query_images": 64}
+_ATTACKED = {"attack_images": 256, "query_images": 64, "queries": 100}
 
 
 @takes_options
@@ -70,6 +70,7 @@ def evaluate(
         attacks=attacks or [],
         attack_images=attacked["attack_images"] or None,
         query_images=attacked["query_images"] or None,
+        queries=attacked["queries"],
         seed=seed,
         device=device,
     )
@@ -88,8 +89,9 @@ def _print_scores(scores: dict[str, dict[str, float]], trust: dict[str, Any], co
     console = Console()
     table = Table("images", "number", "balanced accuracy", "accuracy", "AUROC", "ECE", "NLL")
     for name, row in scores.items():
-        numbers = [row[key] for key in ("balanced_accuracy", "accuracy", "auroc", "ece", "nll")]
-        table.add_row(name, str(row.get("images", count)), *(f"{number:.3f}" for number in numbers))
+        numbers = [row.get(key) for key in ("balanced_accuracy", "accuracy", "auroc", "ece", "nll")]
+        texts = ["–" if number is None else f"{number:.3f}" for number in numbers]
+        table.add_row(name, str(row.get("images", count)), *texts)
     console.print(table)
     console.print(
         f"mutual information finds the {trust['error_rate']:.1%} wrong predictions with an AUROC of "

@@ -49,7 +49,7 @@ _IMAGES = (
     "adversarial_budget",
     "adversarial_steps",
 )
-_TEST = ("split", "conditions", "attacks", "attack_images", "query_images", "uncertainty_samples")
+_TEST = ("split", "conditions", "attacks", "attack_images", "query_images", "queries", "uncertainty_samples")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class _Cells:
 
     Attributes:
         seeds: how many; they are 0, 1, ...
-        arms: ``real``, reconstruction, random, entropy, mutual_information, loss, adversarial, randaugment; with own
-            options as mutual_information,radius=1.0,typicality=0.1.
+        arms: ``real``, standard, randaugment, adversarial, trades, reconstruction, random, entropy, mutual_information,
+            expected_information, loss, two in turn as trades+entropy, recipe; with own options as entropy,radius=1.0.
     """
 
     seeds: int = 5
@@ -73,9 +73,8 @@ def experiment(
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
     train_size: Annotated[list[int], typer.Option(help="Labelled training images, one or more sizes.")],
     cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms"))],
-    training: Annotated[dict[str, Any], Options(StudySettings, _TRAINING, "Training")],
+    training: Annotated[dict[str, Any], Options(StudySettings, (*_TRAINING, *_NETWORKS), "Training")],
     images: Annotated[dict[str, Any], Options(StudySettings, _IMAGES, "Extra images")],
-    networks: Annotated[dict[str, Any], Options(StudySettings, _NETWORKS, "Networks")],
     test: Annotated[dict[str, Any], Options(StudySettings, _TEST, "Test")],
     reading: Reading,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.")] = None,
@@ -86,10 +85,10 @@ def experiment(
     test["conditions"] = tuple(test["conditions"])
     test["attacks"] = () if test["attacks"] == ["none"] else tuple(test["attacks"])
     if not test["attacks"]:
-        refuse(context, ("attack_images", "query_images"), "without attacks")
+        refuse(context, ("attack_images", "query_images", "queries"), "without attacks")
     for name in ("attack_images", "query_images"):
         test[name] = test[name] or None
-    settings = StudySettings(**training, **images, **networks, **test, reading=ReadOptions(**reading))
+    settings = StudySettings(**training, **images, **test, reading=ReadOptions(**reading))
     rows = study.experiment(
         data, output, train_size, **cells, settings=settings, workers=workers, device=device, progress=not quiet
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,38 +14,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tsynd.data.dataset import at_once
+from tsynd.data.dataset import at_once, parts
 from tsynd.posteriors.posterior import frozen
 from tsynd.utils.errors import InputError, require
 
-__all__ = ["BUDGETS", "KINDS", "PGD_STEPS", "Attack", "check_robustness", "parse_attacks", "perturb"]
+__all__ = ["BUDGETS", "KINDS", "STEPS", "Attack", "check_robustness", "parse_attacks", "perturb"]
 
 BUDGETS = (1, 2, 4, 8)
 """Default budgets of FGSM and PGD, in 1/255."""
 
-PGD_STEPS = 20
-SQUARE_STEPS = 100
-KINDS = ("fgsm", "pgd", "square")
-_DEFAULTS = {"fgsm": BUDGETS, "pgd": BUDGETS, "square": (4,)}
+STEPS = {"pgd": 20, "apgd": 20, "square": 100, "deepfool": 50}
+"""Steps of the attacks (Square: queries); :func:`perturb` takes others."""
+
+KINDS = ("fgsm", "pgd", "apgd", "square", "deepfool")
+MULTILABEL = ("fgsm", "pgd", "square")
+_DEFAULTS = {"fgsm": BUDGETS, "pgd": BUDGETS, "apgd": (2,), "square": (4,)}
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack in the ball ‖x* − x‖∞ ≤ budget, cut to [0, 1].
+    """One attack in the ball ‖x* − x‖∞ ≤ budget, cut to [0, 1]; DeepFool knows no ball.
 
     Attributes:
-        kind: ``fgsm`` (Goodfellow et al. 2015), ``pgd`` (Madry et al. 2018: 20 steps of 2.5 · budget / 20, one
-            random start) or ``square`` (Andriushchenko et al. 2020: 100 rounds of queries, no gradient; in volumes
-            its squares go through all slices, with a sign for each).
-        budget: in units of the intensity range [0, 1].
+        kind: ``fgsm`` (Goodfellow et al. 2015); ``pgd`` (Madry et al. 2018: 20 steps of 2.5 · budget / 20, one
+            random start); ``apgd`` (Croce & Hein 2020: AutoPGD on the cross-entropy, 20 steps, two random starts);
+            ``square`` (Andriushchenko et al. 2020: up to 100 queries, no gradient; in volumes its squares go through
+            all slices, with a sign for each); or ``deepfool`` (Moosavi-Dezfooli et al. 2016: 50 steps towards the
+            nearest boundary, of about the smallest Euclidean length).
+        budget: in units of the intensity range [0, 1]; infinite for DeepFool.
     """
 
     kind: str
-    budget: float
+    budget: float = math.inf
 
     @property
     def name(self) -> str:
-        """``KIND:N/255``, or the plain number where that is no multiple of 1/255."""
+        """``KIND:N/255``, or the plain number where that is no multiple of 1/255; ``deepfool``."""
+        if math.isinf(self.budget):
+            return self.kind
         steps = self.budget * 255
         whole = abs(steps - round(steps)) < 1e-6
         return f"{self.kind}:{round(steps)}/255" if whole else f"{self.kind}:{self.budget:g}"
@@ -61,6 +68,11 @@ def parse_attacks(texts: Sequence[str]) -> list[Attack]:
         kind, _, budget = str(text).partition(":")
         if kind not in KINDS:
             raise InputError(f"attacks: got {text!r}, wanted KIND or KIND:BUDGET with KIND one of {', '.join(KINDS)}")
+        if kind == "deepfool":
+            if budget:
+                raise InputError(f"attacks: got {text!r}, wanted deepfool without a budget: it looks for the smallest")
+            found.append(Attack(kind))
+            continue
         if not budget:
             found += [Attack(kind, n / 255) for n in _DEFAULTS[kind]]
             continue
@@ -131,8 +143,9 @@ def perturb(
 ) -> Tensor:
     """Attacked copies of images; the network attacked is the deterministic one (eval mode, no dropout).
 
-    Untargeted: FGSM and PGD raise the cross-entropy of the true labels, Square lowers the margin of the true class
-    (multilabel: of the least certain label) and leaves alone what is already wrong.
+    Untargeted: FGSM and both PGDs raise the cross-entropy of the true labels, Square lowers the margin of the true
+    class (multilabel: of the least certain label), DeepFool leaves the predicted class. AutoPGD, Square and
+    DeepFool leave alone what is already wrong.
 
     Args:
         classifier: images → logits [B, K], K of two or more; its modes and parameters' ``requires_grad`` come back.
@@ -140,8 +153,8 @@ def perturb(
         labels: int64 [N], or 0/1 [N, K] for multilabel.
         attack: kind and budget.
         task: "multiclass" or "multilabel".
-        seed: of PGD's start and Square's squares; the global random states are left as they were.
-        steps: of PGD or Square; 20 and 100 by default.
+        seed: of the starts and of Square's squares; the global random states are left as they were.
+        steps: of all but FGSM; :data:`STEPS` by default.
         batch_size: images at a time; fewer where they are large.
 
     Returns:
@@ -149,7 +162,7 @@ def perturb(
 
     Raises:
         MissingExtraError: the toolbox is not installed.
-        InputError: one logit only, or Square on images that are far from square.
+        InputError: one logit only, Square on images that are far from square, or AutoPGD or DeepFool on several labels.
     """
     check_robustness()
     batch_size = at_once(images[:1].numel() or 1, batch_size)
@@ -159,9 +172,12 @@ def perturb(
     )
     wrapper = require("art.estimators.classification", "robustness").PyTorchClassifier
     multiclass = task == "multiclass"
+    if not multiclass and attack.kind in ("apgd", "deepfool"):
+        raise InputError(f"attacks: got {attack.kind} for several labels, wanted {', '.join(MULTILABEL)}")
     with frozen(classifier), _seeded(seed):
         with torch.no_grad():
-            classes = classifier(images[:1]).shape[1]
+            logits = torch.cat([classifier(part) for part in parts(images, batch_size)])
+        classes = logits.shape[1]
         if classes < 2:
             raise InputError(f"classifier: gives {classes} logit, wanted 2 or more for an attack")
         height, width = images.shape[-2:]
@@ -181,15 +197,16 @@ def perturb(
         )
         truth = functional.one_hot(labels.long(), classes) if multiclass else labels
         pixels, answers = shown.detach().cpu().numpy(), truth.float().cpu().numpy()
-        shared: dict[str, Any] = dict(eps=attack.budget, batch_size=batch_size)
+        shared: dict[str, Any] = dict(eps=attack.budget, batch_size=batch_size, verbose=False)
+        count = 1 if attack.kind == "fgsm" else steps or STEPS[attack.kind]
         method: Any
-        if attack.kind != "square":
-            # FGSM is one whole step without a random start; the toolbox's own class would rescale multilabel truth
-            count = 1 if attack.kind == "fgsm" else steps or PGD_STEPS
-            step = attack.budget if attack.kind == "fgsm" else 2.5 * attack.budget / count
-            options = dict(eps_step=step, max_iter=count, num_random_init=int(attack.kind == "pgd"), verbose=False)
-            method = projected.ProjectedGradientDescentPyTorch(network, **options, **shared)
-        else:
+        if attack.kind == "deepfool":
+            method = evasion.DeepFool(network, count, epsilon=0.02, nb_grads=10, batch_size=batch_size, verbose=False)
+        elif attack.kind == "apgd":
+            method = evasion.AutoProjectedGradientDescent(
+                network, eps_step=2 * attack.budget, max_iter=count, nb_random_init=2, **shared
+            )
+        elif attack.kind == "square":
             own: dict[str, Any] = {}
             if not multiclass:
 
@@ -198,7 +215,15 @@ def perturb(
                     return np.asarray(np.where(y > 0.5, logits, -logits).min(1))
 
                 own = dict(adv_criterion=_any_label_wrong, loss=margin)
-            method = evasion.SquareAttack(network, max_iter=steps or SQUARE_STEPS, verbose=False, **shared, **own)
+            method = evasion.SquareAttack(network, max_iter=count, **shared, **own)
+        else:
+            # FGSM is one whole step without a random start; the toolbox's own class would rescale multilabel truth
+            step = attack.budget if attack.kind == "fgsm" else 2.5 * attack.budget / count
+            options = dict(eps_step=step, max_iter=count, num_random_init=int(attack.kind == "pgd"))
+            method = projected.ProjectedGradientDescentPyTorch(network, **options, **shared)
         found = torch.from_numpy(method.generate(pixels, answers)).to(images).reshape(images.shape)
+        if attack.kind == "deepfool":  # it would lead wrong predictions to right ones
+            wrong = logits.argmax(1) != labels
+            found[wrong] = images[wrong]
     # rounding in float32 may lead an ulp outside
     return torch.minimum(torch.maximum(found, images - attack.budget), images + attack.budget).clamp(0, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -10,18 +12,30 @@ from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches, check_task, parts
 from tsynd.evaluation.attacks import Attack, check_robustness, parse_attacks, perturb
-from tsynd.evaluation.metrics import errors, scores, uncertainty_scores
-from tsynd.evaluation.shifts import Condition, gaussian_noise, rotation, shifts
-from tsynd.models.classifier import as_classifier
+from tsynd.evaluation.corruptions import MEDMNIST_C
+from tsynd.evaluation.metrics import (
+    conformal_coverage,
+    conformal_limit,
+    conformal_size,
+    errors,
+    scores,
+    survival,
+    uncertainty_scores,
+)
+from tsynd.evaluation.shifts import SEVERITIES, SHIFTS, Condition, gaussian_noise, rotation
+from tsynd.models.classifier import logits_of
+from tsynd.models.held import evaluating
 from tsynd.posteriors.mc_dropout import MCDropout
-from tsynd.utils.device import place
+from tsynd.utils.device import device_of, place
 from tsynd.utils.errors import InputError
 
 __all__ = [
     "CONDITIONS",
+    "FAMILIES",
     "Condition",
     "check_task",
     "choose_conditions",
+    "conformal_metrics",
     "evaluate",
     "evaluate_uncertainty",
     "gaussian_noise",
@@ -38,14 +52,32 @@ def _clean(images: Tensor, indices: Tensor, seed: int) -> Tensor:
     return images
 
 
-CONDITIONS: Mapping[str, Condition] = {"clean": _clean, "noise": gaussian_noise, "rotation": rotation, **shifts()}
-"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of ``tsynd.evaluation.shifts.SHIFTS``; and two of fixed
-strength, ``noise`` (σ = 0.05) and ``rotation`` (±15°).
-``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
+FAMILIES: Mapping[str, Mapping[str, tuple[Condition, ...]]] = {"shifts": SHIFTS, "medmnist_c": MEDMNIST_C}
+"""Name → kinds of disturbance, each in five severities: our seven, and the thirteen of MedMNIST-C."""
+
+
+def _all_of(family: str, severity: str = "") -> dict[str, Condition]:
+    return {
+        f"{kind}:{number}": condition
+        for kind, conditions in FAMILIES[family].items()
+        for number, condition in zip(SEVERITIES, conditions, strict=True)
+        if severity in ("", str(number))
+    }
+
+
+CONDITIONS: Mapping[str, Condition] = {
+    "clean": _clean,
+    "noise": gaussian_noise,
+    "rotation": rotation,
+    **_all_of("shifts"),
+    **_all_of("medmnist_c"),
+}
+"""Name → disturbance: ``clean``; ``KIND:SEVERITY`` of :data:`FAMILIES`; and two of fixed strength, ``noise``
+(σ = 0.05) and ``rotation`` (±15°). ``functools.partial(gaussian_noise, sigma=0.2)`` makes another."""
 
 
 def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[str, Condition]:
-    """Conditions by their names; ``shifts`` stands for all kinds in all severities.
+    """Conditions by their names; a family's name stands for all of its kinds and severities, ``FAMILY:3`` for one.
 
     Raises:
         InputError: an unknown name.
@@ -54,15 +86,18 @@ def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[st
         return dict(names)
     chosen: dict[str, Condition] = {}
     for name in names:
-        if name == "shifts":
-            chosen |= shifts()
+        family, _, severity = str(name).partition(":")
+        found = _all_of(family, severity) if family in FAMILIES else {}
+        if found:
+            chosen |= found
         elif name in CONDITIONS:
             chosen[name] = CONDITIONS[name]
         else:
             plain = [known for known in CONDITIONS if ":" not in known]
+            kinds = [kind for kinds in FAMILIES.values() for kind in kinds]
             raise InputError(
-                f"conditions: got {name!r}, wanted some of {', '.join(plain)}, shifts, or KIND:SEVERITY"
-                f" with KIND one of {', '.join(dict.fromkeys(known.split(':')[0] for known in shifts()))}"
+                f"conditions: got {name!r}, wanted some of {', '.join([*plain, *FAMILIES])}, FAMILY:SEVERITY, or"
+                f" KIND:SEVERITY with KIND one of {', '.join(kinds)}"
             )
     return chosen
 
@@ -76,6 +111,7 @@ def evaluate(
     attacks: Sequence[str] = (),
     attack_images: int | None = 256,
     query_images: int | None = 64,
+    queries: int = 100,
     seed: int = 0,
     batch_size: int = 512,
     device: torch.device | str | None = None,
@@ -89,11 +125,11 @@ def evaluate(
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; its modes are restored.
         data: labelled images, as :class:`tsynd.data.dataset.LabelledBatches` reads them.
         task: "multiclass" or "multilabel".
-        conditions: names from ``CONDITIONS``, ``shifts`` for all of its kinds and severities, or a mapping
-            name → function.
+        conditions: names as :func:`choose_conditions` takes them, or a mapping name → function.
         attacks: as ``pgd:2/255`` or ``pgd``, see :func:`tsynd.evaluation.attacks.parse_attacks`.
-        attack_images: how many images FGSM and PGD attack, spread evenly over the classes; None is all.
+        attack_images: how many images are attacked by gradient, spread evenly over the classes; None is all.
         query_images: how many of those Square attacks, which needs far more passes; None is all.
+        queries: how many of them for each of these.
         seed: fixes the disturbances and the attacks' random choices.
         batch_size: images at a time; fewer where they are large.
         device: where to run; the classifier's own device by default, and it is moved if another is named.
@@ -101,30 +137,32 @@ def evaluate(
 
     Returns:
         condition or attack (as ``pgd:2/255``) → {"balanced_accuracy", "accuracy", "auroc", "ece", "nll"}, see
-        :func:`tsynd.evaluation.metrics.scores`. An attack's scores also have ``images``, how many were attacked;
-        Square's have ``gradient_accuracy`` where PGD ran at its budget: PGD's accuracy on the same images. A Square
-        that leaves a clearly lower accuracy than PGD is a sign of masked gradients.
+        :func:`tsynd.evaluation.metrics.scores`. An attack's scores also have ``images``, how many were attacked.
+        Square's have ``gradient_accuracy`` where a PGD ran at its budget: what the gradients left on the same images.
+        A Square that leaves clearly less is a sign of masked gradients.
+        DeepFool's have ``distance``: the median Euclidean length of its perturbations, 0 for wrong predictions.
+        Where several attacks ran at one budget, ``worst:BUDGET`` counts an image of those that all of them attacked
+        as right where it is under each.
 
     Raises:
         InputError: an unknown task, condition or attack, or data that do not fit the classifier.
         MissingExtraError: a package that a condition or an attack needs is not installed.
     """
     check_task(task)
-    counts = {"batch_size": batch_size, "attack_images": attack_images, "query_images": query_images}
-    for name, value in counts.items():
-        if not (value is None and name != "batch_size") and (not isinstance(value, int) or value < 1):
+    counts = {"batch_size": batch_size, "queries": queries, "attack_images": attack_images}
+    for name, value in {**counts, "query_images": query_images}.items():
+        if not (value is None and name.endswith("_images")) and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}: got {value!r}, wanted an integer of 1 or more")
     chosen, wanted = choose_conditions(conditions), parse_attacks(attacks)
     if wanted:
         check_robustness()
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = as_classifier(classifier)
+    classifier = logits_of(classifier)
     target = place(device, classifier)
-    modes = {module: module.training for module in classifier.modules()}
-    classifier.eval()
     results: dict[str, dict[str, float]] = {}
-    try:
+    with evaluating(classifier):
         with torch.no_grad():
+            classifier.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
             classes = classifier(batches.first.to(target)).shape[1]
             labels = batches.labels(classes)
             for name, disturb in chosen.items():
@@ -138,11 +176,11 @@ def evaluate(
                 results[name] |= {own: float(metric(chances, labels)) for own, metric in (metrics or {}).items()}
         if wanted:
             pool = spread_indices(labels, attack_images)
-            few = pool[spread_indices(labels[pool], query_images)]
-            results |= _attacked(classifier, batches, labels, wanted, {"square": few}, pool, task, seed, target)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+            subsets = {"square": pool[spread_indices(labels[pool], query_images)]}
+            attacked = _Attacked(classifier, batches, labels, task, seed)
+            for attack in sorted(wanted, key=lambda a: a.kind == "square"):  # after PGD, to be compared with it
+                attacked.add(attack, subsets.get(attack.kind, pool), queries, target)
+            results |= attacked.results | attacked.worst()
     return results
 
 
@@ -154,34 +192,68 @@ def spread_indices(labels: Tensor, count: int | None) -> Tensor:
     return order[(torch.arange(count) * len(order)) // count].msort()
 
 
-def _attacked(
-    classifier: nn.Module,
-    batches: LabelledBatches,
-    labels: Tensor,
-    attacks: Sequence[Attack],
-    subsets: Mapping[str, Tensor],
-    pool: Tensor,
-    task: str,
-    seed: int,
-    device: torch.device,
-) -> dict[str, dict[str, float]]:
-    results: dict[str, dict[str, float]] = {}
-    broken: dict[str, Tensor] = {}
-    for attack in sorted(attacks, key=lambda a: a.kind == "square"):  # after PGD, to be compared with it
-        indices = subsets.get(attack.kind, pool)
-        truth = labels[indices]
-        found = perturb(
-            classifier, batches.at(indices).images.to(device), truth.to(device), attack, task=task, seed=seed
-        )
+def conformal_metrics(classifier: nn.Module, data: Any, *, batch_size: int = 512) -> dict[str, Metric]:
+    """Coverage and size of conformal sets as ``metrics`` for :func:`evaluate`; of several classes, one right.
+
+    Args:
+        classifier: as in :func:`evaluate`, on its device.
+        data: labelled images that were not trained on, by which the sets' limit is set: 90 % of images of their kind
+            will be covered.
+        batch_size: images at a time.
+
+    Returns:
+        ``conformal_coverage`` and ``conformal_size``, see :func:`tsynd.evaluation.metrics.conformal_limit`.
+    """
+    batches, network, target = LabelledBatches(data, by_index=True), logits_of(classifier), device_of(classifier)
+    with evaluating(network), torch.no_grad():
+        network.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
+        logits = [network(batches.at(part).images.to(target)).float().cpu() for part in batches.chunks(batch_size)]
+    chances = torch.cat(logits).softmax(1)
+    limit = conformal_limit(chances, batches.labels(chances.shape[1]))
+    return {
+        "conformal_coverage": partial(conformal_coverage, limit=limit),
+        "conformal_size": partial(conformal_size, limit=limit),
+    }
+
+
+class _Attacked:
+    """The scores of attacks, one after another, and what is right under all of them."""
+
+    def __init__(self, classifier: nn.Module, batches: LabelledBatches, labels: Tensor, task: str, seed: int) -> None:
+        self.classifier, self.batches, self.labels, self.task, self.seed = classifier, batches, labels, task, seed
+        self.results: dict[str, dict[str, float]] = {}
+        self._right: dict[float, list[tuple[str, dict[int, bool]]]] = {}  # budget → kind and image → right
+
+    def add(self, attack: Attack, indices: Tensor, queries: int, device: torch.device) -> None:
+        """Attack these images and score what is left."""
+        truth, images = self.labels[indices], self.batches.at(indices).images.to(device)
+        steps = queries if attack.kind == "square" else None
+        found = perturb(self.classifier, images, truth.to(device), attack, task=self.task, seed=self.seed, steps=steps)
         with torch.no_grad():
-            logits = torch.cat([classifier(part).cpu() for part in parts(found)])
-        results[attack.name] = scores(logits, truth, task) | {"images": len(indices)}
-        broken[attack.name] = errors(logits, truth, task)
-        rival = broken.get(attack.name.replace("square", "pgd"))
-        if attack.kind == "square" and rival is not None:
-            right = ~rival[torch.isin(pool, indices)]
-            results[attack.name]["gradient_accuracy"] = float(right.double().mean())
-    return results
+            logits = torch.cat([self.classifier(part).cpu() for part in parts(found)])
+        result = scores(logits, truth, self.task) | {"images": len(indices)}
+        right = ~errors(logits, truth, self.task)
+        others = self._right.setdefault(attack.budget, [])
+        if attack.kind == "deepfool":
+            length = (found - images).flatten(1).norm(dim=1).cpu()
+            result["distance"] = float(torch.where(right, math.inf, length).median())
+        elif attack.kind == "square":
+            rivals = [left for kind, left in others if kind.endswith("pgd")]
+            if rivals:
+                survived = [all(left[index] for left in rivals) for index in indices.tolist()]
+                result["gradient_accuracy"] = sum(survived) / len(survived)
+        others.append((attack.kind, dict(zip(indices.tolist(), right.tolist(), strict=True))))
+        self.results[attack.name] = result
+
+    def worst(self) -> dict[str, dict[str, float]]:
+        """What survives all attacks of a budget, where there are several."""
+        found: dict[str, dict[str, float]] = {}
+        for budget, attacks in self._right.items():
+            if len(attacks) > 1:
+                images = sorted(set.intersection(*(set(right) for _, right in attacks)))
+                right = torch.tensor([all(one[index] for _, one in attacks) for index in images])
+                found[Attack("worst", budget).name] = survival(right, self.labels[images], self.task)
+        return found
 
 
 def evaluate_uncertainty(
@@ -217,7 +289,7 @@ def evaluate_uncertainty(
     """
     check_task(task)
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = as_classifier(classifier)
+    classifier = logits_of(classifier)
     target = place(device, classifier)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.dataset import parts
+from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.utils.errors import InputError, require
 
 __all__ = [
     "distribution_distances",
+    "gradient_cosine",
     "memorisation",
     "nearest_distances",
     "penultimate_features",
@@ -48,6 +50,33 @@ def unexplained(images: Tensor, decoded: Tensor) -> Tensor:
     """Squared error of each reconstruction over its image's variance, [N]; of images and their like [N, C, ...]."""
     error = (decoded.float() - images.float()).square().flatten(1).mean(1)
     return error / images.float().flatten(1).var(1, correction=0).clamp_min(1e-8)
+
+
+def gradient_cosine(posterior: Posterior, autoencoder: Any, images: Tensor, task: str = "multiclass") -> float:
+    """Mean cosine of mutual information's and entropy's gradients in the latents; at 1 the two objectives are one.
+
+    Args:
+        posterior: of the classifier.
+        autoencoder: with ``encode`` and ``decode``.
+        images: [N, C, H, W] in [0, 1]; their latents are where the gradients are taken.
+        task: "multiclass" or "multilabel".
+
+    Returns:
+        NaN where a gradient is zero for every image.
+    """
+    found = []
+    modules = [autoencoder] if isinstance(autoencoder, nn.Module) else []
+    with posterior.frozen(), frozen(*modules), torch.enable_grad():
+        for part in parts(images):
+            latents = autoencoder.encode(part).float().detach().requires_grad_()
+            ids = torch.arange(len(part), device=part.device)
+            slopes = []
+            for objective in ("mutual_information", "entropy"):
+                value = posterior.uncertainty(autoencoder.decode(latents).clamp(0, 1), ids, objective, task)
+                slopes.append(torch.autograd.grad(value.sum(), latents)[0].flatten(1).double())
+            cosine = (slopes[0] * slopes[1]).sum(1) / (slopes[0].norm(dim=1) * slopes[1].norm(dim=1))
+            found.append(cosine[cosine.isfinite()])
+    return float(torch.cat(found).mean())
 
 
 def reconstruction_error(autoencoder: Any, images: Tensor) -> float:

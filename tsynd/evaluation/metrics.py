@@ -12,7 +12,17 @@ from torch.nn import functional
 
 from tsynd.utils.errors import require
 
-__all__ = ["COVERAGE", "SCORES", "errors", "scores", "uncertainty_scores"]
+__all__ = [
+    "COVERAGE",
+    "SCORES",
+    "conformal_coverage",
+    "conformal_limit",
+    "conformal_size",
+    "errors",
+    "scores",
+    "survival",
+    "uncertainty_scores",
+]
 
 SCORES = ("balanced_accuracy", "accuracy", "auroc", "ece", "nll")
 """The keys of :func:`scores`."""
@@ -75,6 +85,49 @@ def errors(logits: Tensor, labels: Tensor, task: str = "multiclass") -> Tensor:
     if task == "multiclass":
         return logits.argmax(1) != labels
     return ((logits > 0) != (labels > 0.5)).any(1)
+
+
+def survival(right: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str, float]:
+    """Accuracy and balanced accuracy of what is only known to be right or wrong.
+
+    Args:
+        right: bool [N]; of several labels, whether all are.
+        labels: int64 [N], or 0/1 [N, C] for multilabel, where both are the share of right images.
+        task: "multiclass" or "multilabel".
+    """
+    each = [right] if task == "multilabel" else [right[labels == label] for label in sorted(set(labels.tolist()))]
+    recalls = [float(part.double().mean()) for part in each]
+    share = float(right.double().mean())
+    return {"balanced_accuracy": sum(recalls) / len(recalls), "accuracy": share, "images": len(right)}
+
+
+def conformal_limit(chances: Tensor, labels: Tensor, error: float = 0.1) -> float:
+    """Least probability of a class that belongs to the conformal set (split conformal prediction, Vovk et al. 2005).
+
+    Sets of all classes of at least this probability hold the right one for a share of 1 − ``error`` of new images,
+    whatever the classifier, as long as these are of the kind of the calibration images.
+
+    Args:
+        chances: [N, C], probabilities of calibration images.
+        labels: int64 [N].
+        error: share of images whose set may miss the right class.
+
+    Returns:
+        A probability; 0 where N is too small for that error.
+    """
+    own = chances.gather(1, labels[:, None])[:, 0].sort().values
+    rank = math.floor(error * (len(own) + 1))
+    return float(own[rank - 1]) if rank else 0.0
+
+
+def conformal_coverage(chances: Tensor, labels: Tensor, limit: float) -> float:
+    """Share of images whose conformal set holds the right class: of probabilities [N, C] and labels int64 [N]."""
+    return float((chances >= limit).gather(1, labels[:, None]).double().mean())
+
+
+def conformal_size(chances: Tensor, labels: Tensor, limit: float) -> float:
+    """Mean number of classes in the conformal sets of probabilities [N, C]."""
+    return float((chances >= limit).sum(1).double().mean())
 
 
 def uncertainty_scores(uncertainty: Tensor, wrong: Tensor) -> dict[str, Any]:

@@ -23,11 +23,13 @@ __all__ = [
     "Condition",
     "blur",
     "brightness",
+    "by_pillow",
     "contrast",
     "gaussian_noise",
+    "generators",
     "jpeg",
     "rotation",
-    "shifts",
+    "severities",
     "translation",
 ]
 
@@ -37,7 +39,7 @@ Condition: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-def _generators(indices: Tensor, seed: int) -> Iterator[torch.Generator]:
+def generators(indices: Tensor, seed: int) -> Iterator[torch.Generator]:
     """One random stream per image, addressed by (seed, index): a batch's make-up cannot matter."""
     generator = torch.Generator()
     for index in indices.tolist():
@@ -47,7 +49,7 @@ def _generators(indices: Tensor, seed: int) -> Iterator[torch.Generator]:
 
 def _uniform(indices: Tensor, seed: int, count: int) -> Tensor:
     """Draws in [−1, 1), [B, count]; the first ones of an image's stream."""
-    draws = torch.stack([torch.rand(count, generator=generator) for generator in _generators(indices, seed)])
+    draws = torch.stack([torch.rand(count, generator=generator) for generator in generators(indices, seed)])
     return 2 * draws - 1
 
 
@@ -76,7 +78,7 @@ def gaussian_noise(images: Tensor, indices: Tensor, seed: int, *, sigma: float =
         sigma: standard deviation, in units of the intensity range.
     """
     shape = images.shape[1:]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in _generators(indices, seed)])
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators(indices, seed)])
     return (images + sigma * noise.to(images)).clamp(0, 1)
 
 
@@ -177,46 +179,53 @@ def jpeg(images: Tensor, indices: Tensor, seed: int, *, quality: int = 30) -> Te
     """
     pillow = require("PIL.Image", "data")
 
-    def code(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def code(picture: Any) -> Any:
         file = io.BytesIO()
-        pillow.fromarray(picture).save(file, format="JPEG", quality=quality)
-        return np.asarray(pillow.open(file))
+        picture.save(file, format="JPEG", quality=quality)
+        return pillow.open(file)
 
+    return by_pillow(images, code)
+
+
+def by_pillow(images: Tensor, change: Callable[[Any], Any]) -> Tensor:
+    """What a function of Pillow's pictures makes of images, rounded to 8 bits before.
+
+    Args:
+        images: [B, C, H, W] or, slice by slice, [B, C, D, H, W] in [0, 1]; three channels are a colour picture,
+            others one grey picture each.
+        change: picture of mode ``RGB`` or ``L`` → picture of the same size and mode.
+    """
+    pillow = require("PIL.Image", "data")
     # the slices of volumes are pictures of their own
     pictures = images.movedim(2, 1).flatten(0, 1) if images.ndim == 5 else images
     pixels = (pictures * 255).round().byte().cpu().numpy()
+
+    def changed(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.asarray(change(pillow.fromarray(picture)))
+
     if images.shape[1] == 3:
-        rows = [code(np.ascontiguousarray(image.transpose(1, 2, 0))).transpose(2, 0, 1) for image in pixels]
+        rows = [changed(np.ascontiguousarray(image.transpose(1, 2, 0))).transpose(2, 0, 1) for image in pixels]
     else:
-        rows = [np.stack([code(channel) for channel in image]) for image in pixels]
-    coded = torch.from_numpy(np.stack(rows)).to(images) / 255
-    return coded.reshape(len(images), -1, *coded.shape[1:]).movedim(1, 2) if images.ndim == 5 else coded
+        rows = [np.stack([changed(channel) for channel in image]) for image in pixels]
+    made = torch.from_numpy(np.stack(rows)).to(images) / 255
+    return made.reshape(len(images), -1, *made.shape[1:]).movedim(1, 2) if images.ndim == 5 else made
 
 
-def _severities(shift: Callable[..., Tensor], **values: tuple[float, ...]) -> tuple[Condition, ...]:
+def severities(shift: Callable[..., Tensor], **values: tuple[float, ...]) -> tuple[Condition, ...]:
+    """A shift with each of its strengths."""
     rows = zip(*values.values(), strict=True)
     return tuple(functools.partial(shift, **dict(zip(values, row, strict=True))) for row in rows)
 
 
-# Noise, brightness, contrast and JPEG quality are those of MedMNIST-C for PneumoniaMNIST (Di Salvo et al. 2024, arXiv
-# 2406.17536; its separate "up" and "down" are one shift here). Its blur is made for 224 pixels and does nothing at
-# 28, and it has no geometry: those three series are our own.
+# Strengths of noise, brightness, contrast and JPEG quality as in MedMNIST-C (``tsynd.evaluation.corruptions`` has all
+# of it; its separate "up" and "down" are one shift here); blur, as a share of the side, and geometry are our own.
 SHIFTS: Mapping[str, tuple[Condition, ...]] = {
-    "noise": _severities(gaussian_noise, sigma=(0.04, 0.05, 0.06, 0.07, 0.08)),
-    "blur": _severities(blur, sigma=(0.5 / 28, 0.75 / 28, 1.0 / 28, 1.5 / 28, 2.0 / 28)),
-    "rotation": _severities(rotation, degrees=(3.0, 6.0, 9.0, 12.0, 15.0)),
-    "translation": _severities(translation, share=(0.03, 0.06, 0.09, 0.12, 0.15)),
-    "contrast": _severities(contrast, up=(1.1, 1.2, 1.3, 1.4, 1.6), down=(0.9, 0.8, 0.7, 0.6, 0.4)),
-    "brightness": _severities(brightness, up=(1.1, 1.2, 1.3, 1.4, 1.5), down=(0.9, 0.8, 0.7, 0.6, 0.5)),
-    "jpeg": _severities(jpeg, quality=(50, 30, 15, 10, 7)),
+    "noise": severities(gaussian_noise, sigma=(0.04, 0.05, 0.06, 0.07, 0.08)),
+    "blur": severities(blur, sigma=(0.5 / 28, 0.75 / 28, 1.0 / 28, 1.5 / 28, 2.0 / 28)),
+    "rotation": severities(rotation, degrees=(3.0, 6.0, 9.0, 12.0, 15.0)),
+    "translation": severities(translation, share=(0.03, 0.06, 0.09, 0.12, 0.15)),
+    "contrast": severities(contrast, up=(1.1, 1.2, 1.3, 1.4, 1.6), down=(0.9, 0.8, 0.7, 0.6, 0.4)),
+    "brightness": severities(brightness, up=(1.1, 1.2, 1.3, 1.4, 1.5), down=(0.9, 0.8, 0.7, 0.6, 0.5)),
+    "jpeg": severities(jpeg, quality=(50, 30, 15, 10, 7)),
 }
 """Kind → its conditions of severity 1 to 5."""
-
-
-def shifts() -> dict[str, Condition]:
-    """All of :data:`SHIFTS` as ``KIND:SEVERITY`` → condition, as in ``noise:3``."""
-    return {
-        f"{kind}:{severity}": condition
-        for kind, conditions in SHIFTS.items()
-        for severity, condition in zip(SEVERITIES, conditions, strict=True)
-    }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from tsynd.fx.tracing import subgraph, trace
+from tsynd.fx.tracing import private_copy, subgraph, trace
 
 __all__ = ["FoldedGraph", "fold", "folded_decoder"]
 
@@ -36,6 +36,8 @@ class FoldedGraph:
 
     def __init__(self, traced: fx.GraphModule) -> None:
         self.module = subgraph(traced, [], next(node for node in traced.graph.nodes if node.op == "output").args[0])
+        if isinstance(network := self.module._modules.get("network"), nn.Module):
+            self.module.network = private_copy(network)  # what folding leaves unused is deleted below
         graph = self.module.graph
         self._folds: list[tuple[nn.Module, nn.Module, nn.Module]] = []
         for node in list(graph.nodes):

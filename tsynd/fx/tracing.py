@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as patching
 
-__all__ = ["counterpart", "private_copy", "subgraph", "trace"]
+__all__ = ["counterpart", "has_hooks", "private_copy", "share_hooks", "subgraph", "trace"]
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs")  # fmt: skip
@@ -47,7 +47,7 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
         return module
     inner = _inside(module)
-    if inner is not None and not any(vars(module)[name] for name in _HOOKS):
+    if inner is not None and not has_hooks(module):
         return copies.setdefault(id(module), _copied(inner, copies))
     own: nn.Module = object.__new__(_Through if inner is not None else type(module))
     copies[id(module)] = own
@@ -76,9 +76,28 @@ class _Through(nn.Module):
         return self.inner(*args, **kwargs)  # type: ignore[operator]
 
 
+def _living(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph as a network that reads parameters and buffers where they live, also when they are exchanged."""
+    module = fx.GraphModule(root, graph)
+    if isinstance(network := root._modules.get("network"), nn.Module):
+        module.network = network
+    return module
+
+
 def counterpart(copied: nn.Module, module: nn.Module) -> nn.Module:
     """The copy of one module in a private copy of its network, or in its trace."""
     return next(part for part in copied.modules() if part._parameters is module._parameters)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of a user's runs before or after the module."""
+    return any(vars(module)[name] for name in _HOOKS) or "forward" in vars(module)
+
+
+def share_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Give a module the hooks of the one that it stands in for."""
+    for name in _HOOKS:
+        vars(other)[name] = vars(module)[name]
 
 
 class _Root(nn.Module):
@@ -135,7 +154,7 @@ class _Tracer(fx.Tracer):
         finally:
             for module, kind in classes.items():
                 module.__class__ = kind
-        return fx.GraphModule(root, self.graph)
+        return _living(root, self.graph)
 
     def _recording(self, kind: type[nn.Module], cache: dict[str, fx.Proxy]) -> type[nn.Module]:
         """The class with calls and parameters that are recorded."""
@@ -215,4 +234,4 @@ def subgraph(whole: fx.GraphModule, inputs: Iterable[fx.Node], outputs: Any) -> 
         if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(fx.map_arg(outputs, copies.__getitem__))
-    return fx.GraphModule(whole, part)
+    return _living(whole, part)

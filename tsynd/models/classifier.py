@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from tsynd.models.pixel_range import Numbers, PixelMap, make_pixel_map
 from tsynd.utils.errors import InputError
 
-__all__ = ["ClassifierAdapter", "as_classifier", "logits_of"]
+__all__ = ["ClassifierAdapter", "Endings", "as_classifier", "ending_note", "logits_of", "plain", "take_logits"]
 
 
 class ClassifierAdapter(nn.Module):
     """A classifier behind its pixel map; the logits are taken out of what it returns.
 
-    The wrapped model is neither changed nor switched between training and evaluation.
+    The wrapped model is neither changed nor switched between training and evaluation. Images take the dtype of its
+    weights.
 
     Args:
-        model: gives logits [B, classes], an object with ``logits``, a dict with "logits", or a tuple that begins
-            with them.
+        model: gives logits [B, classes], an object with ``logits``, a dict with "logits" (or "out", "output", "pred"),
+            or a tuple or list that begins with one of those.
         pixels: between [0, 1] and the model's range; None leaves the pixels as they are.
+
+    Attributes:
+        ending: ``softmax`` or ``sigmoid`` where the model gives probabilities, which are then taken back to logits.
     """
 
     def __init__(self, model: nn.Module, pixels: PixelMap | None = None) -> None:
@@ -28,22 +36,102 @@ class ClassifierAdapter(nn.Module):
         self.model = model
         self.training = model.training
         self.pixels = pixels
+        self.ending: str | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, ...] in [0, 1]."""
-        return logits_of(self.model(images if self.pixels is None else self.pixels(images)))
+        mapped = images if self.pixels is None else self.pixels(images)
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            mapped = mapped.to(weight.dtype)  # no question of its dtype: it may be a tracer's
+        found = take_logits(self.model(mapped))
+        if self.ending is None:
+            return found
+        p = found.float().clamp(_TINY, 1)
+        return p.log() if self.ending == "softmax" else p.log() - (1 - p).clamp_min(_EPSILON).log()
+
+    def look(self, images: Tensor) -> None:
+        """Find out by these images [B, C, ...] whether the model gives probabilities.
+
+        Warns:
+            RuntimeWarning: it does.
+        """
+        if self.ending is None:
+            with torch.no_grad(), Endings() as seen:
+                found = self(images)
+            self.ending = seen.of(found)
+            if self.ending is not None:
+                warnings.warn(f"{type(self.model).__name__} {ending_note(self.ending)}", RuntimeWarning, stacklevel=3)
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a classifier returned: a tensor, an object or dict with "logits", or a tuple's first."""
+_TINY, _EPSILON = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).eps
+
+
+def ending_note(ending: str) -> str:
+    """What to say of a model that gives probabilities."""
+    return f"ends in a {ending}: it gives probabilities, which are taken back to logits"
+
+
+class Endings(TorchFunctionMode):
+    """Notes what softmax and sigmoid give while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[Tensor, str]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass everything on."""
+        out = func(*args, **(kwargs or {}))
+        kind = {"softmax": "softmax", "sigmoid": "sigmoid", "expit": "sigmoid"}.get(getattr(func, "__name__", ""))
+        if kind is not None and isinstance(out, Tensor):
+            self._seen[id(out)] = out, kind
+        return out
+
+    def of(self, logits: Any) -> str | None:
+        """What the logits are, if they are none: by where they come from, or since all rows sum to 1."""
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            return None
+        if id(logits) in self._seen:
+            return self._seen[id(logits)][1]
+        if len(logits) < 2 or logits.shape[1] < 2 or not bool((logits >= 0).all()):
+            return None
+        return "softmax" if float((logits.float().sum(1) - 1).abs().max()) < 1e-4 else None
+
+
+def plain(x: Tensor) -> Tensor:
+    """Without a subclass such as MONAI's ``MetaTensor``, whose records are no part of the arithmetic."""
+    special = type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return x.as_subclass(Tensor) if special else x  # those with a dispatch of their own are torch's, while it traces
+
+
+def take_logits(output: Any) -> Tensor:
+    """The logits in what a classifier returns, see :class:`ClassifierAdapter`.
+
+    Raises:
+        InputError: there are none.
+    """
     if isinstance(output, (Tensor, fx.Proxy)):  # a proxy: while being traced
-        return output  # type: ignore[return-value]
-    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple) and output:
+        return plain(output) if isinstance(output, Tensor) else output  # type: ignore[return-value]
+    found = getattr(output, "logits", None)
+    if isinstance(output, Mapping):
+        found = next((output[name] for name in ("logits", "out", "output", "pred") if name in output), None)
+    if found is None and isinstance(output, (tuple, list)) and len(output):
         found = output[0]
-    if not isinstance(found, (Tensor, fx.Proxy)):
+    if found is None:
         raise InputError(f"classifier: returned {type(output).__name__} without logits, wanted logits [B, classes]")
-    return found  # type: ignore[return-value]
+    return take_logits(found)
+
+
+def logits_of(model: nn.Module) -> ClassifierAdapter:
+    """The model as all of tsynd runs it: whatever it returns, logits come out.
+
+    Raises:
+        InputError: no module.
+    """
+    made = as_classifier(model)
+    return made if isinstance(made, ClassifierAdapter) else ClassifierAdapter(made)
 
 
 def as_classifier(

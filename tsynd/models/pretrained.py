@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tsynd.models.classifier import logits_of
+from tsynd.models.classifier import take_logits
 from tsynd.models.sources import Source, first_line, parse_source, trusted
 from tsynd.models.weights import load_weights
 from tsynd.utils.errors import InputError, MissingExtraError, check_choice, require
@@ -132,7 +132,7 @@ class PretrainedClassifier(nn.Module):
         pixels = images.expand(-1, 3, -1, -1)
         if self.size is not None:
             pixels = functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
-        return logits_of(self.encoder((pixels - self.mean) / self.std))
+        return take_logits(self.encoder((pixels - self.mean) / self.std))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, 1 or 3, H, W] in [0, 1]."""
@@ -285,7 +285,7 @@ def _find_last_layer(network: nn.Module, image: Tensor, text: str) -> str:
     handles = [module.register_forward_hook(note(name)) for name, module in linears]
     try:
         with torch.no_grad():
-            logits = logits_of(network(image))
+            logits = take_logits(network(image))
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             f"classifier: {text} fails on an image {list(image.shape)}: {first_line(error)}; wanted its image_size"

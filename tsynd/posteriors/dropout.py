@@ -19,16 +19,27 @@ from torch import Tensor, nn
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import keep_count
 
-__all__ = ["AddressedDropout", "MaskSource", "addressed", "addressing", "dropout_kind", "expand_passes", "path_dropout"]
+__all__ = [
+    "FINEST",
+    "AddressedDropout",
+    "MaskSource",
+    "addressed",
+    "addressing",
+    "by_rank",
+    "dropout_kind",
+    "drops_paths",
+    "expand_passes",
+    "path_dropout",
+]
 
 _ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what a dropped unit becomes (Klambauer et al., 2017)
 
 _FUNCTIONS: dict[Any, str] = {
     nn.functional.dropout: "unit",
     torch.dropout: "unit",
-    nn.functional.dropout1d: "channel",
+    nn.functional.dropout1d: "channel1d",
     nn.functional.dropout2d: "channel",
-    nn.functional.dropout3d: "channel",
+    nn.functional.dropout3d: "channel3d",
     torch.feature_dropout: "channel",
     nn.functional.alpha_dropout: "alpha",
     torch.alpha_dropout: "alpha",
@@ -37,16 +48,16 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Dropout, "unit"),
-    (nn.Dropout1d, "channel"),
+    (nn.Dropout1d, "channel1d"),
     (nn.Dropout2d, "channel"),
-    (nn.Dropout3d, "channel"),
+    (nn.Dropout3d, "channel3d"),
     (nn.AlphaDropout, "alpha"),
     (nn.FeatureAlphaDropout, "channel_alpha"),
 )
 
 
 def dropout_kind(target: object) -> str | None:
-    """``unit``, ``channel``, ``alpha`` or ``channel_alpha`` for a dropout module or function, else None."""
+    """Kind of a dropout module or function: unit, channel, channel1d, channel3d, alpha, channel_alpha; else None."""
     if isinstance(target, nn.Module):
         return next((kind for module, kind in _MODULES if isinstance(target, module)), None)
     try:
@@ -55,14 +66,19 @@ def dropout_kind(target: object) -> str | None:
         return None
 
 
+def drops_paths(module: nn.Module) -> bool:
+    """Whether it is a module for stochastic depth, of whatever rate."""
+    names = [kind.__name__ for kind in type(module).__mro__]
+    return any(name.endswith("DropPath") or name == "StochasticDepth" for name in names)
+
+
 def path_dropout(module: nn.Module) -> tuple[str, float] | None:
     """Kind and rate of a module for stochastic depth (Huang et al., 2016), None for any other.
 
     Known by their names: ``DropPath`` (timm, MONAI, and transformers' ``SwinDropPath``, ``ConvNextDropPath``, ...)
     and torchvision's ``StochasticDepth``.
     """
-    names = [kind.__name__ for kind in type(module).__mro__]
-    if not any(name.endswith("DropPath") or name == "StochasticDepth" for name in names):
+    if not drops_paths(module):
         return None
     rate = getattr(module, "drop_prob", getattr(module, "p", None))
     if not isinstance(rate, (int, float)) or not 0 < rate < 1:
@@ -81,6 +97,7 @@ class MaskSource:
         shared: whether the masks are one for all images.
         active: False lets everything through unmasked, still expanded to T passes.
         kept: what may be kept until the weights change; None keeps nothing.
+        only: the number of the one pass that runs, with all T passes' addresses; None for all of them at once.
     """
 
     samples: int
@@ -89,6 +106,18 @@ class MaskSource:
     shared: bool = True
     active: bool = True
     kept: dict[str, Any] | None = None
+    only: int | None = None
+
+    @property
+    def passes(self) -> int:
+        """How many run at once."""
+        return self.samples if self.only is None else 1
+
+    def bits(self, units: int, p: float, layer: int) -> Tensor:
+        """Which units are kept, [passes, N, units] bool."""
+        if self.only is None:
+            return ops.dropout_mask(units, p, self.samples, self.seed, layer, self.sample_ids)
+        return ops.dropout_mask(units, p, self.only + 1, self.seed, layer, self.sample_ids)[-1:]
 
     def part(self, images: slice) -> MaskSource:
         """That of some of the images."""
@@ -112,32 +141,58 @@ def expand_passes(x: Any, source: MaskSource | None = None) -> Any:
     """[B, ...] -> [T * B, ...], pass-major; what is no tensor stays: a check of the whole catches where it may not."""
     if not isinstance(x, Tensor):
         return x
-    samples = (source or _source.get()).samples
+    samples = (source or _source.get()).passes
     return x.unsqueeze(0).expand(samples, *x.shape).reshape(-1, *x.shape[1:])
+
+
+def by_rank(kind: str, rank: int) -> str:
+    """The kind for an input of so many axes: without a batch axis, torch takes the first axis for the channels."""
+    if kind not in _UNBATCHED:
+        return kind
+    return "path" if rank == _UNBATCHED[kind] else "channel"
+
+
+_UNBATCHED = {"channel1d": 2, "channel3d": 4}
 
 
 def addressed(x: Tensor, kind: str, p: float, layer: int, expanded: bool, source: MaskSource) -> Tensor:
     """[B, ...] or, ``expanded``, [T * B, ...] -> [T * B, ...] behind the dropout that its address names."""
     if not source.active or p == 0.0:
         return x if expanded else expand_passes(x, source)
+    if p >= 1.0:
+        return torch.zeros_like(x if expanded else expand_passes(x, source))
+    kind = by_rank(kind, x.dim())
     image, channels = x.shape[1:], kind.startswith("channel")
-    path = kind.startswith("path")
-    units = 1 if path else image[0] if channels else math.prod(image)
-    address = (p, source.samples, source.seed, layer, source.sample_ids)
-    if not kind.endswith("alpha"):
-        rows = x.reshape(x.shape[0], units, -1)
+    units = 1 if kind.startswith("path") else image[0] if channels else math.prod(image)
+    served = x.dtype in (torch.float32, torch.bfloat16) or (x.is_cuda and x.dtype == torch.float16)
+    if served and p >= FINEST and source.only is None and not kind.endswith("alpha"):
+        rows, address = x.reshape(x.shape[0], units, -1), (p, source.samples, source.seed, layer, source.sample_ids)
         out: Tensor = ops.dropout_expand(rows, *address, expanded).reshape(-1, *image)
-        if kind == "path_unscaled":
-            out = out * (keep_count(p) / 256.0)
-        return out
-    spread = x.reshape(source.samples if expanded else 1, -1, *image)
-    bits = ops.dropout_mask(units, *address)
-    mask = bits.reshape(source.samples, -1, *((image[0], *[1] * (len(image) - 1)) if channels else image))
-    keep = keep_count(p) / 256.0
-    a = (keep + _ALPHA**2 * keep * (1.0 - keep)) ** -0.5
-    kept = torch.where(mask, spread, _ALPHA)
-    out = kept * a - a * _ALPHA * (1.0 - keep)
+        return out * (keep_count(p) / 256.0) if kind == "path_unscaled" else out
+    spread = x.reshape(source.passes if expanded else 1, -1, *image)
+    mask, keep = _kept(units, p, layer, source)
+    rest = image[0] if channels else 1 if kind.startswith("path") else None
+    mask = mask.reshape(mask.shape[0], -1, *(image if rest is None else (rest, *[1] * (len(image) - 1))))
+    if kind.endswith("alpha"):
+        a = (keep + _ALPHA**2 * keep * (1.0 - keep)) ** -0.5
+        out = torch.where(mask, spread, _ALPHA) * a - a * _ALPHA * (1.0 - keep)
+    else:
+        out = torch.where(mask, spread if kind == "path_unscaled" else spread * (1.0 / keep), 0.0)
     return out.reshape(-1, *image)
+
+
+FINEST = 1 / 256
+"""The least rate that a mask of one byte a unit draws; rarer drops are those that two masks agree on."""
+
+
+def _kept(units: int, p: float, layer: int, source: MaskSource) -> tuple[Tensor, float]:
+    """Which units are kept, [passes, N, units], and at which rate."""
+    if p >= FINEST:
+        return source.bits(units, p, layer), keep_count(p) / 256.0
+    pairs = ((a, b) for a in range(1, 256) for b in range(1, a + 1))
+    a, b = min(pairs, key=lambda pair: abs(pair[0] * pair[1] - p * 65536.0))
+    masks = [source.bits(units, n / 256.0, layer + shift) for n, shift in ((a, 0), (b, 2**31))]
+    return masks[0] | masks[1], 1.0 - a * b / 65536.0
 
 
 class AddressedDropout(nn.Module):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.data.dataset import LabelledBatches
-from tsynd.models.classifier import as_classifier
+from tsynd.models.classifier import ClassifierAdapter, logits_of, plain
 from tsynd.models.held import evaluating
 from tsynd.posteriors.posterior import Posterior
-from tsynd.posteriors.runner import Runner, heads_logits, heads_uncertainty
+from tsynd.posteriors.runner import Runner, heads_logits, heads_uncertainty, structure_of
 from tsynd.posteriors.splitting import trunk_to
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, MissingExtraError, require
@@ -133,7 +133,8 @@ class SampledHead(Posterior):
         samples: int = 32,
         seed: int = 0,
     ) -> None:
-        self._network = as_classifier(classifier)
+        self._network = logits_of(classifier)
+        self._faces = (self._network,)
         if not isinstance(samples, int) or samples < 1:
             raise InputError(f"samples: got {samples!r}, wanted an integer of at least 1")
         self.classifier, self.gaussian, self.samples, self.seed = classifier, gaussian, samples, int(seed)
@@ -144,11 +145,10 @@ class SampledHead(Posterior):
             raise InputError(
                 f"gaussian: over {len(gaussian.tensors['mean'])} parameters, wanted the {count} of layer {self.layer!r}"
             )
-        with evaluating(classifier):
-            self._runner = trunk_to(self._network, self._linear)
         self._drawn: Tensor | None = None
         self._placed: tuple[torch.device, Tensor, Tensor | None] | None = None
-        self._checked = False
+        self._settled: object = None  # the structure that the trunk was taken from
+        self._settle()
 
     @property
     def plan(self) -> str:
@@ -169,13 +169,24 @@ class SampledHead(Posterior):
         Raises:
             InputError: at the first call, a layer whose output is not the classifier's logits.
         """
-        with evaluating(self.classifier):
-            if not self._checked:
-                with torch.no_grad():
-                    _head_features(self._network, self._linear, self._runner, images[:2], self.layer)
-                self._checked = True
+        images, kept = plain(images), {} if self._block is None else self._block
+        with self._evaluating():
+            if "resolved" not in kept:
+                if self._settled is None or self._settled != structure_of(self.classifier):
+                    if self._settled is not None:
+                        self._settle()
+                    with torch.no_grad():
+                        self._network.look(images[:2].detach())
+                        _head_features(self._network, self._linear, self._runner, images[:2].detach(), self.layer)
+                    self._settled = structure_of(self.classifier)
+                kept["resolved"] = True
             features: Tensor = self._runner.once[0](images)[0]
         return features
+
+    def _settle(self) -> None:
+        self._network.ending = None
+        with evaluating(self.classifier):
+            self._runner = trunk_to(self._network, self._linear)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the Gaussian as safetensors: no pickle, whole or not at all. The classifier is saved elsewhere.
@@ -238,7 +249,7 @@ class SampledHead(Posterior):
         return self._placed[1:]
 
 
-def _head_features(network: nn.Module, linear: nn.Linear, trunk: Runner, images: Tensor, name: str) -> Tensor:
+def _head_features(network: ClassifierAdapter, linear: nn.Linear, trunk: Runner, images: Tensor, name: str) -> Tensor:
     """Features [B, D] of images [B, ...], after a look at whether layer and network give the same.
 
     Raises:
@@ -248,6 +259,8 @@ def _head_features(network: nn.Module, linear: nn.Linear, trunk: Runner, images:
     logits = network(images)
     same = features.dim() == 2 and isinstance(logits, Tensor)
     head = functional.linear(features, linear.weight, linear.bias) if same else logits
+    if network.ending == "softmax":  # the same but for a constant of each row
+        head = head.log_softmax(-1)
     if not same or head.shape != logits.shape or not torch.allclose(head, logits, rtol=1e-2, atol=1e-3):
         raise InputError(
             f"classifier: its logits are not the output of layer {name!r} on features [B, D] "
@@ -264,13 +277,14 @@ def training_features(
     Raises:
         InputError: data or a layer that do not fit.
     """
-    network, batches = as_classifier(classifier), LabelledBatches(data, name="data", by_index=True)
+    network, batches = logits_of(classifier), LabelledBatches(data, name="data", by_index=True)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1")
     name, linear = find_layer(classifier, layer)
     device = linear.weight.device
     labels = batches.labels(linear.out_features).to(device)
     with evaluating(classifier), torch.no_grad():
+        network.look(batches.at(torch.arange(min(2, len(batches)))).images.to(device))
         trunk = trunk_to(network, linear)
         _head_features(network, linear, trunk, batches.at(torch.arange(min(2, len(batches)))).images.to(device), name)
         features = [trunk.once[0](batches.at(part).images.to(device))[0] for part in batches.chunks(batch_size)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tsynd.ops import operators as ops
+from tsynd.posteriors.runner import measured
 
 __all__ = ["Passes", "images_at_once", "passes_logits", "passes_uncertainty", "undivided"]
 
@@ -87,7 +87,7 @@ def passes_uncertainty(run: Passes, inputs: tuple[Any, ...], at_once: int | None
         task: as in :func:`tsynd.ops.logits_uncertainty`.
     """
     if at_once is None:
-        return ops.logits_uncertainty(run(slice(None), inputs), objective, task)[0]
+        return measured(run(slice(None), inputs), objective, task)[0]
     out: Tensor = _PassesUncertainty.apply(run, at_once, objective, task, *inputs)  # type: ignore[no-untyped-call]
     return out
 
@@ -109,7 +109,7 @@ class _PassesUncertainty(torch.autograd.Function):
             leaves = [x.requires_grad_(True) for x, need in zip(own, wanted, strict=True) if need]
             with torch.set_grad_enabled(bool(leaves)):
                 logits = run(slice(None) if len(parts) == 1 else part, tuple(own))
-            value, slope = ops.logits_uncertainty(logits.detach(), objective, task)
+            value, slope = measured(logits.detach(), objective, task)
             values.append(value)
             if slopes:
                 found = torch.autograd.grad(logits, leaves, slope, allow_unused=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tsynd.models.classifier import as_classifier
+from tsynd.models.classifier import ClassifierAdapter, logits_of, plain
 from tsynd.models.held import evaluating, frozen
-from tsynd.ops import operators as ops
 from tsynd.ops.reference import OBJECTIVES, TASKS
-from tsynd.posteriors.runner import Runner
+from tsynd.posteriors.runner import Runner, check_classes, measured
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["Ensemble", "Posterior", "evaluating", "frozen"]
@@ -30,6 +31,7 @@ class Posterior(ABC):
     samples: int
     networks: tuple[nn.Module, ...]
     _runner = Runner()  # of nothing
+    _faces: tuple[ClassifierAdapter, ...] = ()
 
     @abstractmethod
     def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
@@ -57,19 +59,44 @@ class Posterior(ABC):
 
     def _uncertainty(self, images: Tensor, sample_ids: Tensor | None, objective: str, task: str) -> Tensor:
         """What `uncertainty` gives once its choices are known to be good; overridden where there is a faster way."""
-        return ops.logits_uncertainty(self.logits(images, sample_ids), objective, task)[0]
+        logits = self.logits(images, sample_ids)
+        self._check_ending(task)
+        return measured(logits, objective, task)[0]
 
     def probabilities(self, images: Tensor, sample_ids: Tensor | None = None, task: str = "multiclass") -> Tensor:
         """Mean predicted probabilities [B, classes] (arguments as `logits`)."""
         check_choice("task", task, TASKS)
         logits = self.logits(images, sample_ids).float()
+        self._check_ending(task)
+        check_classes(logits.shape[-1], task)
         return (logits.softmax(-1) if task == "multiclass" else logits.sigmoid()).mean(0)
 
     @contextmanager
     def frozen(self) -> Iterator[Posterior]:
         """Inside, the networks are in eval mode, their parameters take no gradient and must not change."""
         with frozen(*self.networks):
-            yield self
+            blocks, own = self.__dict__.setdefault("_blocks", {}), get_ident()
+            before = blocks.get(own)
+            blocks[own] = {}
+            try:
+                yield self
+            finally:
+                del blocks[own]
+                if before is not None:
+                    blocks[own] = before
+
+    @property
+    def _block(self) -> dict[str, Any] | None:
+        """What this thread may keep until its :meth:`frozen` block ends; None outside of one."""
+        found: dict[str, Any] | None = self.__dict__.get("_blocks", {}).get(get_ident())
+        return found
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return evaluating(*self.networks) if self._block is None else nullcontext()
+
+    def _check_ending(self, task: str) -> None:
+        if task == "multilabel" and any(face.ending == "softmax" for face in self._faces):
+            raise InputError("classifier: ends in a softmax over its classes, wanted task='multiclass'")
 
     @contextmanager
     def folded(self) -> Iterator[Posterior]:
@@ -111,10 +138,20 @@ class Ensemble(Posterior):
                 "wanted at least two nn.Module"
             )
         self.networks = tuple(networks)
-        self._runner = Runner(*(as_classifier(network) for network in networks))
+        self._faces = tuple(logits_of(network) for network in networks)
+        self._runner, self._looked = Runner(*self._faces), False
         self.samples = len(self.networks)
 
     def logits(self, images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """Logits [T, B, classes], one row of the first axis per network."""
-        with evaluating(*self.networks):
-            return torch.stack([network(images) for network in self._runner.once])
+        images = plain(images)
+        with self._evaluating():
+            if not self._looked:
+                for face in self._faces:
+                    face.look(images[:2].detach())
+                self._looked = True
+            logits = [network(images) for network in self._runner.once]
+        shapes = [list(one.shape) for one in logits]
+        if logits[0].dim() != 2 or any(shape != shapes[0] for shape in shapes):
+            raise InputError(f"networks: give logits {shapes}, wanted [images, classes] of each, with the same classes")
+        return torch.stack(logits)

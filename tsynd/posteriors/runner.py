@@ -14,8 +14,9 @@ from tsynd.fx.checkpointing import staged
 from tsynd.fx.folding import FoldedGraph
 from tsynd.models.held import evaluating
 from tsynd.ops import operators as ops
+from tsynd.utils.errors import InputError
 
-__all__ = ["Runner", "heads_logits", "heads_uncertainty"]
+__all__ = ["Runner", "check_classes", "heads_logits", "heads_uncertainty", "measured", "structure_of"]
 
 Form = tuple[Callable[..., Any], ...]
 
@@ -97,6 +98,45 @@ class Runner:
             yield max((stage.heaviest for stage in stages), default=0)
 
 
+def structure_of(network: nn.Module) -> list[Any]:
+    """What a plan is made from: modules, hooks and rates, not weights."""
+    found: list[Any] = [next((p.dtype for p in network.parameters() if p.is_floating_point()), None)]
+    for module in network.modules():
+        own = vars(module)
+        rates = own.get("p"), own.get("drop_prob"), id(own.get("forward"))
+        found.append((id(module), type(module), *own["_forward_hooks"], 0, *own["_forward_pre_hooks"], *rates))
+    return found
+
+
+def check_classes(classes: int, task: str) -> None:
+    """Refuse one logit as one of several classes: its softmax is 1 for any image.
+
+    Raises:
+        InputError: that.
+    """
+    if task == "multiclass" and classes == 1:
+        raise InputError(
+            "classifier: gives one logit, whose softmax is always 1; wanted task='multilabel' (a sigmoid, labels "
+            "[N, 1] of 0 and 1) or two logits"
+        )
+
+
+def measured(logits: Tensor, objective: str, task: str) -> tuple[Tensor, Tensor]:
+    """Uncertainty [B] float32 in nats of logits [T, B, C] of any floating dtype, and its gradient, of theirs.
+
+    Raises:
+        InputError: one logit as one of several classes.
+    """
+    check_classes(logits.shape[-1], task)
+    value, slope = ops.logits_uncertainty(_served(logits), objective, task)
+    return value, slope.to(logits.dtype)
+
+
+def _served(x: Tensor) -> Tensor:
+    """In a dtype that the operators take."""
+    return x.float() if x.dtype == torch.float64 or (x.dtype == torch.float16 and not x.is_cuda) else x
+
+
 def heads_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [T, B, C] of features [B, D] under weights [T, C, D] and biases [T, C]: one product."""
     flat = features @ weight.flatten(0, 1).t().to(features.dtype)
@@ -106,6 +146,8 @@ def heads_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def heads_uncertainty(features: Tensor, weight: Tensor, bias: Tensor | None, objective: str, task: str) -> Tensor:
     """Uncertainty [B] in nats of features [B, D] under weights [T, C, D] and biases [T, C], fused."""
+    check_classes(weight.shape[1], task)
+    features = _served(features)
     kind = features.dtype
     bias = None if bias is None else bias.to(kind)
     return ops.head_uncertainty(features, weight.to(kind), bias, objective, task)[0]

@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tsynd.fx.tracing import counterpart, private_copy, subgraph, trace
-from tsynd.posteriors.dropout import AddressedDropout, MaskSource, dropout_kind, expand_passes, path_dropout
+from tsynd.fx.tracing import counterpart, has_hooks, private_copy, share_hooks, subgraph, trace
+from tsynd.posteriors.dropout import (
+    FINEST,
+    AddressedDropout,
+    MaskSource,
+    dropout_kind,
+    drops_paths,
+    expand_passes,
+    path_dropout,
+)
 from tsynd.posteriors.runner import Runner
 from tsynd.posteriors.whole_network import AddressedDropoutMode, WholeNetwork
 from tsynd.utils.errors import InputError
@@ -91,7 +99,7 @@ def split_at_dropout(network: nn.Module, stochastic_depth: bool = False) -> Spli
     """
 
     def leaf(module: nn.Module) -> bool | None:
-        if stochastic_depth and path_dropout(module) is not None:
+        if drops_paths(module):
             return True
         return False if dropout_kind(module) is None and _active_dropouts(module) else None
 
@@ -131,7 +139,10 @@ def _address(
                 user.replace_input_with(node, copies)
     for layer, (node, (kind, p)) in enumerate(dropouts.items()):
         entry, name = node.all_input_nodes[0], f"addressed_{layer}"
-        whole.add_submodule(name, AddressedDropout(kind, p, layer, entry in tail))
+        stand_in = AddressedDropout(kind, p, layer, entry in tail)
+        if node.op == "call_module":
+            share_hooks(whole.get_submodule(str(node.target)), stand_in)
+        whole.add_submodule(name, stand_in)
         with graph.inserting_before(node):
             tail.add(made := graph.call_module(name, (entry,)))
         node.replace_all_uses_with(made)
@@ -147,7 +158,7 @@ def _linear_head(
     if len(dropouts) != 1 or len(boundary) != 1:
         return None
     (start, (kind, p)) = next(iter(dropouts.items()))
-    if kind != "unit":
+    if kind != "unit" or not FINEST <= p < 1 or (start.op == "call_module" and _hooked(network, start)):
         return None
     node, steps = start, 1
     while True:
@@ -156,7 +167,11 @@ def _linear_head(
         node = next(iter(node.users))
         steps += 1
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is not None and _hooked(network, node):
+            return None
         if type(module) is nn.Linear:
+            if module._parameters.get("weight") is None:  # made anew before each call
+                return None
             break
         flattens = _flattens(node, module)
         if not flattens:
@@ -165,6 +180,10 @@ def _linear_head(
     if output is None or output.op != "output" or output.args[0] is not node or len(tail) != steps + 1:
         return None
     return LinearHead(p, module)
+
+
+def _hooked(network: nn.Module, node: fx.Node) -> bool:
+    return has_hooks(network.get_submodule(str(node.target)))
 
 
 def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
@@ -264,7 +283,7 @@ def split_at_hook(whole: WholeNetwork, images: Tensor) -> Split | None:
     handles = [
         module.register_forward_hook(note)
         for module in network.modules()
-        if type(module) is nn.Linear or dropout_kind(module) == "unit"
+        if (type(module) is nn.Linear or dropout_kind(module) == "unit") and not has_hooks(module)
     ]
     mode = AddressedDropoutMode(MaskSource(1, 0, torch.zeros(1, dtype=torch.int64, device=images.device), active=False))
     with torch.no_grad(), mode:
@@ -277,6 +296,8 @@ def split_at_hook(whole: WholeNetwork, images: Tensor) -> Split | None:
     for layer, entered, out in calls:
         if isinstance(layer, nn.Linear) and out is logits and len(drops) == 1 and entered is drops[0][1]:
             p = float(drops[0][0].p)  # type: ignore[arg-type]
+            if layer._parameters.get("weight") is None or not FINEST <= p < 1:
+                return None
             tail = nn.Sequential(AddressedDropout("unit", p, 0, False), layer)
             trunk = HookedTrunk(network, drops[0][0])
             return Split(Runner(trunk, tail=tail, keep_last=True, hidden=True), LinearHead(p, layer), 1)

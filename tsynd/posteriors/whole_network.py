@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import types
+from collections import Counter
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from tsynd.fx.tracing import private_copy
-from tsynd.posteriors.dropout import MaskSource, addressed, dropout_kind, path_dropout
+from tsynd.models.classifier import Endings
+from tsynd.posteriors.dropout import MaskSource, addressed, by_rank, dropout_kind, drops_paths, path_dropout
 from tsynd.posteriors.passes import Passes, images_at_once, passes_logits, passes_uncertainty
-from tsynd.posteriors.runner import Runner
+from tsynd.posteriors.runner import Runner, measured
 from tsynd.utils.errors import InputError
 
-__all__ = ["AddressedDropoutMode", "WholeNetwork", "attention_dropouts"]
-
-_RATES = (
-    "attention_dropout", "attn_dropout", "attn_drop", "dropout", "dropout_p", "dropout_prob", "dropout_rate",
-    "attention_dropout_rate", "attention_probs_dropout_prob",
-)  # fmt: skip
+__all__ = ["AddressedDropoutMode", "DropoutCall", "Learnt", "PassLoop", "WholeNetwork", "agrees", "settles"]
 
 # values that a network holds per value of an image, against those that a tail holds per value it starts from
 _WEIGHT = 16
 
 Axis = tuple[int, int] | None
 """Where a dropout's input has its images: the axis, and how many of its rows an image has; None for nowhere."""
-
-
-def attention_dropouts(network: nn.Module) -> list[nn.Module]:
-    """Attention modules that hold their dropout as a number and hand it on only in training.
-
-    ``scaled_dot_product_attention(dropout_p=self.rate if self.training else 0.0)`` has no dropout module to be found.
-    They are known by an attribute that is a rate (or a dropout module, of which they may read ``p``) and by "attn" or
-    "attention" in the attribute's or the class's name.
-    """
-    found = []
-    for module in network.modules():
-        named = "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
-        for name in _RATES:
-            value = getattr(module, name, None)
-            rate = value.p if isinstance(value, nn.Dropout) else value
-            if isinstance(rate, float) and 0 < rate < 1 and (named or "att" in name):
-                found.append(module)
-                break
-    return found
 
 
 class AddressedDropoutMode(TorchFunctionMode):
@@ -59,14 +40,15 @@ class AddressedDropoutMode(TorchFunctionMode):
         source: of the masks.
         rows: T * B, what the network runs on.
         axes: of every dropout's input; None takes the first axis for the images'.
+        strict: leave dropouts alone that are not told to be in training.
 
     Attributes:
         shapes: of the inputs of the dropouts so far.
     """
 
-    def __init__(self, source: MaskSource, rows: int = 0, axes: list[Axis] | None = None) -> None:
+    def __init__(self, source: MaskSource, rows: int = 0, axes: list[Axis] | None = None, strict: bool = False) -> None:
         super().__init__()
-        self.source, self.rows, self.axes = source, rows, axes
+        self.source, self.rows, self.axes, self.strict = source, rows, axes, strict
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_function__(
@@ -81,11 +63,16 @@ class AddressedDropoutMode(TorchFunctionMode):
         kind = dropout_kind(func)
         if kind is None:
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        p = float(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
-        return x if p == 0.0 else self.drop(x, kind, p)
+        given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+        x, p = given["input"], float(given.get("p", 0.5))
+        training = bool(given.get("training", given.get("train", True)))
+        if p == 0.0 or (self.strict and not training):
+            return x
+        out = self.drop(x, by_rank(kind, x.dim()), p, training)
+        in_place = given.get("inplace") or getattr(func, "__name__", "").endswith("_")
+        return x.copy_(out) if in_place and out is not x else out
 
-    def drop(self, x: Tensor, kind: str, p: float) -> Tensor:
+    def drop(self, x: Tensor, kind: str, p: float, training: bool = True) -> Tensor:
         """The next layer's dropout of x, whose rows are pass-major."""
         layer = len(self.shapes)
         self.shapes.append(tuple(x.shape))
@@ -144,7 +131,7 @@ class AddressedDropoutMode(TorchFunctionMode):
         """Run torch's own code of multi-head attention so that the calls in it come by here too."""
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
-        if bound.arguments["dropout_p"] == 0.0:
+        if bound.arguments["dropout_p"] == 0.0 or (self.strict and not bound.arguments["training"]):
             return func(*args, **kwargs)
         bound.arguments["training"] = True
         with self:
@@ -159,6 +146,88 @@ def _opened(func: Any) -> Any:
     return copy
 
 
+@dataclass(frozen=True)
+class DropoutCall:
+    """One call of dropout: in which module, of what kind and rate, and whether it was told to be in training."""
+
+    module: str
+    kind: str
+    p: float
+    training: bool
+
+
+class _Observer(AddressedDropoutMode):
+    """Drops nothing, and notes what is called where."""
+
+    def __init__(self, strict: bool = False) -> None:
+        super().__init__(MaskSource(1, 0, torch.zeros(1, dtype=torch.int64), active=False), strict=strict)
+        self.calls: list[DropoutCall] = []
+        self.random: list[str] = []
+        self.inside = [""]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note random numbers that are no dropout's."""
+        name = getattr(func, "__name__", "")
+        recurrent = name in _RECURRENT and len(args) > 6 and args[5] and args[6] and args[4] > 1
+        if name in _RANDOM or recurrent:
+            self.random.append(f"{name} in {self.inside[-1] or 'the network itself'}")
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def drop(self, x: Tensor, kind: str, p: float, training: bool = True) -> Tensor:
+        self.calls.append(DropoutCall(self.inside[-1], kind, p, training))
+        return super().drop(x, kind, p, training)
+
+    def watching(self, network: nn.Module) -> contextlib.ExitStack:
+        """Inside, calls are noted with the module of this private network that makes them."""
+
+        def entering(name: str) -> Any:
+            return lambda *_: self.inside.append(name)
+
+        def leaving(*_: Any) -> None:
+            self.inside.pop()
+
+        stack = contextlib.ExitStack()
+        for name, module in network.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_pre_hook(entering(name), prepend=True).remove)
+                stack.callback(module.register_forward_hook(leaving).remove)
+        return stack
+
+
+_RANDOM = {
+    "bernoulli", "bernoulli_", "exponential_", "multinomial", "normal", "normal_", "rand", "rand_like", "randint",
+    "randint_like", "randn", "randn_like", "randperm", "rrelu", "rrelu_", "uniform_",
+}  # fmt: skip
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
+
+def settles(module: nn.Module) -> bool:
+    """Whether a module normalises by statistics that it gathers in training: in a posterior it never trains."""
+    norm = isinstance(module, nn.modules.batchnorm._NormBase) or "batchnorm" in type(module).__name__.lower()
+    return norm or hasattr(module, "running_mean")
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a look at a network found.
+
+    Attributes:
+        logits: of the images, with every unit kept.
+        calls: of dropout in a pass.
+        ending: see :class:`tsynd.models.classifier.ClassifierAdapter`.
+        changed: whether modules of the private network now take themselves to be in training.
+        notes: what a user should know.
+    """
+
+    logits: Any
+    calls: list[DropoutCall]
+    ending: str | None
+    changed: bool
+    notes: list[str]
+
+
 class WholeNetwork:
     """A network that runs T times as a whole.
 
@@ -170,15 +239,89 @@ class WholeNetwork:
     name = "whole network"
 
     def __init__(self, network: nn.Module, stochastic_depth: bool) -> None:
-        self.network, self.runner = private_copy(network), Runner()
-        for module in self.network.modules():
+        self.network, self.runner, self._depth = private_copy(network), Runner(), stochastic_depth
+        for module in self._own():
             module.training = False
-        for module in attention_dropouts(self.network):  # it alone, not its children
-            module.training = True
-        for module in self.network.modules():
             if stochastic_depth and (found := path_dropout(module)) is not None:
                 module.register_forward_hook(_dropping(*found))
+        self._strict = False
         self._axes: tuple[tuple[int, ...], list[Axis]] | None = None
+
+    def _own(self) -> list[nn.Module]:
+        return [module for module in self.network.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+    def learn(self, images: Tensor) -> Learnt:
+        """Find the dropouts of a pass; modules that drop in training alone take themselves to be in training.
+
+        Only those, not their children, and none that then gives something else with every unit kept.
+
+        Args:
+            images: two that differ, [2, ...].
+        """
+        with Endings() as seen:
+            logits, shown = self._observe(images)
+            ending = seen.of(logits)
+        notes = [f"draws random numbers in eval mode too ({'; '.join(sorted(set(shown.random)))})"] * bool(shown.random)
+        trained = self._in_training(images)
+        if trained is None or not isinstance(logits, Tensor):
+            return Learnt(logits, shown.calls, ending, False, notes)
+        if (more := sorted(set(trained.random))) and not shown.random:
+            notes.append(f"draws random numbers in training besides dropout ({'; '.join(more)}), which no pass has")
+        wanted = [call for call in trained.calls if call.training]
+        if _marks(wanted) == _marks(shown.calls):
+            return Learnt(logits, shown.calls, ending, False, notes)
+        hidden = {mark[0] for mark in Counter(_marks(wanted)) - Counter(_marks(shown.calls))}
+        calls = self._drop_in(hidden, False, images, logits)
+        if calls is None or _marks(calls) != _marks(wanted):
+            calls = self._drop_in({call.module for call in wanted}, True, images, logits)
+        if calls is None:
+            self._drop_in(set(), False, images, logits)
+            calls = shown.calls
+        if _marks(calls) != _marks(wanted):
+            notes.append(
+                f"calls dropout {len(wanted)} times in training, {len(calls)} times in a pass of tsynd: "
+                f"{', '.join(sorted(hidden)) or 'the network itself'} does more in training than to drop"
+            )
+        return Learnt(logits, calls, ending, calls is not shown.calls, notes)
+
+    def learn_logits(self, images: Tensor) -> Tensor:
+        """Logits [B, C] with every unit kept."""
+        logits: Tensor = self._observe(images)[0]
+        return logits
+
+    def _observe(self, images: Tensor) -> tuple[Any, _Observer]:
+        observer = _Observer(self._strict)
+        with observer.watching(self.network):
+            return self.record(images, observer), observer
+
+    def _in_training(self, images: Tensor) -> _Observer | None:
+        """One pass in training mode, on buffers of its own; None where that fails."""
+        before = torch.get_rng_state()
+        trial = WholeNetwork(self.network, False)
+        for module in trial._own():
+            vars(module)["_buffers"] = {
+                name: value if value is None else value.clone() for name, value in module._buffers.items()
+            }
+            module.training = not (settles(module) or drops_paths(module))
+        try:
+            return trial._observe(images)[1]
+        except Exception:  # whatever the network's own code raises in training, where it may want labels
+            return None
+        finally:
+            if not torch.equal(before, torch.get_rng_state()):
+                torch.set_rng_state(before)
+
+    def _drop_in(self, names: set[str], strict: bool, images: Tensor, logits: Tensor) -> list[DropoutCall] | None:
+        """The calls of a pass with these modules in training; None where it then gives other logits."""
+        for name, module in self.network.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.training = name in names and not settles(module)
+        self._strict = strict
+        try:
+            found, observer = self._observe(images)
+        except Exception:  # as above
+            return None
+        return observer.calls if isinstance(found, Tensor) and agrees(found, logits) else None
 
     def logits(self, images: Tensor, source: MaskSource) -> Tensor:
         """Logits [T, B, C] of images [B, C, ...].
@@ -199,9 +342,10 @@ class WholeNetwork:
     def _passes(self, source: MaskSource) -> Passes:
         def run(part: slice, inputs: tuple[Tensor, ...]) -> Tensor:
             (images,) = inputs
-            repeated = images.repeat(source.samples, *[1] * (images.dim() - 1))
-            mode = AddressedDropoutMode(source.part(part), repeated.shape[0], self.axes(images))
-            return self.record(repeated, mode).reshape(source.samples, images.shape[0], -1)
+            own = source.part(part)
+            repeated = images.repeat(own.passes, *[1] * (images.dim() - 1))
+            mode = AddressedDropoutMode(own, repeated.shape[0], self.axes(images), self._strict)
+            return self.record(repeated, mode).reshape(own.passes, images.shape[0], -1)
 
         return run
 
@@ -220,7 +364,7 @@ class WholeNetwork:
         size = tuple(images.shape[1:])
         if self._axes is None or self._axes[0] != size:
             off = MaskSource(1, 0, torch.zeros(1, dtype=torch.int64, device=images.device), active=False)
-            modes = [AddressedDropoutMode(off, count) for count in (2, 3)]
+            modes = [AddressedDropoutMode(off, count, strict=self._strict) for count in (2, 3)]
             with torch.no_grad():
                 for mode in modes:
                     self.record(images[:1].detach().expand(mode.rows, *images.shape[1:]).contiguous(), mode)
@@ -229,6 +373,44 @@ class WholeNetwork:
                 raise InputError("classifier: calls dropout more often for more images, wanted always as often")
             self._axes = size, [_axis(a, b) for a, b in zip(two, three, strict=True)]
         return self._axes[1]
+
+
+class PassLoop:
+    """The plain way: one pass after another, all images of a call together, as a loop over the model would run it."""
+
+    name = "pass by pass"
+
+    def __init__(self, whole: WholeNetwork) -> None:
+        self.whole, self.runner = whole, Runner()
+
+    def logits(self, images: Tensor, source: MaskSource) -> Tensor:
+        """Logits [T, B, C]; backward runs each pass again."""
+        runs = [self.whole._passes(replace(source, only=t)) for t in range(source.samples)]
+        if not torch.is_grad_enabled():
+            return torch.cat([run(slice(None), (images,)) for run in runs])
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(run, slice(None), (images,), **options) for run in runs])
+
+    def uncertainty(self, images: Tensor, source: MaskSource, objective: str, task: str) -> Tensor:
+        """Uncertainty [B]."""
+        return measured(self.logits(images, source), objective, task)[0]
+
+
+def agrees(got: Tensor, wanted: Tensor) -> bool:
+    """Whether logits are the same but for rounding."""
+    exact = (
+        wanted.dtype in (torch.float32, torch.float64) and not wanted.is_cuda and not torch.is_autocast_enabled("cpu")
+    )
+    if got.shape != wanted.shape:
+        return False
+    if not bool(wanted.isfinite().all()):
+        return torch.equal(got.isfinite(), wanted.isfinite())
+    scale = float((wanted - wanted.mean()).abs().max()) + 1e-3 * float(wanted.abs().max())
+    return float((got - wanted).abs().max()) <= (2e-3 if exact else 5e-2) * scale + 1e-6
+
+
+def _marks(calls: list[DropoutCall]) -> list[tuple[str, str, float]]:
+    return [(call.module, call.kind, call.p) for call in calls]
 
 
 _mode: ContextVar[AddressedDropoutMode | None] = ContextVar("mode", default=None)

@@ -8,37 +8,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.extra_images import BatchAugmentation
+from tsynd.training.extra_images import Alternation, BatchAugmentation
 from tsynd.training.pixels import PixelAdversarial, PixelConsistency
-from tsynd.utils.errors import InputError, require
+from tsynd.training.recipe import recipe
+from tsynd.training.standard import RandAugmentation, StandardAugmentation
+from tsynd.utils.errors import InputError
 
-__all__ = ["ARMS", "Arm", "RandAugmentation", "augmentation_of", "parse_arm"]
+__all__ = ["ARMS", "Arm", "augmentation_of", "parse_arm"]
 
 _LATENT: dict[str, dict[str, str]] = {
     "reconstruction": {"direction": "reconstruction"},
     "random": {"direction": "random"},
     "entropy": {"direction": "uncertainty", "objective": "entropy"},
     "mutual_information": {"direction": "uncertainty", "objective": "mutual_information"},
+    "expected_information": {"direction": "uncertainty", "objective": "expected_information"},
     "loss": {"direction": "loss"},
 }
-_PIXEL = ("adversarial", "trades", "randaugment")
+_PIXEL = ("standard", "randaugment", "adversarial", "trades")
 
-ARMS = ("real", *_LATENT, *_PIXEL)
-"""``real`` adds nothing. Through the autoencoder: ``reconstruction`` decodes the latents as they are, ``random``
-moves them in a random direction to the radius, ``entropy`` and ``mutual_information`` up the classifier's uncertainty,
-``loss`` up the label's cross-entropy. On pixels: ``adversarial`` is PGD training (Madry et al. 2018), ``trades`` learns
-the same prediction in a ball (Zhang et al. 2019), ``randaugment`` is RandAugment (Cubuk et al. 2020). All but ``real``
-add the same number of images to the same steps."""
+ARMS = ("real", *_PIXEL, *_LATENT, "recipe")
+"""``real`` adds nothing. On pixels: ``standard`` turns, shifts, scales and flips a little, ``randaugment`` is
+RandAugment (Cubuk et al. 2020), ``adversarial`` is PGD training (Madry et al. 2018), ``trades`` learns the same
+prediction in a ball (Zhang et al. 2019). Through the autoencoder: ``reconstruction`` decodes the latents as they are,
+``random`` moves them in a random direction to the radius, ``entropy`` and ``mutual_information`` up the classifier's
+uncertainty, ``expected_information`` up what the image would tell about others, ``loss`` up the label's cross-entropy.
+``A+B`` takes two of these in turn, step by step; ``recipe`` is the ``robust`` one of :func:`tsynd.recipe`. All but
+``real`` add the same number of images to the same steps."""
 
-_TRAINING = ("augmentation_weight", "warmup_fraction")
+_TRAINING = ("augmentation_weight", "warmup_fraction", "iterations")
 _FIXED = ("autoencoder", "direction", "objective", "task", "latent_std", "seed")
 _NAMES = [*inspect.signature(TargetedAugmentation.__init__).parameters, *(f.name for f in fields(AscentSettings))]
 _OPTIONS = tuple(name for name in _NAMES if name not in ("self", "settings", "targets", "ascent", *_FIXED))
+_OWN: dict[str, tuple[str, ...]] = {
+    "standard": ("flip", "every", "ratio"),
+    "randaugment": ("every", "ratio"),
+    "adversarial": ("budget", "steps", "persistent", "every", "ratio"),
+    "trades": ("budget", "steps", "persistent", "weight", "every", "ratio"),
+    "recipe": ("flip",),
+}
 # what an option needs climbing for is not asked of the arms that do not climb
 _CLIMBING = {"typicality": ("uncertainty", "loss")}
 
@@ -49,46 +58,68 @@ class Arm:
 
     Attributes:
         text: as it was written.
-        kind: one of :data:`ARMS`.
-        options: what it sets otherwise than the study.
+        kinds: of :data:`ARMS`, in turn where there are several.
+        options: for each kind what it sets otherwise than the study.
+        training: its own ``augmentation_weight``, ``warmup_fraction`` and ``iterations``.
     """
 
     text: str
-    kind: str
-    options: Mapping[str, Any]
+    kinds: tuple[str, ...]
+    options: tuple[Mapping[str, Any], ...]
+    training: Mapping[str, Any]
 
     @property
     def generative(self) -> bool:
-        """Whether its images come out of the autoencoder."""
-        return self.kind in _LATENT
+        """Whether any of its images come out of the autoencoder."""
+        return self.kinds == ("recipe",) or any(kind in _LATENT for kind in self.kinds)
 
-    @property
-    def training(self) -> dict[str, Any]:
-        """Its own ``augmentation_weight`` and ``warmup_fraction``."""
-        return {name: value for name, value in self.options.items() if name in _TRAINING}
+    def latent(self) -> Arm:
+        """Its first part that goes through the autoencoder, making an image of every one it is given."""
+        if self.kinds == ("recipe",):
+            return Arm(self.text, ("expected_information",), ({},), {})
+        place = next(i for i, kind in enumerate(self.kinds) if kind in _LATENT)
+        return Arm(self.text, (self.kinds[place],), ({**self.options[place], "ratio": 1.0, "every": 1},), self.training)
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm from ``KIND`` or ``KIND,option=value,...``, as ``mutual_information,radius=1.0,typicality=0.1``.
+    """An arm from ``KIND`` or ``KIND+KIND``, with ``,option=value`` behind it.
 
-    Options are those of :class:`tsynd.TargetedAugmentation`, and ``augmentation_weight`` and ``warmup_fraction`` of
-    :func:`tsynd.fit_classifier`. A pair is written ``radius=0.2:0.8``.
+    Options are those of :class:`tsynd.TargetedAugmentation`; ``budget``, ``steps`` and ``persistent`` of
+    ``adversarial`` and ``trades``, ``weight`` of ``trades``, ``flip`` (``none``, ``horizontal`` or ``both``) of
+    ``standard`` and ``recipe``;
+    ``augmentation_weight``, ``warmup_fraction`` and ``iterations`` of :func:`tsynd.fit_classifier`. A pair is written
+    ``radius=0.2:0.8``; ``trades.steps=3`` means one of several kinds that know the option. ``real,iterations=750`` is
+    real only with as much time as a dearer arm.
 
     Raises:
         InputError: an unknown kind or option, or a value that is no number or word.
     """
-    kind, *settings = text.split(",")
-    if kind not in ARMS:
-        raise InputError(f"arms: got {text!r}, wanted KIND or KIND,option=value with KIND one of {', '.join(ARMS)}")
-    allowed = () if kind == "real" else (*_OPTIONS, *_TRAINING) if kind in _LATENT else ("every", "ratio", *_TRAINING)
-    options: dict[str, Any] = {}
+    head, *settings = text.split(",")
+    kinds = tuple(head.split("+"))
+    if (
+        not set(kinds) <= set(ARMS)
+        or len(set(kinds)) < len(kinds)
+        or (len(kinds) > 1 and {"real", "recipe"} & set(kinds))
+    ):
+        raise InputError(
+            f"arms: got {text!r}, wanted KIND or KIND+KIND, then ,option=value, with KIND one of {', '.join(ARMS)}"
+        )
+    known = [_OPTIONS if kind in _LATENT else _OWN.get(kind, ()) for kind in kinds]
+    training = ("iterations",) if kinds == ("real",) else _TRAINING
+    options: tuple[dict[str, Any], ...] = tuple({} for _ in kinds)
+    own: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if not equals or name not in allowed:
-            wanted = ", ".join(allowed) or "none"
+        kind, dot, short = name.rpartition(".")
+        takers = [i for i, names in enumerate(known) if short in names and (not dot or kinds[i] == kind)]
+        if not equals or not (takers or name in training):
+            wanted = ", ".join(dict.fromkeys([*(n for names in known for n in names), *training]))
             raise InputError(f"arms: got {setting!r} in {text!r}, wanted option=value with option one of {wanted}")
-        options[name] = _value(value)
-    return Arm(text, kind, options)
+        for i in takers:
+            options[i][short] = _value(value)
+        if name in training:
+            own[name] = _value(value)
+    return Arm(text, kinds, options, own)
 
 
 def _value(text: str) -> Any:
@@ -98,32 +129,6 @@ def _value(text: str) -> Any:
         return json.loads({"None": "null"}.get(text, text))
     except ValueError:
         return text
-
-
-_GROUP = 8  # kornia draws one pair of operations per call; this many images share it
-
-
-class RandAugmentation(BatchAugmentation):
-    """RandAugment by kornia: two operations of strength 10 of 30; grey images pass as RGB with equal channels.
-
-    Args:
-        ratio: see :class:`tsynd.training.extra_images.BatchAugmentation`.
-        every: see there.
-        seed: call n draws from seed + n; torch's global state is left as it was.
-    """
-
-    def __init__(self, ratio: float = 1.0, every: int = 1, seed: int = 0) -> None:
-        super().__init__(ratio, every, seed)
-        self.augment = require("kornia.augmentation.auto", "train").RandAugment(n=2, m=10)
-
-    def make(self, classifier: nn.Module, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """See :meth:`tsynd.training.extra_images.BatchAugmentation.make`."""
-        grey = images.shape[1] == 1
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(self.seed + self.calls)
-            coloured = images.expand(-1, 3, -1, -1) if grey else images
-            made = torch.cat([self.augment(part) for part in torch.split(coloured, _GROUP)]).clamp(0, 1)
-        return made.mean(1, keepdim=True) if grey else made
 
 
 def augmentation_of(
@@ -144,21 +149,38 @@ def augmentation_of(
         options: the study's, of :class:`tsynd.TargetedAugmentation`.
         task: "multiclass" or "multilabel".
         seed: of everything that is drawn.
-        adversarial_budget: of ``adversarial``, in [0, 1] pixel units.
-        adversarial_steps: of ``adversarial``.
+        adversarial_budget: of ``adversarial`` and ``trades``, in [0, 1] pixel units.
+        adversarial_steps: of both.
 
     Raises:
         InputError: an option that cannot be used.
     """
-    if arm.kind == "real":
+    if arm.kinds == ("real",):
         return None
-    own = {name: value for name, value in arm.options.items() if name not in _TRAINING}
-    if arm.generative:
-        direction = _LATENT[arm.kind]["direction"]
+    if arm.kinds == ("recipe",):
+        return recipe("robust", autoencoder, task=task, seed=seed, **arm.options[0])
+    budget = {"budget": adversarial_budget, "steps": adversarial_steps}
+    made = [
+        _one(kind, autoencoder, options, {"task": task, "seed": seed}, budget, own)
+        for kind, own in zip(arm.kinds, arm.options, strict=True)
+    ]
+    return made[0] if len(made) == 1 else Alternation(*made)
+
+
+def _one(
+    kind: str,
+    autoencoder: Any,
+    options: Mapping[str, Any],
+    shared: dict[str, Any],
+    budget: dict[str, Any],
+    own: Mapping[str, Any],
+) -> BatchAugmentation:
+    if kind in _LATENT:
+        direction = _LATENT[kind]["direction"]
         usable = {name: value for name, value in options.items() if direction in _CLIMBING.get(name, (direction,))}
-        return TargetedAugmentation(autoencoder, task=task, seed=seed, **{**usable, **own, **_LATENT[arm.kind]})
-    shared = {"seed": seed, **{name: options[name] for name in ("ratio", "every") if name in options}, **own}
-    if arm.kind == "randaugment":
-        return RandAugmentation(**shared)
-    kind = PixelConsistency if arm.kind == "trades" else PixelAdversarial
-    return kind(adversarial_budget, adversarial_steps, task=task, **shared)
+        return TargetedAugmentation(autoencoder, **{**shared, **usable, **own, **_LATENT[kind]})
+    counts = {name: options[name] for name in ("ratio", "every") if name in options}
+    if kind in ("standard", "randaugment"):
+        plain = StandardAugmentation if kind == "standard" else RandAugmentation
+        return plain(**{**counts, "seed": shared["seed"], **own})
+    return (PixelConsistency if kind == "trades" else PixelAdversarial)(**{**shared, **budget, **counts, **own})

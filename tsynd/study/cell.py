@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from tsynd.data.dataset import DataSource, LabelledImages, parts
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
-from tsynd.evaluation.evaluate import choose_conditions, evaluate, evaluate_uncertainty, spread_indices
+from tsynd.evaluation.evaluate import (
+    choose_conditions,
+    conformal_metrics,
+    evaluate,
+    evaluate_uncertainty,
+    spread_indices,
+)
 from tsynd.evaluation.image_quality import (
     distribution_distances,
+    gradient_cosine,
     memorisation,
     penultimate_features,
     reconstruction_error,
@@ -48,6 +55,7 @@ from tsynd.utils.fingerprint import seal
 __all__ = ["plain", "run_cell", "train_autoencoder"]
 
 EXAMPLES = 8
+_COSINE_IMAGES = 64
 _MOST_IMAGES = 500  # of the synthetic set whose quality is measured
 _REMEMBERED_BYTES = 2**29
 _SPACING = 10_007  # between the augmentation's seeds: its call n uses seed + n
@@ -92,17 +100,29 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
 
     start = time.perf_counter()
     tested = getattr(source, settings.split)
+    conformal = source.task == "multiclass" and settings.split == "test" and len(source.val) > 0
     scores = evaluate(
         model,
         tested,
         task=source.task,
         conditions=_remembered(settings.conditions, tested),
+        metrics=conformal_metrics(model, source.val) if conformal else None,
+        batch_size=64,  # what stays in cache is faster
+    )
+    seconds["conditions"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    scores |= evaluate(
+        model,
+        tested,
+        task=source.task,
+        conditions=(),
         attacks=settings.attacks,
         attack_images=settings.attack_images,
         query_images=settings.query_images,
-        batch_size=64,  # what stays in cache is faster
+        queries=settings.queries,
     )
-    seconds["evaluation"] = time.perf_counter() - start
+    seconds["attacks"] = time.perf_counter() - start
 
     start = time.perf_counter()
     trust = evaluate_uncertainty(
@@ -115,6 +135,7 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     seconds["quality"] = time.perf_counter() - start
     result: dict[str, Any] = {
         **asdict(cell),
+        "data": source.name,
         "scores": scores,
         "uncertainty": trust,
         "quality": quality,
@@ -130,6 +151,7 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
 def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource) -> tuple[nn.Module, FitReport]:
     settings = place.settings
     training = {
+        "iterations": settings.iterations,
         "augmentation_weight": settings.augmentation_weight,
         "warmup_fraction": settings.warmup_fraction,
         **arm.training,
@@ -144,7 +166,6 @@ def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: Dat
         seed=cell.seed,  # the same first weights in all arms
         network=settings.classifier_options(),
         features=place.folder / "features",
-        iterations=settings.iterations,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         augmentation=augmentation,
@@ -217,8 +238,9 @@ def _quality(
 ) -> dict[str, Any]:
     """Measure images made of the training images against the finished classifier, and keep a few."""
     device = torch.device(place.device)
-    whole = Arm(arm.text, arm.kind, {**arm.options, "ratio": 1.0, "every": 1})
-    augmentation = make_augmentation(whole, autoencoder, place.settings, source.task, _SPACING * cell.seed + _FRESH)
+    augmentation = make_augmentation(
+        arm.latent(), autoencoder, place.settings, source.task, _SPACING * cell.seed + _FRESH
+    )
     chosen = spread_indices(source.train.labels, _MOST_IMAGES)
     train, labels = (part.to(device) for part in source.train.batch(chosen))
     augmentation.prepare(parts(train))
@@ -260,6 +282,7 @@ def _quality(
         "fid_train": baseline["fid"],
         "uncertainty_reconstruction": float(sure[0].mean()),
         "uncertainty": float(sure[1].mean()),
+        "gradient_cosine": gradient_cosine(posterior, autoencoder, train[:_COSINE_IMAGES], source.task),
         "label_kept_reconstruction": kept[0],
         "label_kept": kept[1],
     }

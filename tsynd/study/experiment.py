@@ -96,7 +96,7 @@ def experiment(
     cells = cells_of(train_sizes, seeds, arms)
     for module, extra in _NEEDED.items():  # now, not after the training
         require(module, extra)
-    if settings.attacks or any(parse_arm(arm).kind == "adversarial" for arm in arms):
+    if settings.attacks:
         check_robustness()
     where = str(resolve_device(device))
     for size in dict.fromkeys(train_sizes):  # refuses one that is too small or too large

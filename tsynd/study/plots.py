@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from tsynd.evaluation.attacks import KINDS
-from tsynd.evaluation.shifts import SEVERITIES, SHIFTS
+from tsynd.evaluation.evaluate import FAMILIES
 from tsynd.report.plots import INK, SOFT, inline_svg
 from tsynd.study.statistics import mean_interval
-from tsynd.study.summary import Measure, Row, arms_of, attack_budgets, severity_curve, sizes_of, values
+from tsynd.study.summary import Measure, Row, arms_of, attack_budgets, severities_of, severity_curve, sizes_of, values
 from tsynd.utils.errors import require
 
 __all__ = ["budget_plot", "dot_plot", "label_of", "selective_plot", "severity_plot", "size_plot"]
@@ -26,39 +26,38 @@ _STYLES: dict[str, tuple[str, str, str]] = {
     "entropy": ("#3fa7e0", "D", "-"),
     "mutual_information": ("#d55e00", "o", "-"),
     "loss": ("#cc79a7", "v", "-"),
+    "expected_information": ("#b3202a", "p", "-"),
     "adversarial": ("#009e73", "P", ":"),
+    "trades": ("#0072b2", "*", ":"),
+    "standard": ("#a6761d", "<", ":"),
     "randaugment": ("#8067d6", "X", ":"),
 }
 _MORE_MARKERS = "ovs^DPX*<>"
-_TITLES = {
-    "noise": "Gaussian noise",
-    "blur": "Blur",
-    "rotation": "Rotation",
-    "translation": "Translation",
-    "contrast": "Contrast",
-    "brightness": "Brightness",
-    "jpeg": "JPEG",
-    "fgsm": "FGSM",
-    "pgd": "PGD-20",
-    "square": "Square (no gradient)",
-}
+_TITLES = {"jpeg": "JPEG", "fgsm": "FGSM", "pgd": "PGD-20", "apgd": "AutoPGD", "square": "Square (no gradient)"}
+_NAMES = {"real": "real only", "randaugment": "RandAugment", "trades": "TRADES"}
 
 
 def label_of(arm: str) -> str:
     """An arm's name for people."""
-    kind, *options = arm.split(",")
-    name = {"real": "real only", "randaugment": "RandAugment"}.get(kind, kind.replace("_", " "))
+    head, *options = arm.split(",")
+    name = " + ".join(_NAMES.get(kind, kind.replace("_", " ")) for kind in head.split("+"))
     return f"{name} ({', '.join(options).replace('_', ' ')})" if options else name
 
 
 def _style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
-    kind = arm.split(",")[0]
-    colour, marker, dashes = _STYLES[kind]
-    brothers = [other for other in arms if other.split(",")[0] == kind]
+    """Of the arm's kind; of several in turn the last one's, with other dashes."""
+    head = arm.split(",")[0]
+    kind = head.split("+")[-1]
+    colour, marker, dashes = _STYLES.get(kind, (INK, "h", "-"))
+    brothers = [other for other in arms if other.split(",")[0].split("+")[-1] == kind]
     place = brothers.index(arm)
     if place:  # variants of one kind: the same colour, another marker and dashes
         marker, dashes = _MORE_MARKERS[place % len(_MORE_MARKERS)], ("--", ":", "-.")[place % 3]
     return {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 4.5, "linewidth": 1.5}
+
+
+def _title_of(kind: str) -> str:
+    return _TITLES.get(kind, kind.replace("_", " ").capitalize())
 
 
 def _grid(columns: int, rows: int, height: float, **options: Any) -> tuple[Any, Any]:
@@ -103,10 +102,12 @@ def dot_plot(rows: Sequence[Row], measures: Sequence[Measure], size: int, key: s
         scale = 100 if measure.percent else 1
         for place, arm in zip(places, arms, strict=True):
             found = [scale * value for value in values(rows, arm, size, measure.key).values()]
+            if not found:
+                continue
             mean, half = mean_interval(found)
             style = _style(arm, arms)
             axis.plot(found, [place - 0.2] * len(found), ".", color=style["color"], alpha=0.55, markersize=5)
-            low, high = _interval(mean, half, scale)
+            low, high = _interval(mean, half, scale if measure.percent else math.inf)
             axis.errorbar(
                 mean, place + 0.06, xerr=[[low], [high]], color=style["color"], marker=style["marker"],
                 markersize=6, capsize=3, linewidth=1.6,
@@ -125,7 +126,7 @@ def dot_plot(rows: Sequence[Row], measures: Sequence[Measure], size: int, key: s
         figure,
         key,
         f"{size} labelled images",
-        f"Balanced accuracy; small dots are the {seeds} seeds, the large mark is their mean with its 95 % interval. "
+        f"Small dots are the {seeds} seeds, the large mark is their mean with its 95 % interval. "
         "The dotted line is the mean of real only.",
         f"Balanced accuracy by arm with {size} labelled images",
     )
@@ -146,38 +147,44 @@ def size_plot(rows: Sequence[Row], measures: Sequence[Measure], key: str) -> str
         axis.set_xlabel("labelled training images", fontsize=9.5, color=INK)
         _title(axis, f"{measure.title}{' [%]' if measure.percent else ''}")
     _legend(figure, axes, arms)
-    caption = "Balanced accuracy, mean over seeds; logarithmic size axis. Seeds and intervals stand in the plots below."
+    caption = "Mean over seeds; logarithmic size axis. Seeds and intervals stand in the plots below."
     return inline_svg(figure, key, "By number of labels", caption, "Balanced accuracy against train size")
 
 
-def severity_plot(rows: Sequence[Row], size: int, key: str) -> str:
-    """Balanced accuracy against severity; one panel per kind of shift."""
+def severity_plot(rows: Sequence[Row], size: int, family: str, key: str) -> str:
+    """Balanced accuracy against severity; one panel per kind of a family that was measured, nothing for none."""
     arms = arms_of(rows)
-    kinds = [kind for kind in SHIFTS if any(f"{kind}:1" in row["scores"] for row in rows)]
+    kinds = [kind for kind in FAMILIES[family] if severities_of(rows, kind)]
+    if not kinds:
+        return ""
     columns = min(4, len(kinds))
     figure, axes = _grid(
         columns, math.ceil(len(kinds) / columns), 2.25 * math.ceil(len(kinds) / columns) + 0.6, sharey=True
     )
     for axis, kind in zip(axes.flat, kinds, strict=False):
+        places = [0, *severities_of(rows, kind)]
         for arm in arms:
             curve = 100 * np.array(severity_curve(rows, arm, size, kind))
-            axis.plot([0, *SEVERITIES], curve, label=label_of(arm), **_style(arm, arms))
-        axis.set_xticks([0, *SEVERITIES], ["clean", *map(str, SEVERITIES)])
-        _title(axis, _TITLES[kind])
+            axis.plot(places, curve, label=label_of(arm), **_style(arm, arms))
+        axis.set_xticks(places, ["clean", *map(str, places[1:])])
+        _title(axis, _title_of(kind))
     for axis in list(axes.flat)[len(kinds) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("balanced accuracy [%]", fontsize=9.5, color=INK)
     _legend(figure, axes, arms)
     caption = f"{size} labelled images, mean over seeds. Severities are listed in the method's part below."
-    return inline_svg(figure, key, "By severity of the shift", caption, "Balanced accuracy against severity")
+    title = {"shifts": "By severity of the shift", "medmnist_c": "By severity of MedMNIST-C's corruptions"}[family]
+    return inline_svg(figure, key, title, caption, "Balanced accuracy against severity")
 
 
 def budget_plot(rows: Sequence[Row], size: int, key: str) -> str:
-    """Balanced accuracy against the attack's budget; one panel per attack of several budgets."""
+    """Balanced accuracy against the attack's budget; one panel per attack of several budgets, nothing for none."""
     arms = arms_of(rows)
     kinds = [kind for kind in KINDS if len(attack_budgets(rows, kind)) > 1]
-    figure, axes = _grid(max(len(kinds), 1), 1, 3.3, sharey=True)
+    if not kinds:
+        return ""
+    figure, axes = _grid(len(kinds), 1, 3.3, sharey=True)
     for axis, kind in zip(axes[0], kinds, strict=False):
         budgets = attack_budgets(rows, kind)
         for arm in arms:
@@ -187,7 +194,7 @@ def budget_plot(rows: Sequence[Row], size: int, key: str) -> str:
             axis.plot(places, 100 * np.array([clean, *means]), label=label_of(arm), **_style(arm, arms))
         axis.set_xticks(places, [f"{place:.3g}" for place in places])
         axis.set_xlabel("budget [1/255 of the intensity range]", fontsize=9.5, color=INK)
-        _title(axis, _TITLES[kind])
+        _title(axis, _title_of(kind))
     axes[0][0].set_ylabel("balanced accuracy [%]", fontsize=9.5, color=INK)
     _legend(figure, axes, arms)
     caption = f"{size} labelled images, mean over seeds; budget 0 is all clean images, the others a fixed part of them."

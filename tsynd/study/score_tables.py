@@ -9,10 +9,24 @@ from dataclasses import dataclass
 
 from tsynd.study.plots import label_of
 from tsynd.study.statistics import mean_interval, smallest_p
-from tsynd.study.summary import Measure, Row, all_measures, arms_of, difference, headline, quality_of, sizes_of, values
+from tsynd.study.summary import (
+    Measure,
+    Row,
+    all_measures,
+    arms_of,
+    attack_measures,
+    condition_measures,
+    difference,
+    headline,
+    quality_of,
+    sizes_of,
+    values,
+)
 
 __all__ = [
     "Table",
+    "attack_table",
+    "condition_table",
     "difference_tables",
     "masked_gradients",
     "quality_table",
@@ -73,13 +87,38 @@ def score_table(rows: Sequence[Row], size: int, brief: bool = False) -> Table:
     return Table(f"{size} labelled images", head, tuple(lines), {})
 
 
+def _plain_table(rows: Sequence[Row], size: int, measures: Sequence[Measure], title: str) -> Table:
+    lines = []
+    for arm in arms_of(rows):
+        found = [list(values(rows, arm, size, measure.key).values()) for measure in measures]
+        if any(found):
+            texts = [_value(*mean_interval(one), m) for one, m in zip(found, measures, strict=True)]
+            lines.append((label_of(arm), *texts))
+    head = ("Arm", *(m.title + (" %" if m.percent else "") for m in measures))
+    return Table(f"{title}, {size} labelled images", head, tuple(lines) if measures else (), {})
+
+
+def attack_table(rows: Sequence[Row], size: int) -> Table:
+    """Balanced accuracy under every attack; no lines where there was none."""
+    return _plain_table(rows, size, attack_measures(rows), "Attacks")
+
+
+def condition_table(rows: Sequence[Row], size: int) -> Table:
+    """Balanced accuracy under every kind of disturbance, mean over severities; no lines where there was none."""
+    return _plain_table(rows, size, condition_measures(rows), "Disturbances")
+
+
+RIVALS = ("real", "standard", "randaugment", "adversarial", "trades", "random")
+"""What arms are compared with: what users would choose instead, and noise."""
+
+
 def difference_tables(rows: Sequence[Row]) -> list[Table]:
-    """Paired differences against ``real`` and ``random``, by size and, with several sizes, over all of them."""
+    """Paired differences against :data:`RIVALS`, by size and, with several sizes, over all of them."""
     sizes = sizes_of(rows)
     groups = [([size], f"{size} labelled images") for size in sizes]
     groups += [(sizes, f"all sizes together ({', '.join(map(str, sizes))})")] if len(sizes) > 1 else []
     arms, tables = arms_of(rows), []
-    for against in [arm for arm in ("real", "random") if arm in arms]:
+    for against in [arm for arm in RIVALS if arm in arms]:
         for chosen, name in groups:
             table = _differences(rows, against, chosen, name)
             tables += [table] if table.rows else []
@@ -95,12 +134,13 @@ def _differences(rows: Sequence[Row], against: str, sizes: Sequence[int], name: 
         if arm == against or not found or not found[0].pairs:
             continue
         line = [label_of(arm), str(found[0].pairs)]
-        for one in found:
-            text = "–" if math.isnan(one.mean) else signed(one.mean)
-            text += "" if math.isnan(one.half_width) else f" ± {100 * one.half_width:.1f}"
+        for one, measure in zip(found, measures, strict=True):
+            scale, digits = (100, 1) if measure.percent else (1, 3)
+            text = "–" if math.isnan(one.mean) else _minus(f"{scale * one.mean:+.{digits}f}")
+            text += "" if math.isnan(one.half_width) else f" ± {scale * one.half_width:.{digits}f}"
             if one.half_width < abs(one.mean):
-                marks[len(lines), len(line)] = "up" if one.mean > 0 else "down"
-            line += [_minus(text), _p(one.p, one.pairs)]
+                marks[len(lines), len(line)] = "up" if (one.mean > 0) == measure.up else "down"
+            line += [text, _p(one.p, one.pairs)]
         lines.append(tuple(line))
     head = ("Arm", "Pairs", *(text for m in measures for text in (m.title, "p")))
     return Table(f"Less {label_of(against)}, {name}", head, tuple(lines), marks)
@@ -132,6 +172,7 @@ def quality_table(rows: Sequence[Row], size: int) -> Table:
                     f"{100 * found['source_is_nearest']:.0f}",
                     _minus(f"{found['kid']:.3f}"),
                     f"{found['fid']:.2f}",
+                    f"{found.get('gradient_cosine', math.nan):.2f}",
                 )
             )
     head = (
@@ -145,6 +186,7 @@ def quality_table(rows: Sequence[Row], size: int) -> Table:
         "Source nearest %",
         "KID",
         "FID",
+        "Cosine MI, entropy",
     )
     return Table(f"{size} labelled images", head, tuple(lines), {})
 

@@ -42,12 +42,15 @@ __all__ = [
 
 DEFAULT_ARMS = (
     "real",
+    "standard",
+    "randaugment",
+    "adversarial",
+    "trades",
     "reconstruction",
     "random",
     "entropy",
     "mutual_information",
-    "adversarial",
-    "randaugment",
+    "recipe",
 )
 
 
@@ -77,13 +80,15 @@ class StudySettings(NetworkChoice):
         ratio: extra images per real image.
         every: extra images at every n-th step.
         typicality: weight of the penalty on implausible latents.
-        adversarial_budget: of the adversarial arm, in [0, 1] pixel units.
-        adversarial_steps: PGD steps of the adversarial arm.
+        adversarial_budget: of the arms adversarial and trades, in [0, 1] pixel units.
+        adversarial_steps: of the same arms.
         split: what is scored: ``test``, or ``val`` to choose settings on.
-        conditions: clean, noise (σ = 0.05), rotation (±15°), shifts (all kinds and severities), or one, as blur:3.
-        attacks: fgsm, pgd, square, or one budget of the range [0, 1], as pgd:2/255; none for none.
-        attack_images: images that FGSM and PGD attack; None (on the command line 0) is all.
+        conditions: clean, noise (σ = 0.05), rotation (±15°), shifts (seven kinds) and medmnist_c (thirteen), each in
+            all severities or in one, as shifts:3, or one kind, as blur:3.
+        attacks: fgsm, pgd, apgd, square, or one budget of the range [0, 1], as pgd:2/255; deepfool; none for none.
+        attack_images: images that are attacked by gradient; None (on the command line 0) is all.
         query_images: how many of these Square attacks; None (on the command line 0) is all.
+        queries: Square's for each of these images.
         uncertainty_samples: T of the measured uncertainty, posterior samples.
         reading: how the files of a folder or table are read.
     """
@@ -112,10 +117,11 @@ class StudySettings(NetworkChoice):
     adversarial_budget: float = 4 / 255
     adversarial_steps: int = 5
     split: str = "test"
-    conditions: tuple[str, ...] = ("clean", "shifts")
-    attacks: tuple[str, ...] = ("fgsm", "pgd", "square")
-    attack_images: int | None = 128
+    conditions: tuple[str, ...] = ("clean", "shifts:1", "shifts:3", "shifts:5", "medmnist_c:3")
+    attacks: tuple[str, ...] = ("pgd:2/255", "pgd:4/255", "apgd:2/255", "square:2/255", "deepfool")
+    attack_images: int | None = 64
     query_images: int | None = 32
+    queries: int = 100
     uncertainty_samples: int = 32
     reading: ReadOptions = field(default_factory=ReadOptions)
 
@@ -180,7 +186,7 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
     Raises:
         InputError: a setting that cannot be used, or does not fit the data or an arm.
     """
-    for name in ("autoencoder_iterations", "iterations", "adversarial_steps", "uncertainty_samples"):
+    for name in ("autoencoder_iterations", "iterations", "adversarial_steps", "uncertainty_samples", "queries"):
         _at_least(name, getattr(settings, name), 1)
     _at_least("batch_size", settings.batch_size, 2)
     for name in ("attack_images", "query_images"):
@@ -192,7 +198,7 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         value = getattr(settings, name)
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name}: got {value!r}, wanted a finite number above 0")
-    if source.spatial_dims == 3 and any(arm.kind == "randaugment" for arm in arms):
+    if source.spatial_dims == 3 and any("randaugment" in arm.kinds for arm in arms):
         raise InputError("arms: got randaugment for volumes, wanted arms without it: its operations are for pictures")
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
@@ -203,11 +209,12 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
     autoencoder.latent_std.fill_(1.0)
     for arm in arms:
         for name, value in {"augmentation_weight": settings.augmentation_weight, **arm.training}.items():
-            if name != "warmup_fraction" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if name == "augmentation_weight" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise InputError(f"{name}: got {value!r}, wanted a finite number of 0 or more")
         fraction = arm.training.get("warmup_fraction", settings.warmup_fraction)
         if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
             raise InputError(f"warmup_fraction: got {fraction!r}, wanted a number in [0, 1]")
+        _at_least("iterations", arm.training.get("iterations", 1), 1)
         try:
             make_augmentation(arm, autoencoder, settings, source.task, 0)
         except TypeError as error:  # a word where a number belongs

@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsynd.evaluation.shifts import SHIFTS
+from tsynd.evaluation.attacks import KINDS
+from tsynd.evaluation.evaluate import FAMILIES
 from tsynd.report.pictures import centre, inline_png, nats
 from tsynd.report.run_report import STYLE
 from tsynd.study.arms import parse_arm
 from tsynd.study.plots import budget_plot, dot_plot, label_of, selective_plot, severity_plot, size_plot
 from tsynd.study.score_tables import (
+    RIVALS,
+    Table,
+    attack_table,
+    condition_table,
     difference_tables,
     masked_gradients,
     quality_table,
@@ -26,7 +31,7 @@ from tsynd.study.score_tables import (
     to_markdown,
 )
 from tsynd.study.settings import Cell, Workplace, read_samples
-from tsynd.study.summary import Row, arms_of, attack_budgets, difference, headline, sizes_of
+from tsynd.study.summary import Row, arms_of, difference, headline, severities_of, sizes_of
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.fingerprint import plain_settings
 
@@ -60,11 +65,9 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
     figures = [dot_plot(rows, measures, size, f"d{size}") for size in sizes]
     if len(sizes) > 1:
         figures.insert(0, size_plot(rows, measures, "s"))
-    shifted = any(name.split(":")[0] in SHIFTS and ":" in name for row in rows for name in row["scores"])
     for size in sizes:
-        figures += [severity_plot(rows, size, f"v{size}")] if shifted else []
-        figures += [budget_plot(rows, size, f"b{size}")] if len(attack_budgets(rows, "pgd")) > 1 else []
-        figures += [selective_plot(rows, size, f"u{size}")]
+        figures += [severity_plot(rows, size, family, f"v{place}{size}") for place, family in enumerate(FAMILIES)]
+        figures += [budget_plot(rows, size, f"b{size}"), selective_plot(rows, size, f"u{size}")]
     name = html.escape(str(facts["data"]))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -72,17 +75,17 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
 <h1>Does targeted synthesis help on {name}?</h1>
 <p class="soft">{_facts(rows, facts, place)}</p>
 <p class="lead">{_summary(rows)}</p>
-<h2>Balanced accuracy</h2>
+<h2>Scores by arm</h2>
 {"".join(figures)}
 <h2>All scores</h2>
 <p class="soft">Mean ± 95 % t interval over the seeds. ↓: less is better. Error detection: how well the mutual
 information tells wrong predictions from right ones (area under the ROC curve, 50 % is chance).</p>
-{"".join(to_html(score_table(rows, size)) for size in sizes)}
+{"".join(to_html(table) for size in sizes for table in _score_tables(rows, size))}
 <h2>Paired differences</h2>
-<p class="soft">In percentage points of balanced accuracy, over pairs of equal size and seed, with their 95 % t
-interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test, two-sided, not corrected for
-the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs: 0.0625). Pairs of several
-sizes share test and training images, so that p over all sizes is optimistic.</p>
+<p class="soft">In percentage points of balanced accuracy (NLL: nats), over pairs of equal size and seed, with their
+95 % t interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test, two-sided, not
+corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs: 0.0625). Pairs
+of several sizes share test and training images, so that p over all sizes is optimistic.</p>
 {"".join(to_html(table) for table in difference_tables(rows))}
 <h2>Synthetic images</h2>
 <p class="soft">Made of training images against each arm's finished classifier, seed 0; not picked for looks. Below:
@@ -116,10 +119,23 @@ def _facts(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
     return " · ".join(html.escape(part) for part in parts)
 
 
+def _score_tables(rows: Sequence[Row], size: int) -> list[Table]:
+    """Everything that was measured at a size."""
+    tables = [make(rows, size) for make in (score_table, condition_table, attack_table)]
+    return [table for table in tables if table.rows]
+
+
 def _targeted(arms: Sequence[str]) -> str | None:
     """The arm that stands for targeting, if any was run."""
-    kinds = ("mutual_information", "entropy", "loss")
-    return next((arm for kind in kinds for arm in arms if arm.split(",")[0] == kind), None)
+    kinds = ("recipe", "expected_information", "mutual_information", "entropy", "loss")
+    order = [
+        arm
+        for kind in kinds
+        for several in (True, False)
+        for arm in arms
+        if arm.split(",")[0].split("+")[-1] == kind and ("+" in arm) == several
+    ]
+    return order[0] if order else None
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -129,13 +145,13 @@ def _summary(rows: Sequence[Row]) -> str:
     if targeted is None:
         return "No targeted arm was run."
     sentences = []
-    for against in [arm for arm in ("real", "random") if arm in arms]:
+    for against in [arm for arm in RIVALS if arm in arms]:
         texts = []
-        for measure in headline(rows):
+        for measure in [one for one in headline(rows) if one.percent]:
             found = difference(rows, targeted, against, sizes_of(rows), measure.key)
             if found.pairs:
                 points = signed(found.mean)
-                where = f"{measure.title.lower()} images" if measure.key in ("clean", "shifted") else measure.title
+                where = f"{measure.title.lower()} images" if measure.key in ("clean", "shifts") else measure.title
                 surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
                 if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
                     each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
@@ -152,10 +168,10 @@ def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         f"# Study on {_literal(str(facts['data']))}\n",
         "Balanced accuracy, AUROC and the like in percent, mean ± 95 % t interval.\n",
     ]
-    lines += [to_markdown(score_table(rows, size)) for size in sizes_of(rows)]
+    lines += [to_markdown(table) for size in sizes_of(rows) for table in _score_tables(rows, size)]
     lines += [
-        "Paired differences in percentage points of balanced accuracy; p by the exact two-sided sign-flip test, "
-        "uncorrected; \\* is the smallest p that so many pairs can give.\n"
+        "Paired differences in percentage points of balanced accuracy (NLL: nats); p by the exact two-sided sign-flip "
+        "test, uncorrected; \\* is the smallest p that so many pairs can give.\n"
     ]
     lines += [to_markdown(table) for table in difference_tables(rows)]
     lines += ["Synthetic images, mean over seeds; KID and FID in the features of the real-only classifier.\n"]
@@ -218,18 +234,23 @@ def _samples(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> st
 def _method(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
     s = place.settings
     source = "every training image, without labels" if s.autoencoder_data == "all" else "the labelled images alone"
-    severities = "; ".join(
-        f"{kind} " + ", ".join("/".join(f"{v:.3g}" for v in c.keywords.values()) for c in conditions)  # type: ignore[attr-defined]
-        for kind, conditions in SHIFTS.items()
+    strengths = "; ".join(
+        f"{kind.replace('_', ' ')} " + ", ".join("/".join(f"{v:.3g}" for v in c.keywords.values()) for c in conditions)  # type: ignore[attr-defined]
+        for kinds in FAMILIES.values()
+        for kind, conditions in kinds.items()
+        if severities_of(rows, kind)
     )
     texts = (
         "All arms of a size and seed share the labelled subset, the first weights, the batch order, the number of "
         f"optimiser steps and the autoencoder, which was trained on {source}. All but real only add {s.ratio:g} extra "
         f"image(s) per real one at the same steps, after {100 * s.warmup_fraction:.0f} % of them (unless an arm's name "
         "says otherwise).",
-        f"Shifts are drawn per image and are the same for every arm. Severities 1 to 5: {severities} (noise: σ; blur: "
-        "σ as a share of the side; rotation: ± degrees; translation: ± share of the side; contrast and brightness: "
-        "factor up/down, by an even chance; JPEG: quality). “Shifted” is the mean over the kinds and severities.",
+        "Disturbances are drawn per image and are the same for every arm. "
+        + (f"Their strengths at severities 1 to 5: {strengths}. " if strengths else "")
+        + "“Shifted” and “MedMNIST-C” are means over the kinds and severities that were measured.",
+        "Conformal sets hold the right class for 90 % of images like the validation images, by which their limit is "
+        "set. The cosine of the gradients of mutual information and entropy says whether the two objectives differ "
+        "here: at 1 they are one direction.",
         _attack_text(rows, place),
         "Seeds differ in the labelled subset and in everything that is drawn, but share the scored images: the "
         "intervals say how much another training would change, not another hospital. Synthetic images are made to "
@@ -240,23 +261,25 @@ def _method(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str
 
 def _attack_text(rows: Sequence[Row], place: Workplace) -> str:
     s, names = place.settings, {name.split(":")[0] for row in rows for name in row["scores"]}
-    if "pgd" not in names:
+    if not names & set(KINDS):
         return ""
     text = (
         "Attacks hit the deterministic network (no dropout) with full knowledge of it, on "
-        f"{s.attack_images or 'all'} fixed images (Square: {s.query_images or 'all'} of them). "
+        f"{s.attack_images or 'all'} fixed images (Square: {s.query_images or 'all'}, {s.queries} queries each). "
     )
     masked = masked_gradients(rows)
     if masked:
         text += (
-            f"Square, which needs no gradient, hurts {', '.join(map(label_of, masked))} more than PGD does: a sign of "
-            "masked gradients, so the PGD figures there flatter. "
+            f"Square, which needs no gradient, hurts {', '.join(map(label_of, masked))} more than the gradients do: a "
+            "sign of masked gradients, so the figures of the other attacks flatter there. "
         )
     elif "square" in names:
-        text += "Square, which needs no gradient, was nowhere clearly stronger than PGD: no sign of masked gradients. "
+        text += (
+            "Square, which needs no gradient, was nowhere clearly stronger than the gradients: no sign of masked ones. "
+        )
     return text + (
-        f"The adversarial arm trains on PGD images of budget {255 * s.adversarial_budget:.3g}/255: on what these "
-        "attacks test."
+        f"The arms adversarial and TRADES train on PGD images of budget {255 * s.adversarial_budget:.3g}/255: on what "
+        "these attacks test."
     )
 
 

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tsynd.evaluation.shifts import SEVERITIES, SHIFTS
-from tsynd.study.arms import ARMS
+from tsynd.evaluation.attacks import KINDS
+from tsynd.evaluation.evaluate import FAMILIES
+from tsynd.evaluation.shifts import SEVERITIES
+from tsynd.study.arms import ARMS, parse_arm
 from tsynd.study.statistics import mean_interval, sign_flip_p
 
 __all__ = [
     "Difference",
     "Measure",
+    "all_measures",
     "arms_of",
     "attack_budgets",
+    "attack_measures",
+    "condition_measures",
     "difference",
+    "family_accuracy",
     "headline",
     "measure_of",
     "quality_of",
+    "severities_of",
     "severity_curve",
-    "shifted_accuracy",
     "sizes_of",
     "values",
 ]
@@ -37,7 +43,8 @@ class Measure:
     """A number of a cell.
 
     Attributes:
-        key: ``clean``, ``shifted``, an attack's name, or a score of clean images (``ece``, ``nll``, ...).
+        key: ``clean``, a family of disturbances, one kind (``blur:``), an attack's name, or a score of clean images
+            (``ece``, ``nll``, ...).
         title: for people.
         percent: whether it is a share, shown in percent.
         up: whether more is better.
@@ -49,50 +56,82 @@ class Measure:
     up: bool = True
 
 
-_FIXED = (
-    Measure("clean", "Clean"),
-    Measure("shifted", "Shifted"),
+_CLEAN = Measure("clean", "Clean")
+_FAMILIES = (Measure("shifts", "Shifted"), Measure("medmnist_c", "MedMNIST-C"))
+_NLL = Measure("nll", "NLL", percent=False, up=False)
+_OTHERS = (
     Measure("auroc", "AUROC"),
     Measure("ece", "Calibration error", up=False),
-    Measure("nll", "NLL", percent=False, up=False),
+    Measure("conformal_coverage", "Conformal coverage"),
+    Measure("conformal_size", "Conformal set size", percent=False, up=False),
     Measure("error_auroc", "Error detection"),
+    Measure("aurc", "Area under selective risk", percent=False, up=False),
 )
+_ATTACKS = {"pgd": "PGD-20", "apgd": "AutoPGD", "worst": "Worst attack"}
+
+
+def _measured(rows: Sequence[Row], measures: Iterable[Measure]) -> list[Measure]:
+    return [measure for measure in measures if any(math.isfinite(measure_of(row, measure.key)) for row in rows)]
 
 
 def headline(rows: Sequence[Row]) -> list[Measure]:
-    """The measures that lead: balanced accuracy on clean, shifted and PGD-attacked images, as far as there are."""
-    found = [measure for measure in _FIXED[:2] if any(math.isfinite(measure_of(row, measure.key)) for row in rows)]
-    budgets = attack_budgets(rows, "pgd")
-    if budgets:
-        middle = min(budgets, key=lambda name: abs(budgets[name] - 2 / 255))
-        found.append(Measure(middle, f"PGD-20, {middle.split(':')[1]}"))
-    return found
+    """The measures that lead, as far as there are: balanced accuracy on clean, disturbed and attacked images, NLL."""
+    attacked = []
+    for kind, title in _ATTACKS.items():
+        budgets = attack_budgets(rows, kind)
+        if budgets:
+            middle = min(budgets, key=lambda name: abs(budgets[name] - 2 / 255))
+            attacked.append(Measure(middle, f"{title}, {middle.split(':')[1]}"))
+    return _measured(rows, [_CLEAN, *_FAMILIES, *attacked, _NLL])
 
 
 def all_measures(rows: Sequence[Row]) -> list[Measure]:
     """The headline and the other scores of clean images."""
-    return [*headline(rows), *_FIXED[2:]]
+    return [*headline(rows), *_measured(rows, _OTHERS)]
+
+
+def attack_measures(rows: Sequence[Row]) -> list[Measure]:
+    """Balanced accuracy under every attack that was run, and the distance that DeepFool needs."""
+    kinds = (*KINDS, "worst")
+    names = {name for row in rows for name in row["scores"] if name.split(":")[0] in kinds and name != "deepfool"}
+    order = sorted(names, key=lambda name: (kinds.index(name.split(":")[0]), _budget(name)))
+    distance = Measure("distance", "DeepFool distance", percent=False)
+    return _measured(rows, [*(Measure(name, name) for name in order), distance])
+
+
+def condition_measures(rows: Sequence[Row]) -> list[Measure]:
+    """Balanced accuracy under every kind of disturbance that was measured, mean over its severities."""
+    names = [kind for family in FAMILIES.values() for kind in family]
+    alone = [name for name in ("noise", "rotation") if any(name in row["scores"] for row in rows)]
+    return _measured(rows, [Measure(f"{name}:", name.replace("_", " ")) for name in names]) + [
+        Measure(name, f"{name} (one strength)") for name in alone
+    ]
 
 
 def measure_of(row: Row, key: str) -> float:
     """One measure of one cell; NaN where it is not defined or was not measured."""
     scores = row["scores"]
-    if key == "shifted":
-        return shifted_accuracy(scores)
-    if key == "error_auroc":
-        return _number(row["uncertainty"][key])
-    if key in ("accuracy", "auroc", "ece", "nll"):
-        return _number(scores["clean"][key])
+    if key in FAMILIES:
+        return family_accuracy(scores, key)
+    if key.endswith(":"):
+        return _kind_accuracy(scores, key[:-1])
+    if key in ("error_auroc", "aurc"):
+        return _number(row["uncertainty"].get(key))
+    if key == "distance":
+        return _number(scores.get("deepfool", {}).get(key))
+    if key in ("accuracy", "auroc", "ece", "nll", "conformal_coverage", "conformal_size"):
+        return _number(scores["clean"].get(key))
     return _number(scores.get(key, {}).get("balanced_accuracy"))
 
 
-def shifted_accuracy(scores: dict[str, dict[str, Any]]) -> float:
-    """Balanced accuracy, mean over kinds of shift and within each over its severities; NaN where one is missing."""
-    kinds = []
-    for kind in SHIFTS:
-        found = [_number(scores[name]["balanced_accuracy"]) for name in scores if name.startswith(f"{kind}:")]
-        if found:
-            kinds.append(float(np.mean(found)))
+def _kind_accuracy(scores: dict[str, dict[str, Any]], kind: str) -> float:
+    found = [_number(scores[name]["balanced_accuracy"]) for name in scores if name.startswith(f"{kind}:")]
+    return float(np.mean(found)) if found else math.nan
+
+
+def family_accuracy(scores: dict[str, dict[str, Any]], family: str) -> float:
+    """Balanced accuracy, mean over the kinds of a family that were measured and in each over its severities."""
+    kinds = [_kind_accuracy(scores, kind) for kind in FAMILIES[family] if any(n.startswith(f"{kind}:") for n in scores)]
     return float(np.mean(kinds)) if kinds else math.nan
 
 
@@ -106,8 +145,14 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
 
 
 def arms_of(rows: Sequence[Row]) -> list[str]:
-    """All arms: ``real`` first, then in the order of :data:`tsynd.study.arms.ARMS`, variants behind their kind."""
-    return sorted({row["arm"] for row in rows}, key=lambda arm: (ARMS.index(arm.split(",")[0]), arm))
+    """All arms: ``real`` first, then in the order of :data:`tsynd.study.arms.ARMS`, several in turn behind single ones,
+    variants behind their kind, the recipe last."""
+
+    def place(arm: str) -> tuple[Any, ...]:
+        kinds = parse_arm(arm).kinds
+        return arm.startswith("recipe"), len(kinds), [ARMS.index(kind) for kind in kinds], arm
+
+    return sorted({row["arm"] for row in rows}, key=place)
 
 
 def values(rows: Sequence[Row], arm: str, size: int, key: str) -> dict[int, float]:
@@ -146,19 +191,25 @@ def difference(rows: Sequence[Row], arm: str, against: str, sizes: Sequence[int]
     return Difference(mean, half, sign_flip_p(pairs), len(pairs))
 
 
+def _budget(name: str) -> float:
+    top, _, bottom = name.split(":")[1].partition("/")
+    return float(top) / float(bottom or 1)
+
+
 def attack_budgets(rows: Sequence[Row], kind: str) -> dict[str, float]:
     """Attack's name → budget in [0, 1], ascending."""
     names = {name for row in rows for name in row["scores"] if name.startswith(f"{kind}:")}
-    budgets = {}
-    for name in names:
-        top, _, bottom = name.split(":")[1].partition("/")
-        budgets[name] = float(top) / float(bottom or 1)
-    return dict(sorted(budgets.items(), key=lambda item: item[1]))
+    return {name: _budget(name) for name in sorted(names, key=_budget)}
+
+
+def severities_of(rows: Sequence[Row], kind: str) -> list[int]:
+    """The severities of a kind of disturbance that were measured."""
+    return [number for number in SEVERITIES if any(f"{kind}:{number}" in row["scores"] for row in rows)]
 
 
 def severity_curve(rows: Sequence[Row], arm: str, size: int, kind: str) -> list[float]:
-    """Balanced accuracy, mean over seeds, on clean images and at the five severities of a kind of shift."""
-    names = ["clean", *(f"{kind}:{severity}" for severity in SEVERITIES)]
+    """Balanced accuracy, mean over seeds, on clean images and at the measured severities of a kind of disturbance."""
+    names = ["clean", *(f"{kind}:{severity}" for severity in severities_of(rows, kind))]
     return [mean_interval(list(values(rows, arm, size, name).values()))[0] for name in names]
 
 
@@ -167,4 +218,4 @@ def quality_of(rows: Sequence[Row], arm: str, size: int) -> dict[str, float]:
     found = [row["quality"] for row in rows if row["arm"] == arm and row["size"] == size and row["quality"]]
     if not found:
         return {}
-    return {key: float(np.mean([_number(quality[key]) for quality in found])) for key in found[0]}
+    return {key: float(np.mean([_number(quality.get(key)) for quality in found])) for key in found[0]}

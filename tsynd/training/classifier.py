@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches, check_task
 from tsynd.evaluation.evaluate import Metric, evaluate
-from tsynd.models.classifier import as_classifier
+from tsynd.models.classifier import as_classifier, take_logits
 from tsynd.models.features import KeptFeatures
 from tsynd.models.pretrained import PretrainedClassifier
 from tsynd.training.extra_images import (
@@ -180,7 +180,7 @@ def fit_classifier(
     loop = _Loop(trained, batches, device, settings)
     classifier.to(loop.device)
     with torch.no_grad():
-        shape = list(classifier.eval()(batches.first.to(loop.device)).shape)
+        shape = list(take_logits(classifier.eval()(batches.first.to(loop.device))).shape)
     if len(shape) != 2:
         raise InputError(f"classifier: one image gave logits {shape}, wanted [1, K]")
     everything = batches.labels(shape[1])
@@ -222,12 +222,12 @@ def fit_classifier(
                 share.append(torch.full([len(part.images)], own, device=loop.device))
         with loop.over_all(rows, total), loop.autocast():
             given = torch.cat(everything) if encoder is None else encoder(ids, images, everything[1:])
-            logits = engine(given).float()
+            logits = take_logits(engine(given)).float()
         each = [image_losses(logits[:count], labels, task=task, weights=weights)]
-        for part, own in zip(parts, logits[count:].split([len(part.images) for part in parts]), strict=True):
+        for part, answers in zip(parts, torch.split(logits[count:], [len(part.images) for part in parts]), strict=True):
             truth = part.labels.to(loop.device)
             clean = logits[:count][part.made_of()] if part.loss == "consistency" else None
-            each.append(image_losses(own, truth, part.loss, task=task, weights=weights, clean=clean))
+            each.append(image_losses(answers, truth, part.loss, task=task, weights=weights, clean=clean))
         return (torch.cat(each) * torch.cat(share)).sum()
 
     classifier.train()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tsynd.data.checks import check_images
 from tsynd.fx.folding import FoldedGraph, fold
-from tsynd.models.classifier import as_classifier
+from tsynd.models.classifier import logits_of
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import TASKS
 from tsynd.posteriors.posterior import frozen
@@ -89,7 +89,7 @@ class PixelAscent(BatchAugmentation):
 
     def _network(self, classifier: nn.Module, images: Tensor) -> nn.Module:
         """The classifier with its batch norms folded where that can be done; traced once, it follows the weights."""
-        network = as_classifier(classifier)
+        network = logits_of(classifier)
         if self._folded is None or self._folded[0] is not classifier:
             self._folded = classifier, fold(network, images[:2])
         graph = self._folded[1]

@@ -9,6 +9,7 @@ from torch import Tensor
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.extra_images import Alternation, Augmentation
 from tsynd.training.pixels import PixelConsistency
+from tsynd.training.standard import StandardAugmentation
 from tsynd.utils.errors import check_choice
 
 __all__ = ["RECIPES", "recipe"]
@@ -17,18 +18,26 @@ RECIPES = ("robust",)
 
 
 def recipe(
-    name: str, autoencoder: Any, *, task: str = "multiclass", targets: Tensor | None = None, seed: int = 0
+    name: str,
+    autoencoder: Any,
+    *,
+    task: str = "multiclass",
+    flip: str = "none",
+    targets: Tensor | None = None,
+    seed: int = 0,
 ) -> Augmentation:
     """The augmentation of a name, for :func:`tsynd.fit_classifier`.
 
-    ``robust``: in turn, images whose prediction is kept in a ball of pixels (:class:`PixelConsistency`), and images in
+    ``robust``: in turn, images whose prediction is kept in a ball of pixels (:class:`PixelConsistency`), images in
     whose latents the classifier would learn most about the targets (:class:`TargetedAugmentation`,
-    ``expected_information``). Both go on, image by image, where their last visit ended, with one step a visit.
+    ``expected_information``), and images turned, shifted and scaled a little (:class:`StandardAugmentation`). The first
+    two go on, image by image, where their last visit ended, with one step a visit.
 
     Args:
         name: one of :data:`RECIPES`.
         autoencoder: trained, see :class:`TargetedAugmentation`.
         task: ``multiclass`` or ``multilabel``.
+        flip: flips that leave an image possible, see :class:`StandardAugmentation`.
         targets: [M, C, H, W] in [0, 1], unlabelled images of where the classifier will be used; None takes the training
             images.
         seed: of whatever is drawn.
@@ -48,4 +57,4 @@ def recipe(
         task=task,
         seed=seed,
     )
-    return Alternation(consistency, targeted)
+    return Alternation(consistency, targeted, StandardAugmentation(flip, seed=seed))

@@ -205,6 +205,14 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
 # Tables as spreadsheets write them
 
 
+def test_a_table_may_lie_beside_a_tar(tmp_path: Path) -> None:
+    for index in range(8):
+        picture(tmp_path / f"{index}.png", index)
+    (tmp_path / "archive.tar").write_bytes(bytes(1024))
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *(f"{i}.png,{'ab'[i % 2]}" for i in range(8))]))
+    assert load_data(tmp_path / "t.csv").num_classes == 2
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "utf-16"])
 @pytest.mark.parametrize("separator", [";", "; ", "\t"])
 def test_tables_of_spreadsheets(tmp_path: Path, encoding: str, separator: str) -> None:

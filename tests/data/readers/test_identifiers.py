@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import re
 import struct
+import subprocess
+import sys
 import tarfile
+import threading
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -208,3 +213,88 @@ def test_nor_of_a_nifti_header(tmp_path: Path) -> None:
     command("run", "--data", tmp_path / "scans", "--slices", "axial", "--output", output, *tiny)
     assert leaks(tmp_path / "written") == []
     assert len(leaks(tmp_path / "scans")) > 14
+
+
+def every_tag(number: int) -> bytes:
+    """A scan with a marker in every text element of the standard, of the right kind or not."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.{number}"
+    dataset.Rows = dataset.Columns = 16
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 15, 0, 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    values = np.random.default_rng(number).integers(0, 4000, (16, 16)).astype("<u2")
+    dataset.PixelData = values.tobytes()
+    dataset["PixelData"].VR = "OW"
+    kinds = {"AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
+    for tag, (kind, *_) in pydicom.datadict.DicomDictionary.items():
+        group = tag >> 16
+        if kind in kinds and group not in (0x0000, 0x0002, 0x0004, 0x0028):
+            value = b"ZQANY%d%06d" % (number % 10, tag % 10**6)
+            raw = pydicom.dataelem.RawDataElement(
+                pydicom.tag.Tag(tag), kind, len(value), value, 0, False, True, True, "LO"
+            )
+            dataset._dict[pydicom.tag.Tag(tag)] = raw
+    return save(dataset)
+
+
+def test_markers_in_every_tag_reach_no_stream(tmp_path: Path) -> None:
+    for number in range(12):
+        write(tmp_path / "scans" / "ab"[number % 2] / f"{number}.dcm", every_tag(number))
+    held = (tmp_path / "scans" / "a" / "0.dcm").read_bytes()
+    assert held.count(b"ZQANY") > 2000
+    with pytest.warns(UserWarning, match="ZQANY"):  # pydicom quotes them
+        str(pydicom.dcmread(io.BytesIO(held)).StudyInstanceUID)
+    tiny = ["--autoencoder-iterations", "1", "--iterations", "1", "--samples", "2", "--steps", "1"]
+    line = ["run", *tiny, "--data", str(tmp_path / "scans"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-m", "tsynd", *line], capture_output=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert b"ZQ" not in done.stdout + done.stderr
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(written) > 5
+    for path in written:
+        assert not any(b"ZQANY" in content for _, content in contents(path.name, path.read_bytes())), path
+    (tmp_path / "scans" / "a" / "0.dcm").write_bytes(held[:-200])
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-m", "tsynd", "train", "--data", str(tmp_path / "scans"), "--output", "x"],
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert b"ZQ" not in done.stdout + done.stderr
+
+
+def test_other_threads_keep_their_logs_and_warnings_come_back() -> None:
+    from tsynd.data.readers.pixels import quietly
+
+    logger, heard = logging.getLogger("pydicom"), []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    before, inside, leave = list(warnings.filters), threading.Event(), threading.Event()
+
+    def read() -> None:
+        with quietly():
+            logger.warning("of the reader")
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=read)
+    try:
+        thread.start()
+        assert inside.wait(10)
+        with quietly():  # this one comes later and goes earlier
+            logger.warning("of the other reader")
+        logger.warning("of somebody else")
+        leave.set()
+        thread.join()
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in heard] == ["of somebody else"]
+    assert warnings.filters == before

@@ -66,7 +66,7 @@ def list_table(path: Path, options: ReadOptions) -> Listing:
     patients: Sequence[str | None] = [None] * len(names)
     if options.group_column in columns:
         patients = _cells(columns, options.group_column, path)
-    tree = FileTree(str(path.parent))
+    tree = FileTree(str(path.parent), tars=False)
     entries = [
         Entry(_files(tree, name, options), label, split, patient)
         for name, label, split, patient in zip(names, labels, splits, patients, strict=True)
