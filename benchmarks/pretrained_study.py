@@ -92,7 +92,7 @@ def _autoencoder(source: DataSource, path: Path, iterations: int) -> SmallAutoen
 
 
 def _augmentations(arm: str, autoencoder: nn.Module, seed: int) -> list[Any]:
-    targeted: dict[str, Any] = {"samples": 8, "steps": 3, "radius": 0.5, "seed": seed}
+    targeted: dict[str, Any] = {"samples": 8, "steps": 3, "radius": 0.5, "residual": 1.0, "seed": seed}
     make: dict[str, Callable[[], list[Any]]] = {
         "real": lambda: [],
         "standard": lambda: [StandardAugmentation("horizontal", seed=seed)],
