@@ -9,8 +9,7 @@ from pathlib import Path
 from benchmarks.document import between, suite_lines
 from benchmarks.harness import read_json
 from benchmarks.pretrained_study import blur_table, score_tables
-from tsynd.study.score_tables import difference_tables, quality_table, score_table, to_markdown
-from tsynd.study.summary import sizes_of
+from benchmarks.study import against, draw, per_set
 from tsynd.utils.atomic import atomic_path
 
 __all__ = ["benchmark_page", "pretrained_page", "study_page"]
@@ -31,14 +30,8 @@ def benchmark_page(text: str, results: Path) -> str:
 def study_page(text: str, cells: Path) -> str:
     """The page's text with the study's tables made of the cells in a JSON-lines file."""
     rows = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
-    sizes = sizes_of(rows)
-    parts = {
-        "scores": [score_table(rows, size) for size in sizes],
-        "differences": difference_tables(rows),
-        "quality": [quality_table(rows, size) for size in sizes],
-    }
-    for name, tables in parts.items():
-        text = between(text, name, ["\n".join(map(to_markdown, tables)).strip()], "study.md")
+    for part, lines in {"against": against(rows), "sets": per_set(rows)}.items():
+        text = between(text, part, ["\n".join(lines).strip()], "study.md")
     return text
 
 
@@ -52,6 +45,8 @@ def pretrained_page(text: str, rows: Path) -> str:
 def main() -> None:
     """Rewrite the pages."""
     docs = _ROOT / "docs"
+    rows = [json.loads(line) for line in (docs / "study.jsonl").read_text(encoding="utf-8").splitlines()]
+    draw(rows, docs / "images/study.png")
     for page, text in (
         (
             docs / "benchmarks.md",

@@ -52,7 +52,7 @@ def offline_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(data: Path, folder: Path, network: str, **options: Any) -> dict[str, Any]:
-    settings = job.RunSettings(**{**SHORT, "classifier": network, "rounds": 2, **options})
+    settings = job.RunSettings(**{**SHORT, "classifier": network, "rounds": 2, "recipe": "targeted", **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return job.run(data, folder, settings, device="cpu", progress=False)

@@ -29,15 +29,18 @@ from tsynd.jobs.steps import (
     new_classifier,
 )
 from tsynd.models.checkpoint import load_model
+from tsynd.ops.reference import OBJECTIVES
 from tsynd.report.pictures import draw_examples
 from tsynd.report.run_report import write_report
 from tsynd.synthesis.api import synthesize, uncertainty
 from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.extra_images import Augmentation
+from tsynd.training.extra_images import Alternation, Augmentation
 from tsynd.training.loop import Checkpoint
+from tsynd.training.recipe import RECIPES, recipe
 from tsynd.training.rounds import OfflineRounds
+from tsynd.training.standard import FLIPS
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
@@ -64,8 +67,8 @@ _NEEDED = (
 class RunSettings(NetworkChoice, AscentSettings):
     """Everything that decides the result of :func:`run`, besides the data and the version.
 
-    The ascent's settings are those of the synthesis and, save for T and K, of the training loop; ``task`` is the
-    data's.
+    The ascent's settings are those of the synthesis and, with the recipe ``targeted`` and save for T and K, of the
+    training loop; ``task`` is the data's.
 
     Attributes:
         train_size: labelled training images; all by default.
@@ -74,10 +77,13 @@ class RunSettings(NetworkChoice, AscentSettings):
         autoencoder_iterations: optimiser steps of the autoencoder.
         iterations: optimiser steps of each classifier.
         batch_size: real images per step.
+        recipe: extra images of the second classifier: ``robust`` (several kinds, see :func:`tsynd.recipe`) or
+            ``targeted`` (by the ascent's settings, at every step).
+        flip: flips that leave an image possible, for ``robust``: ``none``, ``horizontal`` or ``both``.
         dropout: ``head`` (before the last layer) or ``stages`` (everywhere).
         samples: T, posterior samples of the synthesis; a quarter of them in the training loop.
-        augmentation_steps: K in the training loop.
-        augmentation_weight: weight of the targeted images' loss.
+        augmentation_steps: K in the training loop, for ``targeted``.
+        augmentation_weight: weight of the extra images' loss.
         reading: how the files of a folder or table are read.
     """
 
@@ -87,6 +93,8 @@ class RunSettings(NetworkChoice, AscentSettings):
     autoencoder_iterations: int = 800
     iterations: int = 300
     batch_size: int = 64
+    recipe: str = "robust"
+    flip: str = "none"
     dropout: str = "head"
     augmentation_steps: int = 3
     augmentation_weight: float = 1.0
@@ -178,14 +186,17 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
         "synthetic.npz",
         lambda path: _synthesise(path, autoencoder, real, source, settings, where, progress),
     )
-    augmentation: Augmentation = TargetedAugmentation(
-        autoencoder,
-        seed=settings.seed,
-        **replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options(),
-    )
+    augmentation: Augmentation
+    if settings.recipe == "targeted":
+        options = replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options()
+        augmentation = TargetedAugmentation(autoencoder, seed=settings.seed, **options)
+    else:
+        options = {"task": settings.task, "flip": settings.flip, "seed": settings.seed}
+        augmentation = recipe(settings.recipe, autoencoder, offline=bool(settings.rounds), **options)
     if settings.rounds:
-        rounds = job.folder / "rounds"
-        augmentation = OfflineRounds(source.train, augmentation, rounds=settings.rounds, folder=rounds)
+        parts = augmentation.parts if isinstance(augmentation, Alternation) else (augmentation,)
+        folder = job.folder / "rounds"
+        augmentation = OfflineRounds(source.train, *parts, rounds=settings.rounds, folder=folder)
     job.stage("classifier", "classifier.safetensors", lambda path: train_classifier(path, augmentation))
     targeted = load_model(job.folder / "classifier.safetensors", device=where)
     return _finish(job, source, settings, synthesis, autoencoder, real, targeted, where)
@@ -193,6 +204,8 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
 
 def _check(settings: RunSettings) -> None:
     """What the stages would only refuse after training has begun."""
+    if settings.objective == "expected_information":
+        raise InputError("objective: got 'expected_information', which needs target images; wanted another for a run")
     for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < 1:
@@ -200,6 +213,9 @@ def _check(settings: RunSettings) -> None:
     choices = {
         "autoencoder_data": ("train", "all"),
         "dropout": ("head", "stages"),
+        "recipe": (*RECIPES, "targeted"),
+        "flip": FLIPS,
+        "objective": OBJECTIVES,  # the synthesis has no targets
     }
     for name, wanted in choices.items():
         if getattr(settings, name) not in wanted:

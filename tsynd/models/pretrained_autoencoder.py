@@ -39,7 +39,7 @@ class PretrainedAutoencoder(nn.Module):
         config: what :meth:`rebuild` takes.
 
     Attributes:
-        latent_std: scalar, NaN until ``fit_autoencoder`` or ``measure_latent_std``.
+        latent_std: scalar, NaN until ``fit_autoencoder``.
 
     Raises:
         InputError: a model of another number of channels.
