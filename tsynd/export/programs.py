@@ -306,7 +306,7 @@ def in_order(autoencoder: Any, classifier: Any) -> tuple[Any, Any]:
     swapped = isinstance(autoencoder, Posterior) or (encodes(classifier) and not encodes(autoencoder))
     if not swapped and classifier is None and isinstance(autoencoder, nn.Module) and not encodes(autoencoder):
         try:
-            as_autoencoder(autoencoder)
+            autoencoder_of(autoencoder)
         except InputError:
             swapped = True
     if not swapped:
