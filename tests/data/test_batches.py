@@ -13,6 +13,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -152,6 +153,7 @@ SHUFFLED = {
     "order": lambda data: DataLoader(data, 4, sampler=[3, 1, 2, 2]),
     "batches": lambda data: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 5, False)),
     "lists": lambda data: DataLoader(data, batch_sampler=[[3, 4], [5], [3, 3, 3]]),
+    "shares": lambda data: DataLoader(data, 4, sampler=DistributedSampler(data, num_replicas=1, rank=0)),
     "singles": lambda data: DataLoader(data, batch_size=None, shuffle=True),
     "last": lambda data: DataLoader(data, 5, shuffle=True, drop_last=True),
 }
@@ -175,12 +177,11 @@ def test_labels_of_a_loader_that_shuffles(kind: str) -> None:
 def test_labels_of_a_loader_in_order() -> None:
     items = Items(lambda i: IMAGES[i])
     ordered = BatchSampler(SequentialSampler(items), 5, False)
-    for source in (
-        items,
-        DataLoader(items, 4),
-        DataLoader(items, batch_sampler=ordered),
-        DataLoader(Stream(items.make), 5),
-    ):
+    one = DistributedSampler(items, num_replicas=1, rank=0, shuffle=False)
+    loaders = [DataLoader(items, 4), DataLoader(items, batch_sampler=ordered), DataLoader(Stream(items.make), 5)]
+    loaders += [DataLoader(items, 4, sampler=range(N)), DataLoader(items, 5, sampler=one)]
+    loaders += [DataLoader(items, batch_sampler=[list(range(7)), list(range(7, N))])]
+    for source in (items, *loaders):
         assert right(read(source, labels=LABELS))
         ids = read(source, labels=LABELS, sample_ids=torch.arange(N) + 100).sample_ids
         assert ids.tolist() == list(range(100, 100 + N))

@@ -57,6 +57,9 @@ def _check(source, order=None) -> None:
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_is_mapped_where_it_lies_or_unpacked(tmp_path, save):
+    save(tmp_path / "f.npz", images=np.asfortranarray(PIXELS), labels=LABELS)
+    _check(open_source(str(tmp_path / "f.npz")))
+    (tmp_path / "f.npz").unlink()
     save(tmp_path / "x.npz", train_images=PIXELS, train_labels=LABELS[:, None], class_names=np.array(["a", "b", "c"]))
     source = open_source(str(tmp_path / "x.npz"))
     assert source.class_names == ("a", "b", "c")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from helpers import STD, sharp, targeted
 from torch import Tensor, nn
 from torch.nn import functional
 
+import tsynd
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.synthesis.ascent import AscentSettings, Status, ascend_latents
 from tsynd.synthesis.latent_prior import fit_latent_prior
@@ -136,3 +139,57 @@ def test_prepare_fits_once_and_is_needed(
     without = targeted(autoencoder)
     without.prepare(iter([None]))  # type: ignore[list-item]
     assert without.prior is None
+
+
+# --- expected information
+
+
+def test_synthesis_climbs_what_an_image_tells_about_targets(autoencoder: nn.Module, images: Tensor) -> None:
+    classifier = sharp(images)
+    targets = (images[:4] * 255).round().byte()  # as they lie in files
+    options: dict[str, Any] = {"objective": "expected_information", "targets": targets, "samples": 8}
+    result = tsynd.synthesize(autoencoder, classifier, images, latent_std=STD, progress=False, **options)
+    assert (result.uncertainty >= result.initial_uncertainty).all()
+    assert float(result.uncertainty.mean()) > 1.05 * float(result.initial_uncertainty.mean())
+    # the same by the operator on plain logits
+    posterior = MCDropout(classifier, 8)
+    with torch.no_grad():
+        logits, aims = posterior.logits(result.images), posterior.logits(targets.float() / 255)
+    wanted, _ = tsynd.ops.expected_information(logits, aims)
+    torch.testing.assert_close(result.uncertainty, wanted, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(tsynd.uncertainty(classifier, result.images, **options), wanted, rtol=1e-3, atol=1e-6)
+    # in batches of another size the same images
+    again = tsynd.synthesize(
+        autoencoder, classifier, images, latent_std=STD, progress=False, batch_size=16, checkpointing=True, **options
+    )
+    torch.testing.assert_close(again.images, result.images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": "expected_information"}, "targets: got none with objective 'expected_information'"),
+        ({"targets": torch.rand(2, 1, 12, 12)}, "targets: got images with objective 'mutual_information'"),
+        ({"objective": "expected_information", "masks": "independent"}, "wanted 'shared' masks"),
+        ({"objective": "expected_information", "targets": torch.rand(2, 1, 12)}, "targets: "),
+    ],
+)
+def test_expected_information_asks_for_targets(
+    autoencoder: nn.Module, images: Tensor, options: dict[str, Any], words: str
+) -> None:
+    classifier = sharp(images)
+    with pytest.raises(InputError, match=words):
+        tsynd.synthesize(autoencoder, classifier, images, latent_std=STD, progress=False, **options)
+
+
+def test_expected_information_is_not_exported(autoencoder: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="objective: got 'expected_information'"):
+        tsynd.export_torchscript(
+            sharp(images),
+            autoencoder,
+            tmp_path / "a.pt",
+            image_shape=images.shape[1:],
+            objective="expected_information",
+            latent_std=STD,
+        )
+    assert not (tmp_path / "a.pt").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -317,8 +318,11 @@ class LabelledBatches:
         known = isinstance(drawn, SequentialSampler)
         if isinstance(source.dataset, IterableDataset):
             known = source.num_workers < 2
-        elif isinstance(drawn, (list, tuple, range)):
-            known = list(drawn) == list(range(self.count))
+        elif not known and type(drawn).__module__ != "torch.utils.data.sampler":  # of another kind, perhaps in order
+            numbers = list(itertools.islice(drawn, self.count + 1))
+            if numbers and isinstance(numbers[0], (list, tuple)):
+                numbers = [number for batch in numbers for number in batch]
+            known = numbers == list(range(self.count))
         if not known:
             raise InputError(
                 f"{what}: got some beside a DataLoader that shuffles or draws ({type(drawn).__name__}): which image one"

@@ -69,7 +69,11 @@ class FileTree:
         root = text if self.remote else os.path.expanduser(text)
         if self.remote:
             try:
-                self._fs, root = require("fsspec", "big").core.url_to_fs(text)
+                options: dict[str, Any] = {}
+                if text.startswith(("http://", "https://")):
+                    limit = require("aiohttp", "big").ClientTimeout(total=None, sock_connect=30, sock_read=60)
+                    options["client_kwargs"] = {"timeout": limit}
+                self._fs, root = require("fsspec", "big").core.url_to_fs(text, **options)
             except (ValueError, ImportError) as error:
                 raise InputError(f"source: {text!r} is an address that fsspec cannot use: {error}") from None
         self._root = root
@@ -252,8 +256,9 @@ def read_array(tree: FileTree, archive: zipfile.ZipFile, info: zipfile.ZipInfo) 
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(member)
         start = member.tell()
-    if dtype.hasobject or fortran:
-        raise InputError(f"{where} holds Python objects or Fortran order; wanted plain C arrays")
+    if dtype.hasobject:
+        raise InputError(f"{where} holds Python objects; wanted a plain array")
+    order: Any = "F" if fortran else "C"
     if any(side < 0 for side in shape) or start + math.prod(shape) * dtype.itemsize != info.file_size:
         raise InputError(f"{where}: {info.file_size} bytes for an array {list(shape)} of {dtype}; it is truncated")
     local, stored = tree.local(), info.compress_type == zipfile.ZIP_STORED
@@ -264,12 +269,12 @@ def read_array(tree: FileTree, archive: zipfile.ZipFile, info: zipfile.ZipInfo) 
                 target.write(block)
     if local is None or target is not None:
         target.flush()
-        return np.memmap(target, dtype, "r", start, shape)
+        return np.memmap(target, dtype, "r", start, shape, order)
     with local.open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return np.memmap(local, dtype, "r", info.header_offset + 30 + names + start, shape)
+    return np.memmap(local, dtype, "r", info.header_offset + 30 + names + start, shape, order)
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,13 @@ def _check_listing(listing: Listing, where: str) -> None:
 def _notes(listing: Listing) -> tuple[str, ...]:
     """What looks like patients but is not taken for them."""
     folders = {entry.folder for entry in listing.entries if entry.folder}
+    inside: dict[str, set[str | None]] = {}
+    for entry in listing.entries:
+        inside.setdefault(str(entry.label), set()).add(entry.folder)
+    same = next(iter(inside.values()))
+    if len(same) > 1 and None not in same and all(found == same for found in inside.values()):
+        names = ", ".join(sorted(str(folder).rpartition("/")[2] for folder in same)[:4])
+        return (f"the same folders lie in all of the {len(inside)} class folders ({names}): are they the classes?",)
     told = any(entry.patient is not None for entry in listing.entries)
     if listing.by_folder or told or len(folders) < 2:
         return ()

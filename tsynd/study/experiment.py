@@ -64,6 +64,7 @@ def experiment(
     workers: int | None = None,
     device: str | None = None,
     progress: bool = True,
+    report: bool = True,
 ) -> list[dict[str, Any]]:
     """Run a study and write its report; see ``docs/experiment.md`` for the files and what is measured.
 
@@ -82,6 +83,7 @@ def experiment(
             faster than fewer processes with more, and results do not depend on the number of either.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         progress: show a bar where rich is installed.
+        report: write ``report.html`` and ``results.md`` too.
 
     Returns:
         What every finished cell in the folder measured.
@@ -107,14 +109,17 @@ def experiment(
     with Job(Path(output).expanduser(), fingerprint(settings, content, kind="experiment")) as job:
         for folder in job.folder.iterdir():  # models/, cells/, ...
             clear_leftovers(folder)
-        results = _measure(job, Workplace(str(data), job.folder, settings, where), source, cells, workers, progress)
+        place = Workplace(str(data), job.folder, settings, where)
+        results, facts = _measure(job, place, source, cells, workers, progress)
+        if report:
+            write_study(place, results, facts)
     return results
 
 
 def _measure(
     job: Job, place: Workplace, source: DataSource, cells: Sequence[Cell], workers: int | None, progress: bool
-) -> list[dict[str, Any]]:
-    """Run what is left of the cells and write the report."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run what is left of the cells; all results, and what is to be known of data and machine."""
     where, settings = place.device, place.settings
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = workers or (1 if where.startswith("cuda") else cores)
@@ -139,8 +144,7 @@ def _measure(
         "python": platform.python_version(),
         "processor": torch.cuda.get_device_name(where) if where.startswith("cuda") else platform.machine(),
     }
-    write_study(place, results, facts)
-    return results
+    return results, facts
 
 
 @dataclass(frozen=True)

@@ -155,15 +155,16 @@ def arms_of(rows: Sequence[Row]) -> list[str]:
     return sorted({row["arm"] for row in rows}, key=place)
 
 
-def values(rows: Sequence[Row], arm: str, size: int, key: str) -> dict[int, float]:
-    """Seed → measure, where it is finite."""
-    found = {row["seed"]: measure_of(row, key) for row in rows if row["arm"] == arm and row["size"] == size}
-    return {seed: value for seed, value in sorted(found.items()) if math.isfinite(value)}
+def values(rows: Sequence[Row], arm: str, size: int, key: str) -> dict[tuple[str, int], float]:
+    """Data set and seed → measure, where it is finite."""
+    own = [row for row in rows if row["arm"] == arm and row["size"] == size]
+    found = {(row.get("data", ""), row["seed"]): measure_of(row, key) for row in own}
+    return {pair: value for pair, value in sorted(found.items()) if math.isfinite(value)}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm less another over the same (size, seed) pairs.
+    """An arm less another over the same data set, size and seed.
 
     Attributes:
         mean: of the differences.
@@ -186,7 +187,7 @@ def difference(rows: Sequence[Row], arm: str, against: str, sizes: Sequence[int]
     pairs = []
     for size in sizes:
         ours, theirs = values(rows, arm, size, key), values(rows, against, size, key)
-        pairs += [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        pairs += [ours[pair] - theirs[pair] for pair in ours if pair in theirs]
     mean, half = mean_interval(pairs)
     return Difference(mean, half, sign_flip_p(pairs), len(pairs))
 

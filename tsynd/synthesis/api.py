@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tsynd.data.checks import check_images
 from tsynd.data.dataset import LabelledBatches, at_once
 from tsynd.models.autoencoder import measure_latent_std
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.ascent import Ascent, AscentOptions, AscentSettings, ascent_settings
+from tsynd.synthesis.objectives import measure_of
 from tsynd.synthesis.result import Collector, SynthesisResult
 from tsynd.synthesis.synthesizer import AscentStream, place
 from tsynd.utils.errors import InputError
@@ -32,6 +34,7 @@ def synthesize(
     labels: Any = None,
     *,
     objective: str = "mutual_information",
+    targets: Tensor | None = None,
     task: str = "multiclass",
     samples: int = 32,
     masks: str = "shared",
@@ -65,7 +68,9 @@ def synthesize(
         images: tensor or array [N, C, H, W] or, for volumes, [N, C, D, H, W] (float in [0, 1], or uint8), a Dataset
             or a DataLoader of images or (image, label) pairs.
         labels: [N] class numbers or [N, L] of 0/1; those of the Dataset or DataLoader when None.
-        objective: ``mutual_information`` or ``entropy``.
+        objective: ``mutual_information``, ``entropy``, or ``expected_information``: what the image's class would tell
+            about the classes of ``targets`` (EPIG, Bickford Smith et al. 2023), in one process and not exported.
+        targets: [M, C, H, W] in [0, 1] or uint8, labelled or not, all held at once; for ``expected_information``.
         task: ``multiclass`` or ``multilabel``.
         samples: T, posterior samples.
         masks: ``shared`` or ``independent``, see :class:`tsynd.MCDropout`.
@@ -127,6 +132,7 @@ def synthesize(
             checkpointing=checkpointing,
             memory_limit=memory_limit,
             phases=phases,
+            targets=targets,
         )
         source = LabelledBatches(images, labels, sample_ids, task)
     collector = Collector(source.count)
@@ -148,6 +154,7 @@ def uncertainty(
     images: Any,
     *,
     settings: AscentSettings | None = None,
+    targets: Tensor | None = None,
     seed: int = 0,
     sample_ids: Any = None,
     batch_size: int = 256,
@@ -159,6 +166,7 @@ def uncertainty(
         classifier: see :func:`synthesize`.
         images: tensor, array, Dataset or DataLoader, see :func:`synthesize`.
         settings: whose ``objective``, ``task``, ``samples`` and ``masks`` count; None for the defaults.
+        targets: see :func:`synthesize`.
         seed: of the posterior samples.
         sample_ids: see :func:`synthesize`.
         batch_size: images at once; fewer where they are large.
@@ -172,11 +180,11 @@ def uncertainty(
     source = LabelledBatches(images, None, sample_ids, None)
     device = place(None, *posterior.networks)
     values = []
+    aims = None if targets is None else check_images(targets, name="targets").to(device)
     with posterior.frozen(), torch.no_grad():
+        measure = measure_of(posterior, chosen.objective, chosen.task, aims)
         for batch in source.batches(at_once(source.first.numel(), batch_size)):
-            ids = batch.sample_ids.to(device)
-            value = posterior.uncertainty(batch.images.to(device), ids, chosen.objective, chosen.task)
-            values.append(value.cpu())
+            values.append(measure(batch.images.to(device), batch.sample_ids.to(device)).cpu())
     return torch.cat(values)
 
 

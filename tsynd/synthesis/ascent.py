@@ -14,7 +14,7 @@ from torch import Tensor
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import OBJECTIVES, RULES, TASKS
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.objectives import Goal, PlausibleGoal, Uncertainty
+from tsynd.synthesis.objectives import EXPECTED, Goal, PlausibleGoal, Uncertainty
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.settings import override
 
@@ -47,7 +47,8 @@ class AscentSettings:
     """What an ascent maximises, under which posterior samples, and how far it goes.
 
     Attributes:
-        objective: ``mutual_information`` or ``entropy``.
+        objective: ``mutual_information``, ``entropy``, or ``expected_information`` about target images (EPIG), which
+            needs shared masks.
         task: ``multiclass`` or ``multilabel``.
         steps: K, ascent steps, at least 1.
         radius: of the ball around the source latent, times latent standard deviation times sqrt(dimension)
@@ -75,10 +76,12 @@ class AscentSettings:
     latent_std: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("objective", self.objective, (*OBJECTIVES, EXPECTED))
         check_choice("task", self.task, TASKS)
         check_choice("rule", self.rule, RULES)
         check_choice("masks", self.masks, ("shared", "independent"))
+        if self.objective == EXPECTED and self.masks != "shared":
+            raise InputError(f"objective: got {EXPECTED!r} with masks {self.masks!r}, wanted 'shared' masks")
         for name in ("steps", "samples"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

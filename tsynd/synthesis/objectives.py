@@ -13,8 +13,22 @@ from torch.nn import functional
 from tsynd.ops import operators as ops
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.latent_prior import LatentPrior
+from tsynd.utils.errors import InputError
 
-__all__ = ["ExpectedInformation", "Goal", "GoalValue", "LabelLoss", "Measure", "PlausibleGoal", "Uncertainty"]
+__all__ = [
+    "EXPECTED",
+    "ExpectedInformation",
+    "Goal",
+    "GoalValue",
+    "LabelLoss",
+    "Measure",
+    "PlausibleGoal",
+    "Uncertainty",
+    "measure_of",
+]
+
+
+EXPECTED = "expected_information"
 
 
 class GoalValue(NamedTuple):
@@ -107,6 +121,27 @@ class ExpectedInformation:
         """Expected information [B] in nats."""
         logits = self.posterior.logits(images, sample_ids)
         return ops.expected_information(logits, self.targets.to(logits.dtype), self.task)[0]
+
+
+def measure_of(posterior: Posterior, objective: str, task: str, targets: Tensor | None = None) -> Measure:
+    """The measure that an objective names; to be used while the posterior is frozen.
+
+    Args:
+        posterior: gives the samples.
+        objective: ``mutual_information``, ``entropy`` or ``expected_information``.
+        task: ``multiclass`` or ``multilabel``.
+        targets: [M, C, H, W] in [0, 1] on the posterior's device, for ``expected_information``.
+
+    Raises:
+        InputError: ``expected_information`` without targets, or targets with another objective.
+    """
+    if (objective == EXPECTED) != (targets is not None):
+        given = "none" if targets is None else "images"
+        raise InputError(f"targets: got {given} with objective {objective!r}, wanted images for {EXPECTED!r} alone")
+    if targets is None:
+        return Uncertainty(posterior, objective, task)
+    with torch.no_grad():
+        return ExpectedInformation(posterior, posterior.logits(targets), task)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tsynd.data.checks import check_images
 from tsynd.data.dataset import Batch
 from tsynd.fx.checkpointing import kept_per_image, staged
 from tsynd.fx.folding import folded_decoder
@@ -26,7 +27,7 @@ from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.synthesis.cuda import GraphedAscent, fetch, send
-from tsynd.synthesis.objectives import PlausibleGoal, Uncertainty
+from tsynd.synthesis.objectives import EXPECTED, Measure, PlausibleGoal, measure_of
 from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.timing import Phases
@@ -58,6 +59,7 @@ class AscentStream:
         settings: of the ascent.
         seed, batch_size, device, precision, compile, checkpointing, memory_limit: see :func:`tsynd.synthesize`.
         phases: takes the seconds of every phase, see :func:`tsynd.synthesize`.
+        targets: see there.
 
     Attributes:
         device: where the work happens.
@@ -82,6 +84,7 @@ class AscentStream:
         checkpointing: bool | None = None,
         memory_limit: float | None = None,
         phases: Phases | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         check_choice("precision", precision, tuple(_PRECISIONS))
         if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
@@ -92,6 +95,9 @@ class AscentStream:
             raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
         self.posterior = as_posterior(classifier, settings.samples, settings.masks, seed)
         self.model = as_autoencoder(autoencoder)
+        if settings.objective == EXPECTED and targets is None:
+            raise InputError(f"targets: got none with objective {EXPECTED!r}, wanted images")
+        self._targets = None if targets is None else check_images(targets, name="targets")
         self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
@@ -161,8 +167,7 @@ class AscentStream:
             decode = torch.compile(decode, dynamic=False)
         else:
             decode = self._phases.timed("decode", decode, self._watched)
-        uncertainty = Uncertainty(self.posterior, self._settings.objective, self._settings.task)
-        measure = self._phases.timed("uncertainty", uncertainty, self._watched)
+        measure = self._phases.timed("uncertainty", self._measure(), self._watched)
 
         def climb(z0: Tensor, ids: Tensor, y: Tensor | None) -> Ascent:
             goal = PlausibleGoal(measure, z0)
@@ -170,17 +175,21 @@ class AscentStream:
 
         self._climb = GraphedAscent(climb) if self._compile and self.device.type == "cuda" else climb
 
+    def _measure(self) -> Measure:
+        targets = None if self._targets is None else self._targets.to(self.device)
+        return measure_of(self.posterior, self._settings.objective, self._settings.task, targets)
+
     def _fit(self, decode: Callable[[Tensor], Tensor], image: Tensor, latent: Tensor) -> Callable[[Tensor], Tensor]:
         """Choose how many images at once and whether to make activations again, by what one image keeps."""
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
-        objective, task = self._settings.objective, self._settings.task
+        measure = self._measure()
         with torch.no_grad():  # what a posterior keeps of its first call must not be made of tensors without values
-            self.posterior.uncertainty(image, ids, objective, task)
+            measure(image, ids)
 
         def kept(decode: Callable[[Tensor], Tensor]) -> int:
             def run(latents: Tensor) -> Tensor:
                 images = decode(latents).clamp(0, 1)
-                return self.posterior.uncertainty(images, ids.expand(len(images)), objective, task)
+                return measure(images, ids.expand(len(images)))
 
             return kept_per_image(run, latent)
 

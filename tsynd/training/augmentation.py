@@ -18,7 +18,7 @@ from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents, ascent_settings, label_probability
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
-from tsynd.synthesis.objectives import ExpectedInformation, Goal, LabelLoss, Measure, PlausibleGoal, Uncertainty
+from tsynd.synthesis.objectives import EXPECTED, Goal, LabelLoss, Measure, PlausibleGoal, measure_of
 from tsynd.training.extra_images import BatchAugmentation, PerImage, check_extra_labels, draw_rows, most_likely
 from tsynd.utils.device import place
 from tsynd.utils.errors import InputError, check_choice
@@ -48,9 +48,7 @@ class TargetedAugmentation(BatchAugmentation):
     Args:
         autoencoder: anything :func:`tsynd.as_autoencoder` takes, with ``latent_std`` measured by
             :func:`tsynd.fit_autoencoder`, or see the settings' ``latent_std``.
-        settings: of the ascent, see :class:`tsynd.AscentSettings`; None takes three steps. The objective may also be
-            ``expected_information``: what the image's class would tell about those of ``targets`` (EPIG, Bickford
-            Smith et al. 2023).
+        settings: of the ascent, see :class:`tsynd.AscentSettings`; None takes three steps.
         direction: where the latents go:
             ``uncertainty``: up the posterior's disagreement, to the best iterate (TSynD, Niemeijer et al. 2024,
             arXiv 2406.17473);
@@ -63,8 +61,8 @@ class TargetedAugmentation(BatchAugmentation):
             that climb, which then end at the last iterate.
         residual: share in [0, 1] of what the autoencoder loses, x - decode(encode(x)), that is added to every image;
             ``random`` draws one per image.
-        targets: [M, C, H, W] in [0, 1], images for ``expected_information``; None takes up to 512 of the training
-            images. 32 of them are drawn for each call.
+        targets: [M, C, H, W] in [0, 1], images for the objective ``expected_information``; None takes up to 512 of the
+            training images. 32 of them are drawn for each call.
         persistent: the cheap mode: an image's ascent begins where its last one ended, so that one step a visit
             (``steps=1``) is enough, and ends at the last iterate; a step is half the radius unless ``step_size``
             says otherwise.
@@ -108,11 +106,9 @@ class TargetedAugmentation(BatchAugmentation):
         super().__init__(ratio, every, seed)
         check_choice("direction", direction, DIRECTIONS)
         options = dict(ascent)
-        self.expected = options.get("objective") == "expected_information"
-        if self.expected:
-            del options["objective"]
         self.radius = _radius_pair(options.pop("radius", (settings or AscentSettings()).radius))
         self.settings = ascent_settings(settings or AscentSettings(steps=3), options | {"radius": self.radius[0]})
+        self.expected = direction == "uncertainty" and self.settings.objective == EXPECTED
         self.direction, self.pixels, self.residual, self.persistent = direction, pixels, residual, persistent
         self.typicality, self.targets = typicality, targets
         self._check_options()
@@ -144,10 +140,6 @@ class TargetedAugmentation(BatchAugmentation):
                     f"{name}: got {getattr(self, name)!r} with direction {self.direction!r}, which climbs nothing; "
                     f"wanted {type(getattr(self, name))()!r}"
                 )
-        if self.expected and self.settings.masks != "shared":
-            raise InputError(
-                f"objective: got 'expected_information' with masks {self.settings.masks!r}, wanted 'shared' masks"
-            )
         if self.targets is not None:
             if not self.expected:
                 raise InputError("targets: got images, wanted them with objective 'expected_information' alone")
@@ -260,13 +252,12 @@ class TargetedAugmentation(BatchAugmentation):
         task = self.settings.task
         if self.direction == "loss":
             return LabelLoss(posterior, labels, task)
-        if not self.expected:
-            return Uncertainty(posterior, self.settings.objective, task)
-        assert self.targets is not None  # _check has seen them
-        draw = torch.Generator().manual_seed((self.seed + self.calls) & 0xFFFFFFFF)
-        chosen = self.targets[torch.randperm(len(self.targets), generator=draw)[:_TARGETS]].to(labels.device)
-        with torch.no_grad():
-            return ExpectedInformation(posterior, posterior.logits(chosen), task)
+        chosen = None
+        if self.expected:
+            assert self.targets is not None  # _check has seen them
+            draw = torch.Generator().manual_seed((self.seed + self.calls) & 0xFFFFFFFF)
+            chosen = self.targets[torch.randperm(len(self.targets), generator=draw)[:_TARGETS]].to(labels.device)
+        return measure_of(posterior, self.settings.objective, task, chosen)
 
     def _decoder(self, images: Tensor, source: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
         """Latents [M, ...] -> images, with the share of the residual."""

@@ -115,9 +115,11 @@ def test_few_inner_folders_are_no_patients_unless_said(tmp_path: Path) -> None:
                 picture(tmp_path / name / zoom / f"{index}.png", index)
     data = load_data(tmp_path)
     assert data.origin.grouping == "none"
-    assert any("2 folders inside class folders" in line for line in data.summary.lines())
-    with pytest.raises(InputError, match="2 patients"):
-        load_data(tmp_path, group="folder")
+    assert any("the same folders lie in all of the 2 class folders (100X, 40X)" in x for x in data.summary.lines())
+    picture(tmp_path / "benign" / "200X" / "1.png", 1)
+    lines = load_data(tmp_path).summary.lines()
+    assert any("3 folders inside class folders are not taken for patients" in line for line in lines)
+    assert load_data(tmp_path, group="folder").origin.grouping == "by folder (3)"
 
 
 def test_the_summary_says_what_was_read_and_what_was_not(tmp_path: Path) -> None:

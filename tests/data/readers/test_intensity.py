@@ -81,6 +81,13 @@ def test_a_dose_is_ordered_by_its_offsets() -> None:
     assert plain[0, :, 0, 0].tolist() == [255, 170, 85, 0]
 
 
+def test_frames_without_positions_follow_their_number_in_the_stack() -> None:
+    pixels = np.stack([np.full((4, 4), 100 * height) for height in (2, 0, 3, 1)]).astype(np.uint16)
+    content = [part(FrameContentSequence=pydicom.Sequence([part(InStackPositionNumber=n + 1)])) for n in (2, 0, 3, 1)]
+    file = dicom(pixels, NumberOfFrames=4, PerFrameFunctionalGroupsSequence=pydicom.Sequence(content))
+    assert shown(file, volumes=True)[0, :, 0, 0].tolist() == [0, 85, 170, 255]
+
+
 def test_frames_that_make_no_volume_are_refused() -> None:
     for heights, message in (([0, 1, 1, 2], "two slices at one position"), ([0, 1, 2, 4], "one is missing")):
         with pytest.raises(InputError, match=message):
@@ -151,6 +158,9 @@ def test_padding_of_another_sign() -> None:
     dataset = pydicom.dcmread(io.BytesIO(dicom(values.astype(np.uint16))))
     dataset.add_new("PixelPaddingValue", "SS", -2000)
     assert shown(save(dataset))[0, 0].max() == 0
+    twelve = pydicom.dcmread(io.BytesIO(dicom(values.clip(-2000, 2000), stored=12)))
+    twelve.add_new("PixelPaddingValue", "US", 4096 - 2000)  # in twelve bits
+    assert shown(save(twelve))[0, 0].max() == 0
     unit = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
     unit[0] = -999
     header = {"Rows": 4, "Columns": 4, "BitsAllocated": 32, "FloatPixelData": unit.tobytes()}

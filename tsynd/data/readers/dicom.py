@@ -27,6 +27,7 @@ MAGIC_AT = 128  # where a DICOM file says DICM
 _CODECS = "pip install 'tsynd[dicom-codecs]'"
 _COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _GREY = ("MONOCHROME1", "MONOCHROME2")
+_CONTENT = "FrameContentSequence"
 _PRIMARIES = ("Red", "Green", "Blue")
 _JP2 = b"\0\0\0\x0cjP  "
 _OVERRIDE = "window=(centre, width) (--window CENTRE WIDTH) overrides it"
@@ -135,7 +136,9 @@ def _order(dataset: Any, count: int, where: str) -> list[int]:
     else:
         found = [_place(dataset, index) for index in range(count)]
         if all(place is None for place in found):
-            return list(range(count))
+            numbers = [_number_in_stack(dataset, index) for index in range(count)]
+            told = None not in numbers and len(set(numbers)) == count
+            return sorted(range(count), key=lambda index: numbers[index] or 0) if told else list(range(count))
         places = [place for place in found if place is not None]
         if len(places) < count:
             raise InputError(f"{where}: {count - len(places)} of {count} frames say no position; wanted all or none")
@@ -159,6 +162,11 @@ def _place(dataset: Any, index: int) -> tuple[Array, Array] | None:
     if not plane or not position:
         return None
     return np.array([float(v) for v in plane]).reshape(2, 3), np.array([float(v) for v in position]).reshape(3)
+
+
+def _number_in_stack(dataset: Any, index: int) -> int | None:
+    found = [inner[0].get("InStackPositionNumber") for g in _groups(dataset, index) if (inner := g.get(_CONTENT))]
+    return int(found[-1]) if found and found[-1] is not None else None
 
 
 def _groups(dataset: Any, index: int) -> list[Any]:
@@ -370,10 +378,14 @@ def _padding(frame: _Frame) -> Array:
 def _as_stored(value: Any, header: Any) -> int:
     """A padding value in the sign of the stored ones, whatever the sign of its own element."""
     number = int(value if isinstance(value, (int, float, str)) else value[0])
-    span = 2 ** int(header.get("BitsAllocated", 16))
+    allocated: int = int(header.get("BitsAllocated", 16))
+    stored: int = int(header.get("BitsStored", 16))
     if int(header.get("PixelRepresentation", 0)) == 1:
-        return number - span if number >= span // 2 else number
-    return number + span if number < 0 else number
+        for bits in (stored, allocated):
+            if number >> (bits - 1) == 1:
+                return number - (1 << bits)
+        return number
+    return number + (1 << allocated) if number < 0 else number
 
 
 def _table(item: Any, data: str, descriptor: str) -> tuple[Array, int, int]:
@@ -400,7 +412,11 @@ def _table(item: Any, data: str, descriptor: str) -> tuple[Array, int, int]:
 def _through(item: Any, values: Array) -> tuple[Array, int]:
     """Values through a lookup table, and the depth of what comes out."""
     entries, first, depth = _table(item, "LUTData", "LUTDescriptor")
-    whole = values if values.dtype.kind in "iu" else np.rint(values)
+    return _looked_up(entries, first, values), depth
+
+
+def _looked_up(entries: Array, first: int, values: Array) -> Array:
+    whole = (values if values.dtype.kind in "iu" else np.rint(values)).astype(np.int64)
     low, high = int(whole.min()), int(whole.max())
 
     def covered(start: int) -> int:
@@ -408,7 +424,7 @@ def _through(item: Any, values: Array) -> tuple[Array, int]:
 
     # the sign of the first input is that of the values, which pydicom may have read otherwise
     first = max((first, first - 2**16, first + 2**16), key=covered)
-    return entries[np.clip(whole.astype(np.int64) - first, 0, len(entries) - 1)], depth
+    return np.asarray(entries[np.clip(whole - first, 0, len(entries) - 1)])
 
 
 def _palette(dataset: Any, stored: Array) -> tuple[Array, float]:
@@ -418,7 +434,7 @@ def _palette(dataset: Any, stored: Array) -> tuple[Array, float]:
         return rgb[..., :3], 2.0 ** (8 * rgb.dtype.itemsize) - 1
     name = "{}PaletteColorLookupTable{}"
     tables = [_table(dataset, name.format(c, "Data"), name.format(c, "Descriptor")) for c in _PRIMARIES]
-    rgb = np.stack([e[np.clip(stored.astype(np.int64) - first, 0, len(e) - 1)] for e, first, _ in tables], -1)
+    rgb = np.stack([_looked_up(entries, first, stored) for entries, first, _ in tables], -1)
     # words may hold bytes: then no entry of any colour is above 255
     return rgb, 255.0 if max(int(entries.max()) for entries, _, _ in tables) < 256 else 65535.0
 
