@@ -200,7 +200,8 @@ def ascend_latents(
     best_latents = best_images = best = best_score = first = torch.empty(0)
     count = source.shape[0]  # not len(): an export keeps the batch size open
     climbing = torch.ones(count, dtype=torch.bool, device=source.device)
-    status = torch.full((count,), int(Status.UNCHANGED), dtype=torch.int8, device=source.device)
+    # int8 at the end only: ONNX Runtime before 1.31 knows no Where of it
+    status = torch.full((count,), int(Status.UNCHANGED), dtype=torch.int32, device=source.device)
     per_latent = [-1] + [1] * (source.dim() - 1)
     trajectory = []
     for k in range(settings.steps + 1):
@@ -234,4 +235,4 @@ def ascend_latents(
             still = torch.where(climbing.reshape(per_latent), gradient, 0.0)
             ops.ascend_(latents, still, source, step, radius, settings.rule)
     status = status.masked_fill((status == int(Status.UNCHANGED)) & (best_score > first), int(Status.RAISED))
-    return Ascent(best_images, best_latents, best, torch.stack(trajectory), status)
+    return Ascent(best_images, best_latents, best, torch.stack(trajectory), status.to(torch.int8))
