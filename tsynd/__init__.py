@@ -25,6 +25,7 @@ _HOME = {
     "LaplaceHead": "posteriors.laplace",
     "MCDropout": "posteriors.mc_dropout",
     "Mixture": "training.extra_images",
+    "OfflineRounds": "training.rounds",
     "OnnxSynthesizer": "export.runtime",
     "PixelAdversarial": "training.pixels",
     "PixelConsistency": "training.pixels",
@@ -40,6 +41,8 @@ _HOME = {
     "TargetedAugmentation": "training.augmentation",
     "as_autoencoder": "models.autoencoder",
     "as_classifier": "models.classifier",
+    "autoencoder": "models.named",
+    "classifier": "models.named",
     "evaluate": "evaluation.evaluate",
     "export_aoti": "export.aoti",
     "export_onnx": "export.onnx",
@@ -48,6 +51,8 @@ _HOME = {
     "fit_classifier": "training.classifier",
     "load_data": "data.load",
     "load_model": "models.checkpoint",
+    "measure_latent_std": "synthesis.api",
+    "predict": "evaluation.predict",
     "recipe": "training.recipe",
     "save_model": "models.checkpoint",
     "synthesize": "synthesis.api",
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
     from tsynd.data.load import load_data
     from tsynd.data.readers.options import ReadOptions
     from tsynd.evaluation.evaluate import evaluate
+    from tsynd.evaluation.predict import predict
     from tsynd.export.aoti import export_aoti
     from tsynd.export.onnx import export_onnx
     from tsynd.export.runtime import OnnxSynthesizer
@@ -68,12 +74,13 @@ if TYPE_CHECKING:
     from tsynd.models.autoencoder import Autoencoder, as_autoencoder
     from tsynd.models.checkpoint import load_model, save_model
     from tsynd.models.classifier import as_classifier
+    from tsynd.models.named import autoencoder, classifier
     from tsynd.models.networks import SmallAutoencoder, SmallResNet
     from tsynd.posteriors.laplace import LaplaceHead
     from tsynd.posteriors.last_layer import SampledHead
     from tsynd.posteriors.mc_dropout import MCDropout
     from tsynd.posteriors.posterior import Ensemble, Posterior
-    from tsynd.synthesis.api import synthesize, uncertainty
+    from tsynd.synthesis.api import measure_latent_std, synthesize, uncertainty
     from tsynd.synthesis.ascent import Ascent, AscentSettings, Status
     from tsynd.synthesis.result import SynthesisResult
     from tsynd.training.augmentation import TargetedAugmentation
@@ -82,7 +89,7 @@ if TYPE_CHECKING:
     from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
-    from tsynd.training.rounds import RoundsAugmentation
+    from tsynd.training.rounds import OfflineRounds, RoundsAugmentation
     from tsynd.training.standard import StandardAugmentation
     from tsynd.utils.errors import InputError
 
