@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.data.dataset import LabelledBatches
-from tsynd.models.autoencoder import check_autoencoder, latent_deviation
+from tsynd.models.adapters import first_tensor
+from tsynd.models.autoencoder import as_autoencoder, autoencoder_of, check_autoencoder, latent_deviation
 from tsynd.models.pretrained_autoencoder import PretrainedAutoencoder
 from tsynd.training.global_batch import batch_variance
 from tsynd.training.loop import Checkpoint, FitReport, TrainingSettings, _Loop
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import require
+from tsynd.utils.errors import InputError, require
 from tsynd.utils.settings import override
 
 __all__ = ["AutoencoderSettings", "ReconstructionLoss", "fit_autoencoder"]
@@ -54,17 +55,17 @@ class ReconstructionLoss(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Scalar loss of images [B, C, H, W] in [0, 1], B of two or more."""
         model: Any = self.autoencoder
-        latents: Tensor = model.encode(images)
+        latents: Tensor = first_tensor(model.encode(images))
         # The deviation carries a gradient: without it, ever larger latents would be a way out of the noise.
         deviation = (batch_variance(latents.flatten(1).float()).mean() + 1e-12).sqrt()
         level = self.noise * torch.rand([len(latents)] + [1] * (latents.ndim - 1), device=latents.device)
-        decoded: Tensor = model.decode(latents + level * deviation * torch.randn_like(latents))
+        decoded: Tensor = first_tensor(model.decode(latents + level * deviation * torch.randn_like(latents)))
         # So the scale of the latents is free; this light spring keeps it near one.
         return functional.mse_loss(decoded.float(), images) + 1e-4 * deviation.log().square()
 
 
 def fit_autoencoder(
-    autoencoder: nn.Module,
+    autoencoder: Any,
     images: Any,
     settings: AutoencoderSettings | None = None,
     *,
@@ -81,7 +82,7 @@ def fit_autoencoder(
     one, is set (``latent_deviation``).
 
     Args:
-        autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
+        autoencoder: of modules, as :func:`tsynd.synthesize` takes it; it is moved to the device and left in eval mode.
         images: [N, C, H, W], or labelled data, as ``LabelledBatches`` reads them.
         settings: see :class:`AutoencoderSettings`.
         device: Accelerate's choice by default.
@@ -94,6 +95,9 @@ def fit_autoencoder(
         InputError: an argument that cannot be used, or a loss that is not finite.
     """
     settings = override(settings or AutoencoderSettings(), training, "the training")
+    autoencoder = as_autoencoder(autoencoder)
+    if not isinstance(autoencoder, nn.Module):
+        raise InputError(f"autoencoder: got {type(autoencoder).__name__}, wanted a module or a pair of them to train")
     batches = LabelledBatches(images, task=None, by_index=True)
     if isinstance(autoencoder, PretrainedAutoencoder) and autoencoder.trains == "none":
         accelerator = require("accelerate", "train").Accelerator(device_placement=False)
@@ -102,7 +106,7 @@ def fit_autoencoder(
         _measure(autoencoder, batches, target)
         return FitReport((), 0, 0.0)
     loop = _Loop(ReconstructionLoss(autoencoder, settings.latent_noise), batches, device, settings)
-    model: Any = autoencoder.eval()
+    model = autoencoder_of(autoencoder.eval())
     check_autoencoder(model, batches.first.to(loop.device))
 
     def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -135,5 +139,6 @@ def _measure(model: Any, batches: LabelledBatches, device: torch.device) -> None
     """Set the model's ``latent_std``, where it has one."""
     if isinstance(getattr(model, "latent_std", None), Tensor):
         with torch.no_grad():
-            latents = (model.encode(batches.at(part).images.to(device)) for part in batches.chunks(256))
+            face = autoencoder_of(model)
+            latents = (face.encode(batches.at(part).images.to(device)) for part in batches.chunks(256))
             model.latent_std.copy_(latent_deviation(latents))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches
-from tsynd.models.autoencoder import as_autoencoder, check_autoencoder
+from tsynd.models.autoencoder import autoencoder_of, check_autoencoder
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.api import synthesize
@@ -68,7 +68,7 @@ class RoundsAugmentation(Augmentation):
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
         self.settings = ascent_settings(settings or AscentSettings(steps=3), ascent)
-        self.autoencoder, self.batches = as_autoencoder(autoencoder), LabelledBatches(data)
+        self.autoencoder, self.batches = autoencoder_of(autoencoder), LabelledBatches(data)
         self.rounds, self.seed = rounds, seed
         self.results: list[SynthesisResult] = []
         self.progress = 0.0
