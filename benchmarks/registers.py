@@ -1,6 +1,6 @@
 """``python -m benchmarks.registers``: registers, spills and stack of every CUDA kernel, and a gate on what is compiled.
 
-Compiles each file under ``csrc/cuda`` for each architecture; needs nvcc, no GPU. Prints a Markdown table. The gate fails
+Compiles each file under ``csrc/cuda`` for each architecture; needs nvcc, no GPU. Prints a table. The gate fails
 on spilled registers, a stack frame, more registers than a thread can have, ``wgmma`` products that ptxas makes wait for
 one another, and, where ``cuobjdump`` is there (``--cuobjdump PATH``), a ``wgmma_head`` without its HGMMA instructions.
 """
