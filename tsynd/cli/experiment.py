@@ -77,7 +77,9 @@ def experiment(
     images: Annotated[dict[str, Any], Options(StudySettings, _IMAGES, "Extra images")],
     test: Annotated[dict[str, Any], Options(StudySettings, _TEST, "Test")],
     reading: Reading,
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.", rich_help_panel="Training")
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
