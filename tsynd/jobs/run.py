@@ -35,6 +35,7 @@ from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import fingerprint, plain_settings
+from tsynd.utils.progress import say
 from tsynd.utils.timing import Phases
 from tsynd.utils.version import __version__
 
@@ -122,6 +123,7 @@ def run(
         require(module, "cli")
     where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    say(source.summary.lines(), progress)
     settings = replace(settings, task=source.task)
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content)) as job:
@@ -269,6 +271,7 @@ def _finish(
             "train": len(source.train),
             "test": len(source.test),
             "image_shape": list(source.image_shape),
+            "summary": source.summary.lines(),
         },
         "settings": plain_settings(settings),
         "synthesis": {
