@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,15 @@ from tsynd.data.dataset import DataSource, LabelledImages, at_once
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.evaluate import evaluate
+from tsynd.evaluation.image_quality import POOR_RECONSTRUCTION, unexplained
 from tsynd.jobs.job import Job
-from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.jobs.steps import (
+    NetworkChoice,
+    fit_autoencoder_step,
+    fit_classifier_step,
+    new_autoencoder,
+    new_classifier,
+)
 from tsynd.models.checkpoint import load_model
 from tsynd.ops.reference import OBJECTIVES
 from tsynd.report.pictures import draw_examples
@@ -28,8 +36,10 @@ from tsynd.synthesis.api import synthesize, uncertainty
 from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.extra_images import Augmentation
+from tsynd.training.extra_images import Alternation, Augmentation
+from tsynd.training.loop import Checkpoint
 from tsynd.training.recipe import RECIPES, recipe
+from tsynd.training.rounds import OfflineRounds
 from tsynd.training.standard import FLIPS
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
@@ -55,7 +65,7 @@ _NEEDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(AscentSettings):
+class RunSettings(NetworkChoice, AscentSettings):
     """Everything that decides the result of :func:`run`, besides the data and the version.
 
     The ascent's settings are those of the synthesis and, with the recipe ``targeted`` and save for T and K, of the
@@ -125,8 +135,11 @@ def run(
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     say(source.summary.lines(), progress)
     settings = replace(settings, task=source.task)
+    new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
+    new_autoencoder(source, settings.seed, **settings.autoencoder_network())
+    settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
-    with Job(Path(output).expanduser(), fingerprint(settings, content)) as job:
+    with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
         return _stages(job, source, settings, where, progress)
 
 
@@ -137,6 +150,7 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
             path,
             seed=settings.seed,
             which=settings.autoencoder_data,
+            network=settings.autoencoder_network(),
             iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
@@ -147,18 +161,23 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
     def train_classifier(path: Path, augmentation: Augmentation | None) -> dict[str, Any]:
+        checkpoint = Checkpoint(job.folder / "training.safetensors", 50) if settings.rounds else None
         _, report = fit_classifier_step(
             source,
             path,
             seed=settings.seed,
-            network={"dropout": settings.dropout},
+            network=settings.classifier_network(settings.dropout),
+            features=job.folder / "features",
             iterations=settings.iterations,
             batch_size=settings.batch_size,
             augmentation=augmentation,
             augmentation_weight=settings.augmentation_weight,
             device=where,
             progress=progress,
+            checkpoint=checkpoint,
         )
+        if checkpoint is not None:  # of this classifier's training alone
+            checkpoint.path.unlink(missing_ok=True)
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
     job.stage("classifier_real", "classifier_real.safetensors", lambda path: train_classifier(path, None))
@@ -174,7 +193,12 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
         options = replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options()
         augmentation = TargetedAugmentation(autoencoder, seed=settings.seed, **options)
     else:
-        augmentation = recipe(settings.recipe, autoencoder, task=settings.task, flip=settings.flip, seed=settings.seed)
+        options = {"task": settings.task, "flip": settings.flip, "seed": settings.seed}
+        augmentation = recipe(settings.recipe, autoencoder, offline=bool(settings.rounds), **options)
+    if settings.rounds:
+        parts = augmentation.parts if isinstance(augmentation, Alternation) else (augmentation,)
+        folder = job.folder / "rounds"
+        augmentation = OfflineRounds(source.train, *parts, rounds=settings.rounds, folder=folder)
     job.stage("classifier", "classifier.safetensors", lambda path: train_classifier(path, augmentation))
     targeted = load_model(job.folder / "classifier.safetensors", device=where)
     return _finish(job, source, settings, synthesis, autoencoder, real, targeted, where)
@@ -198,6 +222,7 @@ def _check(settings: RunSettings) -> None:
     for name, wanted in choices.items():
         if getattr(settings, name) not in wanted:
             raise InputError(f"{name}: got {getattr(settings, name)!r}, wanted one of {', '.join(wanted)}")
+    settings.rounds_of_training()
     if not settings.augmentation_weight >= 0:
         raise InputError(f"augmentation_weight: got {settings.augmentation_weight!r}, wanted at least 0")
 
@@ -282,6 +307,7 @@ def _finish(
             "images_per_second": synthesis["images_per_second"],
             "status": {kind.name.lower(): status[kind] for kind in Status},
         },
+        "reconstruction": _reconstruction(source, reconstructions),
         "evaluation": scores,
         "seconds": {
             **job.seconds,
@@ -307,6 +333,23 @@ def _finish(
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metrics
+
+
+def _reconstruction(source: DataSource, reconstructions: Tensor) -> dict[str, Any]:
+    """Share of the images' variance that the autoencoder misses: of all, and of each class or label."""
+    missed = unexplained(source.train.pixels(), reconstructions)
+    labels, names = source.train.labels, source.class_names
+    rows = [labels == place if labels.dim() == 1 else labels[:, place] > 0 for place in range(len(names))]
+    own = {name: float(missed[row].mean()) for name, row in zip(names, rows, strict=True) if bool(row.any())}
+    if (worst := max(own.values(), default=0.0)) > POOR_RECONSTRUCTION:
+        name = max(own, key=lambda key: own[key])
+        warnings.warn(
+            f"autoencoder: it misses {worst:.0%} of the variance of {name!r} pictures (more than "
+            f"{POOR_RECONSTRUCTION:.0%}): what it makes is too blurred to teach much; train it longer or take another",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {"unexplained": float(missed.mean()), "by_class": own}
 
 
 def _draw(

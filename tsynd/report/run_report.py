@@ -131,6 +131,7 @@ of the intensity range{", mean over channels" if stages[0].shape[1] == 3 else ""
 <p class="soft">In percent; change in percentage points. <em>Real</em>: trained on the real images alone.
 <em>Targeted</em>: trained on real and targeted images.</p>
 <div class="card">{_score_table(metrics["evaluation"])}</div>
+{_lost(metrics)}
 <h2>How the ascents ended</h2>
 {_status_list(metrics["synthesis"])}
 <h2>How to read this</h2>
@@ -209,6 +210,15 @@ def _summary(metrics: dict[str, Any]) -> str:
         f"{nats(after)} nats; higher for {100 * made['raised_fraction']:.1f} % of them), and training with such "
         f"images {_join(changes)} (balanced accuracy on test images)."
     )
+
+
+def _lost(metrics: dict[str, Any]) -> str:
+    """What the autoencoder loses of each class, beside the gain: a blurred picture teaches little."""
+    parts = metrics.get("reconstruction", {}).get("by_class", {})
+    if not parts:
+        return ""
+    text = _join([f"{100 * share:.0f} % of {html.escape(str(name))}" for name, share in parts.items()])
+    return f'<p class="soft">Of the variance of the pictures, reconstructions miss {text}.</p>'
 
 
 def _limits(metrics: dict[str, Any]) -> str:
