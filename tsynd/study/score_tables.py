@@ -31,7 +31,6 @@ __all__ = [
     "masked_gradients",
     "quality_table",
     "score_table",
-    "signed",
     "to_html",
     "to_markdown",
 ]
@@ -56,11 +55,6 @@ class Table:
 
 def _minus(text: str) -> str:
     return "±0.0" + text[4:] if text[:4] in ("-0.0", "+0.0") else text.replace("-", "−")
-
-
-def signed(share: float) -> str:
-    """Percentage points with their sign; ±0.0 for what rounds to nothing."""
-    return _minus(f"{100 * share:+.1f}")
 
 
 def _value(mean: float, half: float, measure: Measure) -> str:
