@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.document import between, suite_lines
 from benchmarks.harness import read_json
-from tsynd.study.score_tables import (
-    Table,
-    attack_table,
-    condition_table,
-    difference_tables,
-    quality_table,
-    score_table,
-    to_markdown,
-)
-from tsynd.study.summary import sizes_of
+from benchmarks.study import against, draw, per_set
 from tsynd.utils.atomic import atomic_path
 
 __all__ = ["benchmark_page", "study_page"]
@@ -37,31 +27,18 @@ def benchmark_page(text: str, results: Path) -> str:
 
 
 def study_page(text: str, cells: Path) -> str:
-    """The page's text with the study's tables made of the cells in a JSON-lines file, data set by data set."""
+    """The page's text with the study's tables made of the cells in a JSON-lines file."""
     rows = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
-    sets = list(dict.fromkeys(row.get("data", "") for row in rows))
-    parts: dict[str, list[Table]] = {"scores": [], "differences": [], "quality": []}
-    if len(sets) > 1:
-        parts["differences"] = [replace(table, title=f"All sets: {table.title}") for table in difference_tables(rows)]
-    for name in sets:
-        own = [row for row in rows if row.get("data", "") == name]
-        sizes = sizes_of(own)
-        made = {
-            "scores": [make(own, size) for size in sizes for make in (score_table, condition_table, attack_table)],
-            "differences": difference_tables(own),
-            "quality": [quality_table(own, size) for size in sizes],
-        }
-        for part, tables in made.items():
-            shown = [table for table in tables if table.rows]
-            parts[part] += [replace(table, title=f"{name}: {table.title}") if name else table for table in shown]
-    for part, tables in parts.items():
-        text = between(text, part, ["\n".join(map(to_markdown, tables)).strip()], "study.md")
+    for part, lines in {"against": against(rows), "sets": per_set(rows)}.items():
+        text = between(text, part, ["\n".join(lines).strip()], "study.md")
     return text
 
 
 def main() -> None:
     """Rewrite both pages."""
     docs = _ROOT / "docs"
+    rows = [json.loads(line) for line in (docs / "study.jsonl").read_text(encoding="utf-8").splitlines()]
+    draw(rows, docs / "images/study.png")
     for page, text in (
         (
             docs / "benchmarks.md",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,16 @@ def test_arms_in_turn() -> None:
     ):
         with pytest.raises(tsynd.InputError, match=r"arms|flip"):
             augmentation_of(parse_arm(bad), autoencoder, {}, **common)
+
+
+def test_a_recipe_written_out_is_the_recipe(data: Path, tmp_path: Path, no_report: None) -> None:
+    """Also: images that are followed from visit to visit are named to an augmentation outside the training too."""
+    settings = replace(TINY, samples=8)
+    long = "trades+expected_information+standard,steps=1,persistent=true"
+    rows = study(data, tmp_path / "study", ("real", "recipe", long), settings=settings)
+    scores = {row["arm"]: row["scores"] for row in rows}
+    assert scores["recipe"] == scores[long] != scores["real"]
+    assert all(row["quality"]["images"] for row in rows if row["arm"] != "real")
 
 
 def test_standard_augmentation_moves_little_and_flips() -> None:

@@ -239,10 +239,11 @@ def _quality(
     train, labels = (part.to(device) for part in source.train.batch(chosen))
     augmentation.prepare(parts(train))
     augmentation.set_progress(1.0)
-    size = place.settings.batch_size
-    made = torch.cat(
-        [augmentation(model, x, y)[0] for x, y in zip(torch.split(train, size), torch.split(labels, size), strict=True)]
-    )
+    given = []
+    for rows in torch.split(torch.arange(len(train)), place.settings.batch_size):
+        augmentation.set_ids(chosen[rows])
+        given.append(augmentation(model, train[rows.to(device)], labels[rows.to(device)])[0])
+    made = torch.cat(given)
     with torch.no_grad():
         start = torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) for x in parts(train)])
     posterior = MCDropout(model, place.settings.uncertainty_samples, place.settings.masks, _FRESH)

@@ -51,6 +51,7 @@ def recipe(
         autoencoder,
         objective="expected_information",
         targets=targets,
+        samples=8,
         steps=1,
         radius=0.5,
         persistent=True,
