@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsynd.evaluation.metrics import errors
 
-__all__ = ["LEAST", "Bootstrap", "Interval", "compare", "images_needed"]
+__all__ = ["LEAST", "Bootstrap", "compare"]
 
 LEAST = 10
 """Test images (or groups) that every class must have before an interval says anything."""
-
-
-class Interval(NamedTuple):
-    """A score of the test images and the bounds of its 95 % interval; NaN where it is not defined."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def clear(self) -> bool:
-        """Whether it leaves out 0."""
-        return self.low > 0 or self.high < 0
 
 
 class Bootstrap:
@@ -116,26 +103,13 @@ class Bootstrap:
         return torch.stack(areas, 1).nanmean(1)
 
     @staticmethod
-    def interval(values: Tensor) -> Interval:
-        """Of the values [draws + 1] of one score, or of the difference of two."""
+    def interval(values: Tensor) -> tuple[float, float, float]:
+        """Value and bounds of the 95 % interval of a score [draws + 1] or of a difference of two; NaN if undefined."""
         drawn = values[1:][values[1:].isfinite()]
         if not bool(values[0].isfinite()) or not len(drawn):
-            return Interval(math.nan, math.nan, math.nan)
+            return math.nan, math.nan, math.nan
         low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Interval(float(values[0]), low, high)
-
-
-def images_needed(change: Interval, count: int) -> int | None:
-    """About how many test images a change as large as this would need to leave out 0; None for no change at all.
-
-    Args:
-        change: measured on ``count`` images.
-        count: of test images.
-    """
-    half = (change.high - change.low) / 2
-    if not math.isfinite(half) or change.value == 0:
-        return None
-    return max(math.ceil(count * (half / abs(change.value)) ** 2), 1)
+        return float(values[0]), low, high
 
 
 def compare(

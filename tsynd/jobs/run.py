@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from tsynd.data.dataset import DataSource, LabelledImages, at_once
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
-from tsynd.evaluation.evaluate import evaluate
+from tsynd.evaluation.evaluate import predictions
+from tsynd.evaluation.intervals import compare
+from tsynd.evaluation.metrics import errors, scores
 from tsynd.jobs.job import Job
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model
@@ -27,6 +31,8 @@ from tsynd.synthesis.api import synthesize, uncertainty
 from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
+from tsynd.training.extra_images import Augmentation
+from tsynd.training.standard import StandardAugmentation
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
@@ -38,6 +44,7 @@ __all__ = ["RunSettings", "run"]
 
 # far from the ascent's seed, so that the reported uncertainty is not that of the samples climbed on
 _FRESH = 1_000_003
+_CONDITIONS = ("clean", "noise", "rotation")
 _NEEDED = (
     "monai.networks.nets",
     "safetensors.torch",
@@ -116,10 +123,12 @@ def run(
     settings = replace(settings, task=source.task)
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content)) as job:
-        return _stages(job, source, settings, where, progress)
+        return _stages(job, str(data), source, settings, where, progress)
 
 
-def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, progress: bool) -> dict[str, Any]:
+def _stages(
+    job: Job, data: str, source: DataSource, settings: RunSettings, where: str, progress: bool
+) -> dict[str, Any]:
     def train_autoencoder(path: Path) -> dict[str, Any]:
         fit_autoencoder_step(
             source,
@@ -135,7 +144,7 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
     job.stage("autoencoder", "autoencoder.safetensors", train_autoencoder)
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
-    def train_classifier(path: Path, augmentation: TargetedAugmentation | None) -> dict[str, Any]:
+    def train_classifier(path: Path, augmentation: Augmentation | None) -> dict[str, Any]:
         _, report = fit_classifier_step(
             source,
             path,
@@ -150,8 +159,12 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
         )
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
-    job.stage("classifier_real", "classifier_real.safetensors", lambda path: train_classifier(path, None))
-    real = load_model(job.folder / "classifier_real.safetensors", device=where)
+    def classifier_of(name: str, augmentation: Augmentation | None) -> nn.Module:
+        job.stage(name, f"{name}.safetensors", lambda path: train_classifier(path, augmentation))
+        return load_model(job.folder / f"{name}.safetensors", device=where)
+
+    models = {"real": classifier_of("classifier_real", None)}
+    real = models["real"]
 
     synthesis = job.stage(
         "synthesis",
@@ -163,9 +176,21 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
         seed=settings.seed,
         **replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options(),
     )
-    job.stage("classifier", "classifier.safetensors", lambda path: train_classifier(path, augmentation))
-    targeted = load_model(job.folder / "classifier.safetensors", device=where)
-    return _finish(job, source, settings, synthesis, autoencoder, real, targeted, where)
+    # what a gain might be owed to instead
+    models["standard"] = classifier_of("classifier_standard", StandardAugmentation(seed=settings.seed))
+    plain = TargetedAugmentation(autoencoder, task=source.task, direction="reconstruction", seed=settings.seed)
+    models["reconstruction"] = classifier_of("classifier_reconstruction", plain)
+    models["targeted"] = classifier_of("classifier", augmentation)
+    command = ["tsynd", "experiment", "--data", data, "--output", f"{job.folder.name}-study"]
+    command += ["--train-size", str(len(source.train)), "--seeds", "5", "--iterations", str(settings.iterations)]
+    command += [
+        "--batch-size",
+        str(settings.batch_size),
+        "--autoencoder-iterations",
+        str(settings.autoencoder_iterations),
+    ]
+    command += ["--arms", "real", "standard", "reconstruction", "random", "trades", "mutual_information", "recipe"]
+    return _finish(job, source, settings, synthesis, autoencoder, models, where, shlex.join(command))
 
 
 def _check(settings: RunSettings) -> None:
@@ -224,12 +249,12 @@ def _finish(
     settings: RunSettings,
     synthesis: dict[str, Any],
     autoencoder: Any,
-    real: nn.Module,
-    targeted: nn.Module,
+    models: dict[str, nn.Module],
     device: str,
+    command: str,
 ) -> dict[str, Any]:
-    """Measure under fresh posterior samples, test both classifiers, write metrics and report."""
-    phases = Phases()
+    """Measure under fresh posterior samples, test the classifiers, write metrics and report."""
+    phases, real = Phases(), models["real"]
     with phases("reconstructions"):
         result = load_result(job.folder / "synthetic.npz")
         reconstructions = _decode(autoencoder, result.source_latents, device, math.prod(source.image_shape))
@@ -240,10 +265,20 @@ def _finish(
     with phases("fresh_uncertainty"):
         before, after = fresh(reconstructions), fresh(result.images)
     with phases("evaluation"):
-        scores = {
-            name: evaluate(model, source.test, task=source.task, seed=settings.seed)
-            for name, model in (("real", real), ("targeted", targeted))
+        logits = {
+            name: predictions(model, source.test, task=source.task, conditions=_CONDITIONS, seed=settings.seed)
+            for name, model in models.items()
         }
+        labels = source.test.labels
+        evaluation = {
+            name: {condition: scores(one, labels, source.task) for condition, one in own.items()}
+            for name, own in logits.items()
+        }
+        comparison = compare(logits, labels, source.task)
+    # the reconstructions' classifier: the ascent did not climb on it
+    judge = models["reconstruction"]
+    seen = [predictions(judge, (x, result.labels), task=source.task)["clean"] for x in (reconstructions, result.images)]
+    kept = [float((~errors(one, source.train.labels, source.task)).double().mean()) for one in seen]
     status = result.status.long().bincount(minlength=len(Status)).tolist()
     metrics: dict[str, Any] = {
         "version": __version__,
@@ -253,6 +288,7 @@ def _finish(
             "class_names": list(source.class_names),
             "train": len(source.train),
             "test": len(source.test),
+            "test_counts": _counts(source.test.labels, source.class_names),
             "image_shape": list(source.image_shape),
         },
         "settings": plain_settings(settings),
@@ -263,8 +299,13 @@ def _finish(
             "raised_fraction": float((after > before).double().mean()),
             "images_per_second": synthesis["images_per_second"],
             "status": {kind.name.lower(): status[kind] for kind in Status},
+            "label_kept": kept[1],
+            "label_kept_reconstruction": kept[0],
         },
-        "evaluation": scores,
+        "reconstruction": _kept_variance(source, reconstructions),
+        "evaluation": evaluation,
+        "comparison": comparison,
+        "study_command": command,
         "seconds": {
             **job.seconds,
             **{f"synthesis_{name}": seconds for name, seconds in synthesis.get("phases", {}).items()},
@@ -283,12 +324,32 @@ def _finish(
             source.class_names,
             before,
             after,
+            seen[1].softmax(1) if source.task == "multiclass" else seen[1].sigmoid(),
         )
         _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metrics
+
+
+def _counts(labels: Tensor, names: Sequence[str]) -> dict[str, int]:
+    """Images of each class, or with each label."""
+    if labels.ndim == 1:
+        return {name: int((labels == number).sum()) for number, name in enumerate(names)}
+    return {name: int((labels[:, number] > 0.5).sum()) for number, name in enumerate(names)}
+
+
+def _kept_variance(source: DataSource, reconstructions: Tensor) -> dict[str, float]:
+    """Of each class's variance about its mean image the share that reconstructions keep; classes of two or more."""
+    images, labels, found = source.train.pixels(), source.train.labels, {}
+    for number, name in enumerate(source.class_names):
+        own = (labels == number if labels.ndim == 1 else labels[:, number] > 0.5).nonzero()[:, 0]
+        if len(own) > 1:
+            lost = (images[own] - reconstructions[own]).square().sum()
+            spread = (images[own] - images[own].mean(0)).square().sum()
+            found[name] = float(1 - lost / spread.clamp_min(1e-12))
+    return found
 
 
 def _draw(

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tsynd.evaluation.intervals import Interval
 from tsynd.report.page import write_page
 from tsynd.report.pictures import COLUMNS, check_counts, difference_scale, inline_png, nats, spread, strip, views
 from tsynd.report.plots import curves, histogram
-from tsynd.report.verdict import ARMS, points, range_text, verdict
+from tsynd.report.verdict import ARMS, Interval, points, range_text, verdict
 from tsynd.synthesis.result import SynthesisResult
 from tsynd.utils.errors import InputError
 

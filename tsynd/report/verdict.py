@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-from tsynd.evaluation.intervals import Interval, images_needed
-
-__all__ = ["ARMS", "points", "range_text", "verdict"]
+__all__ = ["ARMS", "Interval", "images_needed", "points", "range_text", "verdict"]
 
 ARMS = {
     "real": "real images alone",
@@ -16,6 +14,32 @@ ARMS = {
     "targeted": "the extra images of this run",
 }
 """Classifier → what it was trained with besides the real images."""
+
+
+class Interval(NamedTuple):
+    """A score, or a change of one, and the bounds of its 95 % interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether it leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def images_needed(change: Interval, count: int) -> int | None:
+    """About how many test images a change as large as this would need to leave out 0; None for no change at all.
+
+    Args:
+        change: measured on ``count`` images.
+        count: of test images.
+    """
+    half = (change.high - change.low) / 2
+    if not math.isfinite(half) or change.value == 0:
+        return None
+    return max(math.ceil(count * (half / abs(change.value)) ** 2), 1)
 
 
 def points(share: float) -> str:

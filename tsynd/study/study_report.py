@@ -93,8 +93,8 @@ mutual information tells wrong predictions from right ones (area under the ROC c
 """
 _DIFFERENCES = """<p class="soft">In percentage points of balanced accuracy (NLL: nats), over pairs of equal size and
 seed, with their 95 % t interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test,
-two-sided, not corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs: 0.0625).
-Pairs of several sizes share test and training images, so that p over all sizes is optimistic.</p>
+two-sided, not corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs:
+0.0625). Pairs of several sizes share test and training images, so that p over all sizes is optimistic.</p>
 """
 
 
