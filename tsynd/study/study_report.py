@@ -28,7 +28,9 @@ from tsynd.study.score_tables import (
     masked_gradients,
     quality_table,
     score_table,
+    to_csv,
     to_html,
+    to_latex,
     to_markdown,
 )
 from tsynd.study.settings import Cell, Workplace, read_samples
@@ -53,7 +55,7 @@ figure.card figcaption b { display: block; color: var(--ink); font-size: 1rem; }
 
 
 def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """Write ``report.html`` and ``results.md`` into the study's folder.
+    """Write ``report.html`` and ``results.md``, ``.csv`` and ``.tex`` into the study's folder.
 
     Args:
         place: the study's; its models and samples are shown.
@@ -61,8 +63,11 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
         facts: of data and machine, for the foot.
     """
     sizes = sizes_of(rows)
-    with atomic_path(place.folder / "results.md") as temporary:
-        temporary.write_text(_markdown(rows, facts), encoding="utf-8")
+    tables = [table for size in sizes for table in _score_tables(rows, size)] + difference_tables(rows)
+    texts = {"md": _markdown(rows, facts), "csv": to_csv(rows), "tex": "\n".join(map(to_latex, tables))}
+    for ending, text in texts.items():  # before the figures
+        with atomic_path(place.folder / f"results.{ending}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
     measures = headline(rows)
     figures = [dot_plot(rows, measures, size, f"d{size}") for size in sizes]
     if len(sizes) > 1:
