@@ -7,8 +7,8 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: help build test test-fast test-slow test-kernels test-python fuzz sanitize gpu-check registers demo docs wheel \
-  lowest bench lint format clean
+.PHONY: help build test test-fast test-slow test-kernels test-python fuzz sanitize gpu-check registers mutants demo docs \
+  wheel lowest bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
 	@echo "make test    build and run the tests, the slow ones in a second step"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench   measure everything against its floor and its peers, into docs/benchmarks.md"
 	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
 	@echo "make gpu-check OUT=DIR  on a machine with a GPU: build, test, sanitize, measure"
+	@echo "make mutants  seeded faults in the CUDA sources, found by their tests on the host"
 	@echo "make registers  what ptxas says of every CUDA kernel"
 	@echo "make docs    the documentation as a site, into build/site"
 	@echo "make wheel   build a wheel and try it in a fresh environment"
@@ -79,6 +80,10 @@ gpu-check:
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -C cmake.define.TSYND_CUDA=ON -e .
 	$(PYTHON) -m benchmarks.gpu_check "$(OUT)"
 
+# seeded faults in the CUDA sources, each of which the host's kernel tests must find; some ten minutes
+mutants: $(VENV)/.torch
+	$(BIN)/python tests/cpp/mutants.py
+
 registers: $(VENV)/.torch
 	$(BIN)/python -m benchmarks.registers
 
@@ -139,13 +144,13 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp examples -name "*.[ch]*")
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp tests/gpu examples -name "*.[ch]*")
 
 format: build
 	$(BIN)/pip install -q ruff "clang-format>=18"
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc tests/cpp examples -name "*.[ch]*")
+	$(BIN)/clang-format -i $$(find csrc tests/cpp tests/gpu examples -name "*.[ch]*")
 
 clean:
 	rm -rf build dist $(VENV) $(VENV)-wheel $(VENV)-lowest

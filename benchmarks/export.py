@@ -44,8 +44,8 @@ def _methods(count: int, folder: Path) -> dict[str, Callable[[], object]]:
     arrays = images.numpy()
     onnx, script = folder / "synthesizer.onnx", folder / "synthesizer.pt"
     if not onnx.exists():  # each export holds its file against torch
-        export_onnx(classifier, autoencoder, onnx, image_shape=[1, 28, 28], latent_std=0.4)
-        export_torchscript(classifier, autoencoder, script, image_shape=[1, 28, 28], latent_std=0.4)
+        export_onnx(autoencoder, classifier, onnx, image_shape=[1, 28, 28], latent_std=0.4)
+        export_torchscript(autoencoder, classifier, script, image_shape=[1, 28, 28], latent_std=0.4)
     run_file, loaded = OnnxSynthesizer(onnx), torch.jit.load(str(script))  # type: ignore[no-untyped-call]
 
     def eager() -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, ascend, document, dropout, harness, logits, peers, posteriors, registers
+from benchmarks import (
+    __main__,
+    ascend,
+    document,
+    dropout,
+    gpu_check,
+    harness,
+    ladder,
+    logits,
+    peers,
+    posteriors,
+    registers,
+)
 from tsynd import ops
 from tsynd.ops import reference
 from tsynd.utils.errors import InputError
@@ -154,6 +168,65 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no CUDA GPU" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiles the ladder's kernels")
+@pytest.mark.slow
+def test_gpu_check_dry_run(tmp_path: Path) -> None:
+    """Without OUT: every rung compiled, rungs and steps named, none run and nothing written."""
+    root = Path(__file__).parents[1]
+    line = [sys.executable, "-m", "benchmarks.gpu_check"]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout.splitlines()
+    assert told[:2] == ["ladder for sm_80: compiled", "ladder for sm_90a: compiled"]
+    rungs = [text for text in told if text.startswith("rung ")]
+    steps = [text for text in told if text.startswith("step ")]
+    assert len(rungs) >= 15
+    assert [text for text in steps if "smallest" in text] == steps[: len(gpu_check.OPERATORS)]
+    assert len(steps) >= 15
+    assert all(": not run (" in text for text in rungs + steps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_operator_has_its_smallest_call() -> None:
+    for name in gpu_check.OPERATORS:
+        line = [sys.executable, "-m", "pytest", "--collect-only", "tests/gpu", "-k", f"test_smallest[{name}-"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+        chosen = [text for text in done.stdout.splitlines() if "::" in text]
+        assert chosen
+        assert all(f"test_smallest[{name}-" in text for text in chosen)
+    assert set(gpu_check.OPERATORS) == set(ops.served_by())
+
+
+def test_a_failed_rung_is_named_and_stops_nothing(tmp_path: Path) -> None:
+    program = tmp_path / "bring_up"
+    program.write_text(
+        "#!/bin/sh\ncase \"$1\" in\n--list) printf 'one\\tfirst\\ntwo\\tmeans that\\nthree\\tlast\\n';;\n"
+        "one) exit 0;;\ntwo) echo element 3 is 7; exit 1;;\nthree) echo skipped: no such device; exit 77;;\nesac\n"
+    )
+    program.chmod(0o755)
+    climbed = ladder.rungs(program)
+    ladder.climb(program, climbed, 60.0)
+    assert [(rung.name, rung.result) for rung in climbed] == [("one", "holds"), ("two", "FAILS"), ("three", "skipped")]
+    told = "\n".join(ladder.lines(climbed))
+    assert "The first rung that fails is `two`: means that." in told
+    assert "element 3 is 7" in told
+
+
+def test_the_sanitizer_watches_every_kernel() -> None:
+    for name, which in gpu_check.SANITIZED.items():
+        line = [sys.executable, "-m", "pytest", "--collect-only", "tests/gpu", "-k", which]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+        chosen = [text for text in done.stdout.splitlines() if "::" in text]
+        assert 4 <= len(chosen) <= 80
+        assert any("wgmma" in text for text in chosen) == ("wgmma" in name)
+        if "wgmma" in name:
+            assert any("test_head_by" in text for text in chosen)
+        else:
+            for part in ("test_head[", "test_dropout_head[", "test_expected_information[", "test_own_stream["):
+                assert any(part in text for text in chosen), part
 
 
 def test_posteriors_are_checked_and_their_paths_named(monkeypatch: pytest.MonkeyPatch) -> None:

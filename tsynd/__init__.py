@@ -48,6 +48,8 @@ _HOME = {
     "fit_classifier": "training.classifier",
     "load_data": "data.load",
     "load_model": "models.checkpoint",
+    "measure_latent_std": "synthesis.api",
+    "predict": "evaluation.predict",
     "recipe": "training.recipe",
     "save_model": "models.checkpoint",
     "synthesize": "synthesis.api",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from tsynd.data.load import load_data
     from tsynd.data.readers.options import ReadOptions
     from tsynd.evaluation.evaluate import evaluate
+    from tsynd.evaluation.predict import predict
     from tsynd.export.aoti import export_aoti
     from tsynd.export.onnx import export_onnx
     from tsynd.export.runtime import OnnxSynthesizer
@@ -73,7 +76,7 @@ if TYPE_CHECKING:
     from tsynd.posteriors.last_layer import SampledHead
     from tsynd.posteriors.mc_dropout import MCDropout
     from tsynd.posteriors.posterior import Ensemble, Posterior
-    from tsynd.synthesis.api import synthesize, uncertainty
+    from tsynd.synthesis.api import measure_latent_std, synthesize, uncertainty
     from tsynd.synthesis.ascent import Ascent, AscentSettings, Status
     from tsynd.synthesis.result import SynthesisResult
     from tsynd.training.augmentation import TargetedAugmentation

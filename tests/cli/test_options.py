@@ -12,6 +12,7 @@ from helpers import in_process
 pytest.importorskip("typer")
 
 import typer.main
+from typer.testing import CliRunner
 
 from tsynd.cli import app
 from tsynd.cli.options import field_texts
@@ -21,6 +22,7 @@ from tsynd.jobs.run import RunSettings
 from tsynd.jobs.train import TrainSettings
 from tsynd.study.settings import StudySettings
 from tsynd.synthesis.ascent import AscentSettings
+from tsynd.utils.version import __version__
 
 SETTINGS = (AscentSettings, ReadOptions, RunSettings, ShardSettings, StudySettings, TrainSettings)
 
@@ -62,8 +64,8 @@ EXPORT = ["export", "--output", "f.onnx", *MODELS]
         ([*MADE, "--model", "s.onnx", "--radius", "0.7"], "radius: --radius does nothing with --model, whose file"),
         ([*MADE, "--model", "s.onnx", "--memory-limit", "1"], "memory_limit: --memory-limit does nothing with --model"),
         ([*MADE, "--model", "s.onnx", "--no-checkpointing"], "checkpointing: --checkpointing does nothing with"),
-        ([*MADE, "--model", "s.onnx", *MODELS], "autoencoder: --autoencoder does nothing with --model"),
-        ([*MADE, "--model", "s.onnx", "--shard-size", "8"], "shard_size: --shard-size does nothing with --model"),
+        ([*MADE, "--model", "s.onnx", *MODELS], "model: got --autoencoder beside it, wanted the one or"),
+        ([*MADE, "--model", "s.onnx", "--shard-size", "8"], "model: got --shard-size beside it, wanted the one or"),
         ([*MADE, *MODELS, "--verify", "size"], "verify: --verify does nothing without --shard-size"),
         ([*MADE, *MODELS, "--image-format", "png"], "image_format: --image-format does nothing without --shard-size"),
         ([*MADE, *MODELS, "--workers", "2"], "workers: --workers does nothing without --shard-size"),
@@ -96,3 +98,22 @@ def test_what_cannot_act_is_refused(
     assert (code, errors.count("\n")) == (2, 1), errors
     assert errors.startswith(f"tsynd: {words}"), errors
     assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS: Any = typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.commands))
+def test_help_is_readable(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert shown.exit_code == 0
+    lines = shown.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    start = next(number for number, line in enumerate(lines) if line.startswith("╭─ Options"))
+    assert next(number for number, line in enumerate(lines[start:]) if line.startswith("╰")) <= 30
+    assert "--help" in shown.stdout
+
+
+def test_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, f"tsynd {__version__}\n")

@@ -278,7 +278,7 @@ def test_a_volume_export_equals_torch(tmp_path: Path) -> None:
     given = torch.rand(2, 1, 8, 8, 8)
     assert torch.jit.load(path)(given)[0].shape == given.shape
     with pytest.raises(InputError, match=r"wanted \[C, H, W\] or \[C, D, H, W\]"):
-        export_torchscript(classifier, autoencoder, tmp_path / "s.pt", image_shape=[8, 8], latent_std=0.5)
+        export_torchscript(autoencoder, classifier, tmp_path / "s.pt", image_shape=[8, 8], latent_std=0.5)
 
 
 def test_a_study_of_volumes_refuses_what_is_for_pictures(npz: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import tsynd
 from tsynd.export.aoti import export_aoti
 from tsynd.export.onnx import export_onnx
-from tsynd.export.programs import prepare
+from tsynd.export.programs import in_order, prepare
 from tsynd.export.runtime import OnnxSynthesizer, read_metadata
 from tsynd.export.torchscript import export_torchscript
 
@@ -130,13 +131,32 @@ def test_classifier_and_step(autoencoder: TinyAutoencoder, classifier: nn.Module
         path = export_onnx(posterior, autoencoder, tmp_path / "t.onnx", "step", **SMALL)
         moved, value = run(path, latents=origins + 0.1, origins=origins)
         close(value, posterior.uncertainty(autoencoder.decode(origins + 0.1)))
-    settings = tsynd.AscentSettings(steps=SMALL["steps"])
-    step, radius = settings.lengths(0.4, 36)
-    leaf = (origins + 0.1).requires_grad_()
-    gradient = torch.autograd.grad(posterior.uncertainty(autoencoder.decode(leaf)).sum(), leaf)[0]
-    wanted = (origins + 0.1).contiguous()
-    tsynd.ops.ascend_(wanted, gradient, origins, step, radius, "l2")
-    close(moved, wanted, 1e-4)
+    close(moved, step_of(posterior, autoencoder, origins + 0.1, origins)[0], 1e-4)
+
+
+def step_of(posterior: tsynd.Posterior, model: Any, latents: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
+    """What a file of the kind ``step`` gives, from torch's derivatives."""
+    step, radius = tsynd.AscentSettings(steps=SMALL["steps"]).lengths(SMALL["latent_std"], latents[0].numel())
+    leaf = latents.detach().clone().requires_grad_()
+    with posterior.frozen():
+        value = posterior.uncertainty(model.decode(leaf).clamp(0, 1))
+        gradient = torch.autograd.grad(value.sum(), leaf)[0]
+    moved = latents.detach().clone().contiguous()
+    tsynd.ops.ascend_(moved, gradient, origins.contiguous(), step, radius, "l2")
+    return moved, value.detach()
+
+
+def check_step(path: Path, posterior: tsynd.Posterior, model: Any) -> None:
+    """Three images, which no check of the export itself has."""
+    images = torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        origins = model.encode(images).float()
+    latents = origins + 0.1
+    wanted, value = step_of(posterior, model, latents, origins)
+    moved, got = run(path, latents=latents, origins=origins)
+    close(got, value, 1e-4)
+    close(moved, wanted, 1e-3)
+    assert (moved - latents).abs().max() > 0.01
 
 
 def test_encoder_and_decoder_need_no_classifier(autoencoder: TinyAutoencoder, tmp_path: Path) -> None:
@@ -151,7 +171,8 @@ def test_encoder_and_decoder_need_no_classifier(autoencoder: TinyAutoencoder, tm
 @pytest.mark.parametrize("kind", ["max", "average", "adaptive", "group", "nearest", "strided"])
 def test_layers_and_their_derivatives(autoencoder: nn.Module, tmp_path: Path, kind: str) -> None:
     torch.manual_seed(4)
-    export_onnx(Layers(kind), autoencoder, tmp_path / "s.onnx", "step", **SMALL)  # checks itself
+    posterior = tsynd.MCDropout(Layers(kind), SMALL["samples"])
+    check_step(export_onnx(posterior, autoencoder, tmp_path / "s.onnx", "step", **SMALL), posterior, autoencoder)
 
 
 @pytest.mark.slow
@@ -176,7 +197,8 @@ def test_monai_autoencoder_and_ensemble(classifier: nn.Module, tmp_path: Path) -
         2, channels=(4, 8), latent_channels=2, num_res_blocks=1, norm_num_groups=2, attention_levels=(False, True)
     )
     ensemble = tsynd.Ensemble([classifier, TinyClassifier()])
-    export_onnx(ensemble, model, tmp_path / "s.onnx", "step", **SMALL)  # checks itself
+    path = export_onnx(ensemble, model, tmp_path / "s.onnx", "step", **SMALL)
+    check_step(path, ensemble, tsynd.as_autoencoder(model))
 
 
 def test_non_finite_gradients_freeze_their_image_alone(classifier: nn.Module, tmp_path: Path) -> None:
@@ -221,17 +243,16 @@ def test_what_cannot_be_exported(autoencoder: nn.Module, classifier: nn.Module, 
 
 
 def test_a_wrong_file_is_deleted(classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tsynd.export import onnx as onnx_export
+    export = torch.onnx.export
 
-    def wrong(program: Any) -> Any:
-        file = convert(program)
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        file = export(*arguments, **options).model_proto
         biggest = max(file.graph.initializer, key=lambda item: len(item.raw_data))
         values = onnx.numpy_helper.to_array(biggest) * 1.5
         biggest.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), biggest.name))
-        return file
+        return SimpleNamespace(model_proto=file)
 
-    convert = onnx_export._convert
-    monkeypatch.setattr(onnx_export, "_convert", wrong)
+    monkeypatch.setattr(torch.onnx, "export", wrong)
     with pytest.raises(tsynd.InputError, match=r"probabilities of the exported file differs from torch's by 0\.\d"):
         export_onnx(classifier, None, tmp_path / "c.onnx", "classifier", image_shape=[1, 12, 12])
     assert list(tmp_path.iterdir()) == []
@@ -286,6 +307,8 @@ def test_wrong_inputs_to_the_runtime(exported: Path, tmp_path: Path, classifier:
         ("tsynd.format", "99", r"has format 99 of tsynd .*update tsynd"),
         ("tsynd.format", '"?"', "was not exported by tsynd"),
         ("tsynd.kind", '"step"', "is of kind 'step', wanted 'synthesizer'"),
+        ("tsynd.class_names", '["a", "c", "b"]', "is not as it was exported: its content does not fit its digest"),
+        ("tsynd.sha256", '"1234"', "holds no digest of its content, wanted a file of this version"),
     ):
         properties = {item.key: item.value for item in model.metadata_props} | {name: value}
         changed = onnx.ModelProto()
@@ -295,10 +318,19 @@ def test_wrong_inputs_to_the_runtime(exported: Path, tmp_path: Path, classifier:
         onnx.save(changed, tmp_path / "changed.onnx")
         with pytest.raises(tsynd.InputError, match=message):
             OnnxSynthesizer(tmp_path / "changed.onnx")
+    weights = max(model.graph.initializer, key=lambda item: len(item.raw_data)).raw_data
+    at = content.index(weights) + len(weights) // 2
+    (tmp_path / "bit.onnx").write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+    with pytest.raises(tsynd.InputError, match=r"bit\.onnx is not as it was exported"):
+        OnnxSynthesizer(tmp_path / "bit.onnx")
 
 
 def test_no_random_node_and_pinned_opset(exported: Path) -> None:
-    model = onnx.load(exported)
+    model = onnx.shape_inference.infer_shapes(onnx.load(exported))
+    types = {item.name: item.type.tensor_type.elem_type for item in (*model.graph.value_info, *model.graph.output)}
+    chosen = {types[node.output[0]] for node in model.graph.node if node.op_type == "Where"}
+    assert chosen  # onnxruntime 1.20 has no Where of int8
+    assert onnx.TensorProto.INT8 not in chosen
     kinds = {node.op_type for node in model.graph.node} | {n.op_type for f in model.functions for n in f.node}
     assert not kinds & {"Dropout", "Bernoulli", "RandomUniform", "RandomUniformLike", "RandomNormal", "Multinomial"}
     assert [item.version for item in model.opset_import if item.domain == ""] == [18]
@@ -386,6 +418,24 @@ def test_aoti(autoencoder: TinyAutoencoder, classifier: TinyClassifier, tmp_path
             close(torch._inductor.aoti_load_package(str(path))(given)[0], out)
     with pytest.raises(tsynd.InputError, match="kind: got 'synthesizer'"):
         export_aoti(classifier, autoencoder, tmp_path / "b.pt2", "synthesizer", image_shape=[1, 12, 12])
+
+
+def test_either_order_of_the_models(autoencoder: nn.Module, classifier: nn.Module, tmp_path: Path) -> None:
+    path, shape = tmp_path / "c.onnx", [1, 12, 12]
+    for given in ((autoencoder, classifier), (None, classifier)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)
+            assert in_order(*given) == given
+        with pytest.warns(DeprecationWarning, match="the order is"):
+            assert in_order(*reversed(given)) == given
+    pair, posterior = (nn.Identity(), nn.Identity()), tsynd.MCDropout(classifier, 4)
+    with pytest.warns(DeprecationWarning, match="autoencoder"):
+        assert in_order(posterior, pair) == (pair, posterior)
+    with pytest.warns(DeprecationWarning, match="the order is"):
+        export_onnx(classifier, None, path, "classifier", image_shape=shape, samples=4)
+    old = path.read_bytes()
+    export_onnx(None, classifier, path, "classifier", image_shape=shape, samples=4)
+    assert path.read_bytes() == old
 
 
 def test_the_networks_are_as_before(autoencoder: nn.Module, classifier: nn.Module) -> None:

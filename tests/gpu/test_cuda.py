@@ -70,6 +70,90 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+# the smallest call of each operator and its twin on the CPU: what the ladder of gpu_check ends with
+SMALLEST: dict[str, tuple[Any, ...]] = {
+    "logits_uncertainty": (random(2, 1, 2).float(), "mutual_information", "multiclass"),
+    "head_uncertainty": (random(1, 8).float(), random(2, 2, 8, seed=1).float(), None, "entropy", "multiclass"),
+    "dropout_head_uncertainty": (
+        *(random(1, 1).float(), random(1, 1, seed=1).float(), None, 0.5, 2, 1, 0, torch.tensor([3])),
+        *("mutual_information", "multilabel"),
+    ),
+    "expected_information": (random(2, 1, 2).float(), random(2, 1, 2, seed=1).float(), "multiclass"),
+    "dropout_mask": (16, 0.5, 1, 7, 0, torch.tensor([5])),
+    "dropout_expand": (random(1, 1, 1).float(), 0.5, 2, 7, 0, torch.tensor([5]), False),
+    "dropout_gather": (random(2, 1, 1).float(), 0.5, 2, 7, 0, torch.tensor([5]), False),
+    "ascend_": (random(1, 1).float(), random(1, 1, seed=1).float(), random(1, 1, seed=2).float(), 0.1, 1.0, "l2"),
+}
+
+
+def _on(device: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> list[Any]:
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+    return [move(x).clone() if isinstance(x, Tensor) else x for x in arguments]
+
+
+def _call(name: str, arguments: list[Any], twin: bool = False) -> list[Tensor]:
+    run = getattr(reference, name) if twin else getattr(torch.ops.tsynd, name)
+    out = run(*arguments)
+    if out is None:
+        return [arguments[0]]  # ascend_
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SMALLEST)
+def test_smallest(name: str, dtype: torch.dtype, device: str) -> None:
+    """Also on a device that is not the current one."""
+    if int(device[-1]) >= torch.cuda.device_count():
+        pytest.skip(f"no {device}")
+    actual = _call(name, _on(device, dtype, SMALLEST[name]))
+    wanted = _call(name, _on("cpu", torch.float64, SMALLEST[name]), twin=True)
+    for a, w in zip(actual, wanted, strict=True):
+        assert str(a.device) == device
+        close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-3}
+        torch.testing.assert_close(a.cpu().double(), w.double(), **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_with_an_offset(dtype: torch.dtype, kernel: str) -> None:
+    """Tensors that start anywhere in their storage: what wants 16 bytes must see that it has them not."""
+    storage = random(1 + 301 * 64).to("cuda", dtype)
+    heads = random(1 + 8 * 4 * 64, seed=1).to("cuda", dtype)
+    ids = torch.arange(301, device="cuda")[1:]
+    for start in (0, 1):
+        features = storage[start : start + 300 * 64].view(300, 64)
+        weight = heads[start : start + 8 * 4 * 64].view(8, 4, 64)
+        got = _all_operators(features, weight, ids)
+        for a, b in zip(got, _all_operators(features.clone(), weight.clone(), ids.clone()), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_images(dtype: torch.dtype, kernel: str) -> None:
+    heads = random(8, 4, 64, seed=1).to("cuda", dtype)
+    out = _all_operators(heads.new_empty(0, 64), heads, torch.empty(0, dtype=torch.int64, device="cuda"))
+    assert all(x.numel() == 0 for x in out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("task", reference.TASKS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (33, 7, 8, 32), (130, 64, 3, 20), (5, 30, 129, 6), (3, 3000, 5, 9)], ids=str
+)
+def test_expected_information(shape: tuple[int, int, int, int], task: str, dtype: torch.dtype) -> None:
+    images, count, classes, samples = shape
+    logits, targets = random(samples, images, classes).to(dtype), random(samples, count, classes, seed=1).to(dtype)
+    exact = reference.expected_information(logits.double(), targets.double(), task)
+    same = reference.expected_information(logits.cuda(), targets.cuda(), task)
+    actual = ops.expected_information(logits.cuda(), targets.cuda(), task)
+    for a, e, s in zip(actual, exact, same, strict=True):
+        assert_as_good(a, e, s)
+
+
 def test_every_operator_has_a_kernel() -> None:
     assert {by["CUDA"] for by in ops.served_by().values()} == {"compiled"}
 
@@ -149,11 +233,12 @@ def _all_operators(features: Tensor, heads: Tensor, ids: Tensor) -> list[Tensor]
     own, own_gradient = ops.dropout_head_uncertainty(features, heads[0], None, 0.5, 8, 1, 0, ids)
     logits = torch.einsum("bd,tcd->tbc", features, heads)
     direct, slope = ops.logits_uncertainty(logits)
+    shared, pull = ops.expected_information(logits, heads[:, :, :4].contiguous())
     spread = ops.dropout_expand(features[..., None], 0.5, 8, 1, 0, ids)
     back = ops.dropout_gather(spread, 0.5, 8, 1, 0, ids)
     latents = features.clone()
     ops.ascend_(latents, gradient, features, 0.1, 1.0)
-    return [value, gradient, own, own_gradient, direct, slope, spread, back, latents]
+    return [value, gradient, own, own_gradient, direct, slope, shared, pull, spread, back, latents]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,35 @@ def test_report_holds_everything(finished: tuple[Path, dict[str, Any]]) -> None:
     assert 0 <= metrics["synthesis"]["label_kept"] <= 1
     assert set(metrics["reconstruction"]) <= set(metrics["data"]["class_names"])
     assert sum(metrics["data"]["test_counts"].values()) == 40
+
+
+def test_the_second_classifier_is_trained_by_the_recipe_that_is_named(data: Path, tmp_path: Path) -> None:
+    def trained(**options: Any) -> dict[str, torch.Tensor]:
+        folder = tmp_path / "-".join(options.values())
+        pipeline.run(data, folder, replace(TINY, **options), device="cpu", progress=False)
+        model = tsynd.load_model(folder / "classifier.safetensors")
+        assert isinstance(model, tsynd.SmallResNet)
+        return model.state_dict()
+
+    models = [trained(recipe="robust"), trained(recipe="robust", flip="both"), trained(recipe="targeted")]
+    for one, other in ((0, 1), (0, 2)):
+        assert any(not torch.equal(models[one][key], models[other][key]) for key in models[one])
+    # by hand
+    source = tsynd.load_data(data, train_size=24)
+    autoencoder = tsynd.load_model(tmp_path / "robust" / "autoencoder.safetensors")
+    torch.manual_seed(0)
+    plain = tsynd.SmallResNet(source.channels, source.num_classes)
+    options = {"iterations": 10, "batch_size": 16, "device": "cpu", "progress": False}
+    tsynd.fit_classifier(plain, source.train, augmentation=tsynd.recipe("robust", autoencoder), **options)
+    assert all(torch.equal(value, models[0][key]) for key, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [{"recipe": "best"}, {"flip": "up"}, {"objective": "expected_information"}])
+def test_what_the_second_training_cannot_use_is_refused_first(tmp_path: Path, change: dict[str, str]) -> None:
+    (name, value), *_ = change.items()
+    with pytest.raises(tsynd.InputError, match=f"{name}: got '{value}', wanted one of"):
+        pipeline.run("phantom", tmp_path / "out", replace(TINY, **change), device="cpu", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

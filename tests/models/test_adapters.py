@@ -24,7 +24,7 @@ from tsynd.models.adapters import (
     PairAutoencoder,
     VariationalAutoencoder,
 )
-from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range, measure_latent_std
+from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range, latent_deviation
 from tsynd.models.networks import SmallAutoencoder
 from tsynd.utils.errors import InputError
 
@@ -478,9 +478,9 @@ def test_latent_std_ignores_what_all_images_share() -> None:
     generator = torch.Generator().manual_seed(0)
     layout = 100 * torch.randn(1, 3, 4, generator=generator)
     latents = layout + 2 * torch.randn(5000, 3, 4, generator=generator)
-    whole, parts = measure_latent_std([latents]), measure_latent_std(latents.split(999))
+    whole, parts = latent_deviation([latents]), latent_deviation(latents.split(999))
     assert whole.item() == pytest.approx(2.0, rel=0.02)
     assert whole.item() == pytest.approx(latents.var(0).mean().sqrt().item(), rel=1e-5)
     torch.testing.assert_close(parts, whole)
     with pytest.raises(InputError, match="two or more"):
-        measure_latent_std([latents[:1]])
+        latent_deviation([latents[:1]])

@@ -31,6 +31,55 @@ def saved(tmp_path):
     return tmp_path
 
 
+def _own(width: int, classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.ReLU(), nn.Dropout(), nn.Linear(width, classes))
+
+
+def test_any_module_by_a_name(tmp_path):
+    torch.manual_seed(0)
+    model = _own(5)
+    path = save_model(model, tmp_path / "own", name="mlp", config={"width": 5}, task="multiclass")
+    loaded = load_model(path, builders={"mlp": _own})
+    images = torch.rand(4, 1, 4, 4)
+    assert torch.equal(loaded(images), model.eval()(images))
+    assert read_card(path, ["mlp"]).task == "multiclass"
+    with pytest.raises(InputError, match=r"own\.json: model 'mlp', wanted one of SmallResNet, SmallAutoencoder"):
+        load_model(path)
+    with pytest.raises(InputError, match="does not fit the mlp"):
+        load_model(path, builders={"mlp": lambda width: _own(width + 1)})
+    with pytest.raises(InputError, match="name: got 'SmallResNet', which is tsynd's own"):
+        save_model(model, tmp_path / "no", name="SmallResNet")
+    with pytest.raises(InputError, match=r"config: .* wanted JSON values"):
+        save_model(model, tmp_path / "no", name="mlp", config={"width": nn.ReLU})
+    with pytest.raises(InputError, match="for others give a name"):
+        save_model(model, tmp_path / "no")
+
+
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path):
+    model = _own(5)
+    with torch.no_grad():
+        model[1].weight[2, 3] = float("nan")
+    path = save_model(model, tmp_path / "broken", name="mlp", config={"width": 5})
+    with pytest.raises(InputError, match=r"1.weight holds values that are not finite"):
+        load_model(path, builders={"mlp": _own})
+    whole = _own(5)
+    whole[1].weight = nn.Parameter(torch.ones(5, 16, dtype=torch.int64), requires_grad=False)
+    path = save_model(whole, tmp_path / "whole", name="mlp", config={"width": 5})
+    with pytest.raises(InputError, match=r"1.weight holds torch.int64, wanted torch.float32"):
+        load_model(path, builders={"mlp": _own})
+
+
+@pytest.mark.parametrize("names", ['"abc"', "[1, 2]", "{}"])
+def test_class_names_that_are_no_list_of_names(saved, names):
+    sheet = saved / "model.json"
+    sheet.write_text(json.dumps(json.loads(sheet.read_text()) | {"class_names": json.loads(names)}))
+    with pytest.raises(InputError, match=r"class_names .*, wanted a list of names or null"):
+        read_card(saved / "model")
+    sheet.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        read_card(saved / "model")
+
+
 def test_outputs_are_the_same_after_a_round_trip(saved):
     images = torch.rand(4, 1, 16, 16)
     state = torch.get_rng_state()

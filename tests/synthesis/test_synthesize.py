@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tsynd
 from tsynd import Status
+from tsynd.synthesis import synthesizer
 from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
 
 QUIET: dict[str, Any] = {"progress": False, "samples": 8}
@@ -177,6 +178,79 @@ def test_out_of_memory_halves_the_batch(classifier: nn.Module, images: Tensor) -
     assert max(seen) == 32  # 23 in whole tiles
     wanted = tsynd.synthesize(greedy, classifier, images, latent_std=0.4, batch_size=5, **QUIET)
     torch.testing.assert_close(result.images, wanted.images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3.00 GiB"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_in_other_words(classifier: nn.Module, images: Tensor, error: Exception) -> None:
+    class Greedy(TinyAutoencoder):
+        def decode(self, latents: Tensor) -> Tensor:
+            if len(latents) > 16:
+                raise error
+            return super().decode(latents)
+
+    result = tsynd.synthesize(Greedy(), classifier, images, latent_std=0.4, batch_size=23, steps=1, **QUIET)
+    assert len(result) == len(images)
+
+    class Broken(TinyAutoencoder):
+        def decode(self, latents: Tensor) -> Tensor:
+            if len(latents) > 16:
+                raise RuntimeError("shapes cannot be multiplied")
+            return super().decode(latents)
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        tsynd.synthesize(Broken(), classifier, images, latent_std=0.4, batch_size=23, steps=1, **QUIET)
+
+
+def test_large_images_go_in_tiles_of_one_size(
+    classifier: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What looks at its batch, as kernels chosen by its size do, sees the same one whatever the batch is."""
+    monkeypatch.setattr(synthesizer, "_TILE_BYTES", 2**17)
+    seen: list[int] = []
+
+    class Watching(TinyAutoencoder):
+        def encode(self, images: Tensor) -> Tensor:
+            return super().encode(images) * (1 + len(images) / 100)
+
+        def decode(self, latents: Tensor) -> Tensor:
+            seen.append(len(latents))
+            return super().decode(latents) * (1 - len(latents) / 100)
+
+    torch.manual_seed(1)
+    watching = Watching()
+    options = {**QUIET, "steps": 2, "latent_std": 0.4}
+    wanted = tsynd.synthesize(watching, classifier, images, batch_size=1, **options)
+    tile = seen[-1]
+    assert 1 < tile < 16
+    for size in (3, 16, 23):
+        seen.clear()
+        result = tsynd.synthesize(watching, classifier, images, batch_size=size, **options)
+        assert set(seen[-9:]) == {tile}
+        assert torch.equal(result.images, wanted.images)
+        assert torch.equal(result.latents, wanted.latents)
+
+
+def test_the_callers_context_does_not_leak_in(autoencoder: nn.Module, classifier: nn.Module, images: Tensor) -> None:
+    options = {**QUIET, "steps": 2}
+    wanted = tsynd.synthesize(autoencoder, classifier, images, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = tsynd.synthesize(autoencoder, classifier, images, **options)
+        assert torch.is_autocast_enabled("cpu")
+    with torch.inference_mode():
+        inferred = tsynd.synthesize(autoencoder, classifier, images + 0, **options)
+        assert torch.is_inference_mode_enabled()
+    for result in (cast, inferred):
+        assert torch.equal(result.images, wanted.images)
+        assert torch.equal(result.uncertainty, wanted.uncertainty)
 
 
 def test_bfloat16(autoencoder: nn.Module, classifier: nn.Module, images: Tensor) -> None:

@@ -225,6 +225,16 @@ def test_everything_is_left_as_it_was(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("direction", ["uncertainty", "reconstruction"])
+def test_images_keep_their_dtype_under_autocast(
+    autoencoder: nn.Module, classifier: nn.Module, images: Tensor, direction: str
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autoencoder.decode(autoencoder.encode(images)).dtype == torch.bfloat16
+        made, _ = targeted(autoencoder, direction=direction)(classifier, images, torch.arange(len(images)) % 3)
+    assert made.dtype == images.dtype == torch.float32
+
+
 def test_an_ensemble_and_several_labels(autoencoder: nn.Module, images: Tensor) -> None:
     torch.manual_seed(4)
     ensemble = Ensemble([TinyClassifier(), TinyClassifier()])

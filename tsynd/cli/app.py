@@ -1,11 +1,11 @@
-"""The command ``tsynd``: run, train, synthesize, pack, evaluate, experiment, export, info."""
+"""The command ``tsynd``: run, predict, synthesize, train, pack, evaluate, experiment, export, info."""
 
 from __future__ import annotations
 
 import io
 import sys
 from collections import Counter
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 try:
     import rich  # noqa: F401
@@ -19,21 +19,39 @@ from tsynd.cli.experiment import LISTS, experiment
 from tsynd.cli.export import export
 from tsynd.cli.info import info
 from tsynd.cli.pack import pack
+from tsynd.cli.predict import predict
 from tsynd.cli.run import run
 from tsynd.cli.synthesize import synthesize
 from tsynd.cli.train import train
 from tsynd.utils.errors import InputError, MissingExtraError
+from tsynd.utils.version import __version__
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="tsynd",
-    help="Targeted synthetic images for small medical data sets (TSynD).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, synthesize, train, pack, evaluate, experiment, export, info):
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tsynd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _first(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Targeted synthetic images for small medical data sets (TSynD)."""
+
+
+for command in (run, predict, synthesize, train, pack, evaluate, experiment, export, info):
     app.command()(command)
 
 

@@ -35,10 +35,10 @@ def evaluate(
     context: typer.Context,
     data: Data,
     classifier: Annotated[Path, typer.Option(help="classifier.safetensors of a run or a study.")],
-    attacked: Annotated[dict[str, Any], Options(StudySettings, tuple(_ATTACKED), defaults=_ATTACKED)],
+    attacked: Annotated[dict[str, Any], Options(StudySettings, tuple(_ATTACKED), "Test", _ATTACKED)],
     reading: Reading,
-    conditions: Annotated[list[str], typer.Option(help=_CONDITIONS)] = ["clean", "shifts"],  # noqa: B006
-    attacks: Annotated[list[str] | None, typer.Option(help=_ATTACKS)] = None,
+    conditions: Annotated[list[str], typer.Option(help=_CONDITIONS, rich_help_panel="Test")] = ["clean", "shifts"],  # noqa: B006
+    attacks: Annotated[list[str] | None, typer.Option(help=_ATTACKS, rich_help_panel="Test")] = None,
     samples: Annotated[int, typer.Option(help="T, posterior samples, at least 1.")] = 32,
     split: Split = "test",
     seed: Annotated[int, typer.Option(help="Of the shifts, the attacks and the posterior samples.")] = 0,

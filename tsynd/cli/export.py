@@ -63,6 +63,6 @@ def export(
     if format != "aoti":
         shared |= {"seed": seed, "task": card.task or "multiclass", "class_names": card.class_names, **ascent}
     write: dict[str, Any] = {"onnx": export_onnx, "torchscript": export_torchscript, "aoti": export_aoti}
-    write[format](models.get("classifier"), models.get("autoencoder"), output, kind, **shared)
+    write[format](models.get("autoencoder"), models.get("classifier"), output, kind, **shared)
     size = output.stat().st_size
     typer.echo(f"{kind} as {format}, equal to torch on random images: {output} ({size / 2**20:.1f} MiB)")

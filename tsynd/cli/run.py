@@ -19,7 +19,11 @@ __all__ = ["run"]
 _Basic = Annotated[dict[str, Any], Options(job.RunSettings, ("train_size", "seed"))]
 _Training = Annotated[
     dict[str, Any],
-    Options(job.RunSettings, ("autoencoder_data", "autoencoder_iterations", "iterations", "dropout"), "Training"),
+    Options(
+        job.RunSettings,
+        ("recipe", "flip", "autoencoder_data", "autoencoder_iterations", "iterations", "dropout"),
+        "Training",
+    ),
 ]
 _Ascent = Annotated[dict[str, Any], Options(job.RunSettings, ASCENT, "Ascent")]
 
@@ -35,7 +39,7 @@ def run(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train, synthesise, train again with targeted images, test both, write a report."""
+    """Train, synthesise, train again with extra images, test both, write a report."""
     settings = job.RunSettings(**basic, **training, **ascent, reading=ReadOptions(**reading))
     metrics = job.run(data, output, settings, device=device, progress=not quiet)
     console = Console()

@@ -76,8 +76,10 @@ def synthesize(
 ) -> None:
     """Make targeted images with models saved by a run, or with an exported synthesizer."""
     if models["model"] is not None:
-        refuse(context, ("autoencoder", "classifier", *_SHARDS), "with --model, which is the other way")
-        refuse(context, (*ASCENT, *_MEMORY[1:], *_WORKERS), "with --model, whose file holds its settings")
+        for name in ("autoencoder", "classifier", "shard_size"):
+            if {**models, **shards}[name] is not None:
+                raise InputError(f"model: got --{name.replace('_', '-')} beside it, wanted the one or the other")
+        refuse(context, (*ASCENT, *_MEMORY[1:], *_SHARDS, *_WORKERS), "with --model, whose file holds its settings")
     for name in ("autoencoder", "classifier"):
         if models["model"] is None and models[name] is None:
             raise InputError(f"{name}: got none, wanted --autoencoder and --classifier, or --model")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.export.check import check_results
-from tsynd.export.programs import prepare, write_path
+from tsynd.export.programs import in_order, prepare, write_path
 from tsynd.export.tracing import quiet, record, to_program
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.ascent import AscentSettings
@@ -23,8 +23,8 @@ AOTI_KINDS = ("encoder", "decoder", "features")
 
 
 def export_aoti(
-    classifier: nn.Module | Posterior | None,
     autoencoder: Any,
+    classifier: nn.Module | Posterior | Any,
     path: str | Path,
     kind: str,
     *,
@@ -38,8 +38,8 @@ def export_aoti(
     ones, as torch's convolutions often return them, wrongly and without a word.
 
     Args:
-        classifier: for ``features``, see :func:`tsynd.export_onnx`; else None.
-        autoencoder: for ``encoder`` and ``decoder``; else None.
+        autoencoder: for ``encoder`` and ``decoder``, see :func:`tsynd.export_onnx`; else None.
+        classifier: for ``features``; else None.
         path: the ``.pt2`` file to write; replaced if it exists.
         kind: ``encoder``: images [B, C, H, W] -> latents. ``decoder``: latents -> images in [0, 1]. ``features``:
             images -> [B, D], what enters the classifier's first dropout. Any batch size B.
@@ -51,6 +51,7 @@ def export_aoti(
     Raises:
         InputError: an argument does not fit, the model cannot be compiled, or the results differ from eager torch's.
     """
+    autoencoder, classifier = in_order(autoencoder, classifier)
     target = write_path(path, ".pt2")
     inductor = torch._inductor
     settings = AscentSettings(samples=1)

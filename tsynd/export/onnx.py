@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tsynd.export.check import check_results
 from tsynd.export.onnx_operators import decompositions
-from tsynd.export.programs import Program, prepare, write_path
+from tsynd.export.programs import Program, in_order, prepare, write_path
+from tsynd.export.runtime import NO_DIGEST, sealed
 from tsynd.export.tracing import layer_of, quiet, record, to_program
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
@@ -29,8 +30,8 @@ _IR_VERSION = 10  # the exporter's for this opset; onnxruntime reads it from 1.1
 
 
 def export_onnx(
-    classifier: nn.Module | Posterior | None,
     autoencoder: Any,
+    classifier: nn.Module | Posterior | Any,
     path: str | Path,
     kind: str = "synthesizer",
     *,
@@ -56,9 +57,10 @@ def export_onnx(
     onnxruntime against torch belong to the export; where they fail, no file is left.
 
     Args:
-        classifier: a module with active dropout or a :class:`tsynd.Posterior` with masks shared by all images (then
-            ``samples`` and ``seed`` are its own), on the CPU; None for ``encoder`` and ``decoder``.
         autoencoder: as for :func:`tsynd.synthesize`, on the CPU; None for ``classifier``.
+        classifier: a module with active dropout or a :class:`tsynd.Posterior` with masks shared by all images (then
+            ``samples`` and ``seed`` are its own), on the CPU; None for ``encoder`` and ``decoder``. (The two in the
+            other order, as they were before, still work with a DeprecationWarning.)
         path: the ``.onnx`` file to write; replaced if it exists.
         kind: see above.
         image_shape: [C, H, W]; the file is for this one.
@@ -77,16 +79,18 @@ def export_onnx(
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     chosen = ascent_settings(settings, ascent)
+    autoencoder, classifier = in_order(autoencoder, classifier)
     target = write_path(path, ".onnx")
     onnx, runtime = require("onnx", "onnx"), require("onnxruntime", "onnx")
     require("onnxscript", "onnx")
     with prepare(kind, classifier, autoencoder, image_shape, chosen, seed, class_names) as program:
         file = _convert(program)
         properties = {f"tsynd.{key}": json.dumps(value) for key, value in program.metadata.items()}
+        properties["tsynd.sha256"] = json.dumps(NO_DIGEST)
         onnx.helper.set_model_props(file, properties)
         file.producer_name, file.producer_version = "tsynd", program.metadata["version"]
         with atomic_path(target) as temporary:
-            onnx.save(file, temporary)
+            temporary.write_bytes(sealed(file.SerializeToString()))
             try:
                 onnx.checker.check_model(str(temporary), full_check=True)
                 session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])

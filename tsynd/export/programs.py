@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from tsynd.posteriors.mc_dropout import MCDropout, as_posterior
 from tsynd.posteriors.passes import undivided
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents
+from tsynd.synthesis.objectives import EXPECTED
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.version import __version__
 
-__all__ = ["Program", "prepare", "write_path"]
+__all__ = ["Program", "in_order", "prepare", "write_path"]
 
 _NEEDS_POSTERIOR = ("classifier", "features", "step", "synthesizer")
 _NEEDS_AUTOENCODER = ("encoder", "decoder", "step", "synthesizer")
@@ -108,6 +110,8 @@ def prepare(
         InputError: an argument does not fit.
     """
     check_choice("kind", kind, tuple(kinds))
+    if settings.objective == EXPECTED:
+        raise InputError(f"objective: got {EXPECTED!r}, wanted another: a file has no target images")
     if settings.label_consistency is not None:
         raise InputError("label_consistency: got a limit, wanted None: an exported file sees no labels")
     shape = _check_shape(image_shape)
@@ -290,6 +294,29 @@ def _deviation(model: Autoencoder, given: float | None) -> float:
             "above 0, for instance from tsynd.fit_autoencoder"
         )
     return value
+
+
+def in_order(autoencoder: Any, classifier: Any) -> tuple[Any, Any]:
+    """Autoencoder and classifier, told apart where they came the other way round, as once was right."""
+
+    def encodes(model: Any) -> bool:
+        pair = isinstance(model, tuple) and len(model) == 2
+        return pair or (hasattr(model, "encode") and hasattr(model, "decode"))
+
+    swapped = isinstance(autoencoder, Posterior) or (encodes(classifier) and not encodes(autoencoder))
+    if not swapped and classifier is None and isinstance(autoencoder, nn.Module) and not encodes(autoencoder):
+        try:
+            as_autoencoder(autoencoder)
+        except InputError:
+            swapped = True
+    if not swapped:
+        return autoencoder, classifier
+    warnings.warn(
+        "the classifier came before the autoencoder: the order is (autoencoder, classifier, path, kind) now",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return classifier, autoencoder
 
 
 def write_path(path: str | Path, suffix: str) -> Path:

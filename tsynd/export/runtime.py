@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +28,33 @@ _OUTPUTS = ("targeted", "latents", "initial_uncertainty", "uncertainty", "status
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _TILE = 16  # as in tsynd.synthesize: whole tiles give every image the same arithmetic in any batch
 
+# the digest of a file's content, in its own metadata: with zeros in its place it is the SHA-256 of the whole
+_DIGEST = re.compile(rb'tsynd\.sha256\x12\x42"([0-9a-f]{64})"')
+NO_DIGEST = "0" * 64
+
 Array = NDArray[Any]
+
+
+def sealed(content: bytes) -> bytes:
+    """A file of which ``tsynd.sha256`` is :data:`NO_DIGEST` with its digest there.
+
+    Raises:
+        ValueError: it has no such place, or several.
+    """
+    (place,) = _DIGEST.finditer(content)
+    start, stop = place.span(1)
+    plain = content[:start] + NO_DIGEST.encode() + content[stop:]
+    return content[:start] + hashlib.sha256(plain).hexdigest().encode() + content[stop:]
+
+
+def _check_digest(path: str | Path) -> None:
+    content = Path(path).expanduser().read_bytes()
+    try:
+        same = sealed(content) == content
+    except ValueError:
+        raise InputError(f"path: {path} holds no digest of its content, wanted a file of this version") from None
+    if not same:
+        raise InputError(f"path: {path} is not as it was exported: its content does not fit its digest")
 
 
 @dataclass(frozen=True)
@@ -116,6 +144,7 @@ class OnnxSynthesizer:
         kind = self.metadata.get("kind")
         if kind != "synthesizer":
             raise InputError(f"path: {path} is of kind {kind!r}, wanted 'synthesizer'")
+        _check_digest(path)
         self.providers: list[str] = self._session.get_providers()
         if device == "cuda" and _PROVIDERS[0] not in self.providers:
             raise InputError(f"device: got 'cuda', but onnxruntime offers {', '.join(available)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tsynd.export.check import check_results
-from tsynd.export.programs import prepare, write_path
+from tsynd.export.programs import in_order, prepare, write_path
 from tsynd.export.tracing import record
 from tsynd.models.layout import channels_last
 from tsynd.posteriors.posterior import Posterior
@@ -28,8 +28,8 @@ __all__ = ["export_torchscript"]
 
 
 def export_torchscript(
-    classifier: nn.Module | Posterior | None,
     autoencoder: Any,
+    classifier: nn.Module | Posterior | Any,
     path: str | Path,
     kind: str = "synthesizer",
     *,
@@ -49,8 +49,8 @@ def export_torchscript(
     torch calls TorchScript deprecated (unsupported from Python 3.14 on): for new deployments prefer ONNX.
 
     Args:
-        classifier: see :func:`tsynd.export_onnx`, as all arguments but the path.
-        autoencoder: see there.
+        autoencoder: see :func:`tsynd.export_onnx`, as all arguments but the path.
+        classifier: see there.
         path: the ``.pt`` file to write; replaced if it exists.
         kind: see there; the module's inputs and outputs are in the order given there.
         image_shape: see there.
@@ -66,6 +66,7 @@ def export_torchscript(
         InputError: an argument does not fit, or the file's results differ from eager torch's.
     """
     chosen = ascent_settings(settings, ascent)
+    autoencoder, classifier = in_order(autoencoder, classifier)
     target = write_path(path, ".pt")
     with prepare(
         kind, classifier, autoencoder, image_shape, chosen, seed, class_names, layout=channels_last

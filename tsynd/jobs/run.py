@@ -25,6 +25,7 @@ from tsynd.evaluation.metrics import errors, scores
 from tsynd.jobs.job import Job
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model
+from tsynd.ops.reference import OBJECTIVES
 from tsynd.report.pictures import draw_examples
 from tsynd.report.run_report import write_report
 from tsynd.synthesis.api import synthesize, uncertainty
@@ -32,7 +33,8 @@ from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.extra_images import Augmentation
-from tsynd.training.standard import StandardAugmentation
+from tsynd.training.recipe import RECIPES, recipe
+from tsynd.training.standard import FLIPS, StandardAugmentation
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
@@ -60,8 +62,8 @@ _NEEDED = (
 class RunSettings(AscentSettings):
     """Everything that decides the result of :func:`run`, besides the data and the version.
 
-    The ascent's settings are those of the synthesis and, save for T and K, of the training loop; ``task`` is the
-    data's.
+    The ascent's settings are those of the synthesis and, with the recipe ``targeted`` and save for T and K, of the
+    training loop; ``task`` is the data's.
 
     Attributes:
         train_size: labelled training images; all by default.
@@ -70,10 +72,13 @@ class RunSettings(AscentSettings):
         autoencoder_iterations: optimiser steps of the autoencoder.
         iterations: optimiser steps of each classifier.
         batch_size: real images per step.
+        recipe: extra images of the second classifier: ``robust`` (several kinds, see :func:`tsynd.recipe`) or
+            ``targeted`` (by the ascent's settings, at every step).
+        flip: flips that leave an image possible, for ``robust``: ``none``, ``horizontal`` or ``both``.
         dropout: ``head`` (before the last layer) or ``stages`` (everywhere).
         samples: T, posterior samples of the synthesis; a quarter of them in the training loop.
-        augmentation_steps: K in the training loop.
-        augmentation_weight: weight of the targeted images' loss.
+        augmentation_steps: K in the training loop, for ``targeted``.
+        augmentation_weight: weight of the extra images' loss.
         reading: how the files of a folder or table are read.
     """
 
@@ -83,6 +88,8 @@ class RunSettings(AscentSettings):
     autoencoder_iterations: int = 800
     iterations: int = 300
     batch_size: int = 64
+    recipe: str = "robust"
+    flip: str = "none"
     dropout: str = "head"
     augmentation_steps: int = 3
     augmentation_weight: float = 1.0
@@ -171,30 +178,46 @@ def _stages(
         "synthetic.npz",
         lambda path: _synthesise(path, autoencoder, real, source, settings, where, progress),
     )
-    augmentation = TargetedAugmentation(
-        autoencoder,
-        seed=settings.seed,
-        **replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options(),
-    )
+    augmentation: Augmentation
+    if settings.recipe == "targeted":
+        options = replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options()
+        augmentation = TargetedAugmentation(autoencoder, seed=settings.seed, **options)
+    else:
+        augmentation = recipe(settings.recipe, autoencoder, task=settings.task, flip=settings.flip, seed=settings.seed)
     # what a gain might be owed to instead
-    models["standard"] = classifier_of("classifier_standard", StandardAugmentation(seed=settings.seed))
+    standard = StandardAugmentation(settings.flip, seed=settings.seed)
+    models["standard"] = classifier_of("classifier_standard", standard)
     plain = TargetedAugmentation(autoencoder, task=source.task, direction="reconstruction", seed=settings.seed)
     models["reconstruction"] = classifier_of("classifier_reconstruction", plain)
     models["targeted"] = classifier_of("classifier", augmentation)
-    command = ["tsynd", "experiment", "--data", data, "--output", f"{job.folder.name}-study"]
-    command += ["--train-size", str(len(source.train)), "--seeds", "5", "--iterations", str(settings.iterations)]
-    command += [
-        "--batch-size",
-        str(settings.batch_size),
-        "--autoencoder-iterations",
-        str(settings.autoencoder_iterations),
-    ]
-    command += ["--arms", "real", "standard", "reconstruction", "random", "trades", "mutual_information", "recipe"]
-    return _finish(job, source, settings, synthesis, autoencoder, models, where, shlex.join(command))
+    return _finish(
+        job, source, settings, synthesis, autoencoder, models, where, _study_command(job, data, source, settings)
+    )
+
+
+def _study_command(job: Job, data: str, source: DataSource, settings: RunSettings) -> str:
+    """What would settle whether the extra images help, ready to paste."""
+    options: dict[str, Any] = {
+        "--data": data,
+        "--output": f"{job.folder.name}-study",
+        "--train-size": len(source.train),
+        "--seeds": 6,  # five cannot give p < .05
+        "--iterations": settings.iterations,
+        "--batch-size": settings.batch_size,
+        "--autoencoder-data": settings.autoencoder_data,
+        "--autoencoder-iterations": settings.autoencoder_iterations,
+    }
+    words = ["tsynd", "experiment", *(str(word) for option in options.items() for word in option), "--arms"]
+    for arm in ("real", "standard", "reconstruction", "random", "trades", "mutual_information", "recipe"):
+        flips = arm in ("standard", "recipe") and settings.flip != "none"
+        words.append(f"{arm},flip={settings.flip}" if flips else arm)
+    return shlex.join(words)
 
 
 def _check(settings: RunSettings) -> None:
     """What the stages would only refuse after training has begun."""
+    if settings.objective == "expected_information":
+        raise InputError("objective: got 'expected_information', which needs target images; wanted another for a run")
     for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < 1:
@@ -202,6 +225,9 @@ def _check(settings: RunSettings) -> None:
     choices = {
         "autoencoder_data": ("train", "all"),
         "dropout": ("head", "stages"),
+        "recipe": (*RECIPES, "targeted"),
+        "flip": FLIPS,
+        "objective": OBJECTIVES,  # the synthesis has no targets
     }
     for name, wanted in choices.items():
         if getattr(settings, name) not in wanted:

@@ -28,7 +28,7 @@ __all__ = [
     "check_autoencoder",
     "check_pixel_range",
     "known_latent_std",
-    "measure_latent_std",
+    "latent_deviation",
 ]
 
 
@@ -247,7 +247,7 @@ def known_latent_std(autoencoder: Any) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def measure_latent_std(batches: Iterable[Tensor]) -> Tensor:
+def latent_deviation(batches: Iterable[Tensor]) -> Tensor:
     """Pooled standard deviation of latents around the mean latent.
 
     Each coordinate varies around its own mean: what all images share (an anatomy's fixed layout) is no

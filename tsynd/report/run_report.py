@@ -250,7 +250,7 @@ def _scores(metrics: dict[str, Any]) -> str:
     settle = (
         ""
         if command is None
-        else f"<p>What would settle it, with five seeds and all controls:</p><pre>{html.escape(command)}</pre>"
+        else f"<p>What would settle it, with six seeds and all controls:</p><pre>{html.escape(command)}</pre>"
     )
     return f"{note}{tables}{settle}"
 

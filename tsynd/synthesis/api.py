@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.checks import check_images
-from tsynd.data.dataset import LabelledBatches, at_once
-from tsynd.models.autoencoder import measure_latent_std
+from tsynd.data.dataset import Batch, LabelledBatches, at_once
+from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, latent_deviation
 from tsynd.posteriors.mc_dropout import as_posterior
-from tsynd.posteriors.posterior import Posterior
+from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentOptions, AscentSettings, ascent_settings
 from tsynd.synthesis.objectives import measure_of
 from tsynd.synthesis.result import Collector, SynthesisResult
 from tsynd.synthesis.synthesizer import AscentStream, place
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.progress import progress_bar
 from tsynd.utils.timing import Phases
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["synthesize", "uncertainty"]
+__all__ = ["measure_latent_std", "synthesize", "uncertainty"]
 
 
 def synthesize(
@@ -33,8 +35,8 @@ def synthesize(
     images: Any,
     labels: Any = None,
     *,
+    targets: Any = None,
     objective: str = "mutual_information",
-    targets: Tensor | None = None,
     task: str = "multiclass",
     samples: int = 32,
     masks: str = "shared",
@@ -44,6 +46,10 @@ def synthesize(
     rule: str = "l2",
     label_consistency: float | None = None,
     latent_std: float | None = None,
+    variants: int = 1,
+    per_class: Mapping[int, int] | None = None,
+    balance: bool = False,
+    start: str = "source",
     batch_size: int | None = None,
     seed: int = 0,
     sample_ids: Any = None,
@@ -68,9 +74,11 @@ def synthesize(
         images: tensor or array [N, C, H, W] or, for volumes, [N, C, D, H, W] (float in [0, 1], or uint8), a Dataset
             or a DataLoader of images or (image, label) pairs.
         labels: [N] class numbers or [N, L] of 0/1; those of the Dataset or DataLoader when None.
-        objective: ``mutual_information``, ``entropy``, or ``expected_information``: what the image's class would tell
-            about the classes of ``targets`` (EPIG, Bickford Smith et al. 2023), in one process and not exported.
-        targets: [M, C, H, W] in [0, 1] or uint8, labelled or not, all held at once; for ``expected_information``.
+        targets: images as above, for the objective ``expected_information``: those that the classifier is to get
+            right, labelled or not, as of another site; a few hundred at most.
+        objective: ``mutual_information``, ``entropy``, or ``expected_information``: what an image's class would tell
+            about those of ``targets`` (EPIG, Bickford Smith et al. 2023); it needs ``shared`` masks, an ensemble or
+            another posterior whose samples see all images.
         task: ``multiclass`` or ``multilabel``.
         samples: T, posterior samples.
         masks: ``shared`` or ``independent``, see :class:`tsynd.MCDropout`.
@@ -82,6 +90,14 @@ def synthesize(
             probability; None for no limit.
         latent_std: standard deviation of the latents; None takes the autoencoder's ``latent_std`` or else measures
             it over the images.
+        variants: images per source. The first is the one that ``variants=1`` gives; the others have posterior samples
+            of their own (a :class:`tsynd.Posterior` keeps its) and start from ``noise``. They follow in rounds:
+            row v * N + i is variant v of source i.
+        per_class: class number -> images wanted of it; classes that it does not name give none. Sources are taken in
+            order, in as many rounds of variants as it takes.
+        balance: as many images of each class as the largest has, likewise; with ``variants`` times as many.
+        start: ``source``, or ``noise``: the first of the K steps leads to a random point half way out, addressed by
+            seed and sample id; the best iterate is kept, the reconstruction among them.
         batch_size: images at once, on a CPU rounded up to a multiple of 16 (of fewer where 16 would keep more than
             128 MiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
         seed: of the posterior samples.
@@ -119,34 +135,104 @@ def synthesize(
         label_consistency=label_consistency,
         latent_std=latent_std,
     )
-    with (phases or Phases())("prepare"):
-        stream = AscentStream(
+    _check_choice_of_sources(variants, per_class, balance, start, settings)
+    by_class, aims = per_class is not None or balance, _pixels(targets)
+
+    def stream_of(variant: int) -> AscentStream:
+        made = AscentStream(
             autoencoder,
             classifier,
             settings,
-            seed=seed,
+            seed=seed + variant * _VARIANT,
             batch_size=batch_size,
             device=device,
             precision=precision,
             compile=compile,
             checkpointing=checkpointing,
             memory_limit=memory_limit,
+            targets=aims,
             phases=phases,
-            targets=targets,
         )
-        source = LabelledBatches(images, labels, sample_ids, task)
-    collector = Collector(source.count)
-    with stream:
+        if variant > 0 or start == "noise":
+            made.noise = seed + variant * _VARIANT
+        return made
+
+    with (phases or Phases())("prepare"):
+        stream = stream_of(0)
+        source = LabelledBatches(images, labels, sample_ids, task, by_index=by_class)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stream)
         with stream.phase("prepare"):
             classes = stream.check(source.first)
             source.check_labels(classes, needed=label_consistency is not None)
-            stream.prepare(_latent_std(stream, source), source.first)
-        with progress_bar("synthesising", source.count, progress) as advance:
-            for batch, latents, climbed in stream.run(source.batches(stream.size)):
-                with stream.phase("collect"):
-                    collector.add(batch, latents, climbed)
-                advance(len(batch.images), _mean_raise(climbed))
+            rounds = _rounds(source, classes, variants, per_class) if by_class else [None] * variants
+            settings = replace(settings, latent_std=_latent_std(stream, source))
+            stream.prepare(settings.latent_std or 0.0, source.first)
+        total = sum(source.count if indices is None else len(indices) for indices in rounds)
+        collector = Collector(total)
+        with progress_bar("synthesising", total, progress) as advance:
+            for variant, indices in enumerate(rounds):
+                if variant > 0:
+                    stack.close()
+                    stream = stack.enter_context(stream_of(variant))
+                    with stream.phase("prepare"):
+                        stream.check(source.first)
+                        stream.prepare(settings.latent_std or 0.0, source.first)
+                for batch, latents, climbed in stream.run(_batches(source, indices, stream.size)):
+                    with stream.phase("collect"):
+                        collector.add(batch, latents, climbed)
+                    advance(len(batch.images), _mean_raise(climbed))
     return SynthesisResult(**collector.arrays())  # type: ignore[arg-type]
+
+
+_VARIANT = 1_000_003  # between the seeds of two variants
+
+
+def _check_choice_of_sources(
+    variants: int, per_class: Mapping[int, int] | None, balance: bool, start: str, settings: AscentSettings
+) -> None:
+    if not isinstance(variants, int) or variants < 1:
+        raise InputError(f"variants: got {variants!r}, wanted an integer of at least 1")
+    check_choice("start", start, ("source", "noise"))
+    if (start == "noise" or variants > 1) and settings.steps < 2:
+        raise InputError(f"steps: got {settings.steps} with a start from noise, which takes one; wanted 2 or more")
+    if per_class is not None and (balance or variants > 1):
+        raise InputError("per_class: got numbers with balance or variants, wanted the one or the other")
+    if (per_class is not None or balance) and settings.task != "multiclass":
+        raise InputError(f"per_class, balance: got task {settings.task!r}, wanted 'multiclass'")
+    for name, count in (per_class or {}).items():
+        if not isinstance(name, int) or not isinstance(count, int) or count < 0:
+            raise InputError(f"per_class: got {name!r}: {count!r}, wanted class number: images of 0 or more")
+
+
+def _rounds(
+    source: LabelledBatches, classes: int, variants: int, per_class: Mapping[int, int] | None
+) -> list[Tensor | None]:
+    """Which sources [n] each round takes, so that every class gets its number of images."""
+    labels = source.labels(classes)
+    held = labels.bincount(minlength=classes)
+    wanted = torch.zeros(classes, dtype=torch.int64)
+    if per_class is None:
+        wanted[held > 0] = held.max() * variants
+    for name, count in (per_class or {}).items():
+        if not 0 <= name < classes:
+            raise InputError(f"per_class: got class {name}, wanted 0 to {classes - 1}")
+        if count and not held[name]:
+            raise InputError(f"per_class: got {count} images of class {name}, of which there is no source")
+        wanted[name] = count
+    place = torch.zeros_like(labels)  # of each source among those of its class
+    for name in range(classes):
+        place[labels == name] = torch.arange(int(held[name]))
+    if not int(wanted.sum()):
+        raise InputError("per_class: got numbers that sum to 0, wanted images of a class at least")
+    times = int((-(-wanted // held.clamp_min(1))).max())
+    return [(number * held[labels] + place < wanted[labels]).nonzero()[:, 0] for number in range(times)]
+
+
+def _batches(source: LabelledBatches, indices: Tensor | None, size: int) -> Iterator[Batch]:
+    if indices is None:
+        return source.batches(size)
+    return (source.at(part) for part in torch.split(indices, size))
 
 
 def uncertainty(
@@ -154,7 +240,7 @@ def uncertainty(
     images: Any,
     *,
     settings: AscentSettings | None = None,
-    targets: Tensor | None = None,
+    targets: Any = None,
     seed: int = 0,
     sample_ids: Any = None,
     batch_size: int = 256,
@@ -179,27 +265,63 @@ def uncertainty(
     posterior = as_posterior(classifier, chosen.samples, chosen.masks, seed)
     source = LabelledBatches(images, None, sample_ids, None)
     device = place(None, *posterior.networks)
-    values = []
-    aims = None if targets is None else check_images(targets, name="targets").to(device)
+    values, aims = [], _pixels(targets)
     with posterior.frozen(), torch.no_grad():
+        aims = None if aims is None else aims.to(device)
         measure = measure_of(posterior, chosen.objective, chosen.task, aims)
         for batch in source.batches(at_once(source.first.numel(), batch_size)):
-            values.append(measure(batch.images.to(device), batch.sample_ids.to(device)).cpu())
+            ids = batch.sample_ids.to(device)
+            values.append(measure(batch.images.to(device), ids).cpu())
     return torch.cat(values)
 
 
+def _pixels(targets: Any) -> Tensor | None:
+    """Target images of any kind as one tensor [M, C, ...] on the CPU."""
+    if targets is None:
+        return None
+    source = LabelledBatches(targets, task=None, name="targets")
+    return torch.cat([batch.images for batch in source.batches(source.count)])
+
+
 def _latent_std(stream: AscentStream, source: LabelledBatches) -> float:
-    model, known = stream.model, stream.known_latent_std
+    known = stream.known_latent_std
     if known is not None:
         return known
     if source.count < 2:
         raise InputError("latent_std: got None with a single image, wanted a number: one image has no deviation")
     with torch.no_grad():
-        encoded = (model.encode(batch.images.to(stream.device)).cpu() for batch in source.batches(stream.size))
-        value = float(measure_latent_std(encoded))
+        return _checked_std(latent_deviation(stream.encode(batch) for batch in source.batches(stream.size)))
+
+
+def _checked_std(deviation: Tensor) -> float:
+    value = float(deviation)
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"autoencoder: its latents have standard deviation {value}, wanted a number above 0")
     return value
+
+
+def measure_latent_std(
+    autoencoder: Any, images: Any, *, batch_size: int = 256, device: torch.device | str | None = None
+) -> float:
+    """The standard deviation of an autoencoder's latents around their mean, the unit of an ascent's radius.
+
+    Args:
+        autoencoder: see :func:`synthesize`; its own ``latent_std``, if any, is left as it is.
+        images: see :func:`synthesize`; at least two. An autoencoder's training images are the right ones.
+        batch_size: images at once; fewer where they are large.
+        device: where to work; None is where the autoencoder is.
+
+    Raises:
+        InputError: images or an autoencoder that cannot be used, or latents that do not vary.
+    """
+    model = as_autoencoder(autoencoder)
+    source = LabelledBatches(images, task=None)
+    where = place(device, model)
+    modules = (model,) if isinstance(model, nn.Module) else ()
+    with frozen(*modules), torch.no_grad():
+        check_autoencoder(model, source.first.to(where))
+        batches = source.batches(at_once(source.first.numel(), batch_size))
+        return _checked_std(latent_deviation(model.encode(batch.images.to(where)).cpu() for batch in batches))
 
 
 def _mean_raise(climbed: Ascent) -> str:

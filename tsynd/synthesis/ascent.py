@@ -14,7 +14,7 @@ from torch import Tensor
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import OBJECTIVES, RULES, TASKS
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.objectives import EXPECTED, Goal, PlausibleGoal, Uncertainty
+from tsynd.synthesis.objectives import EXPECTED, Goal, PlausibleGoal, measure_of
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.settings import override
 
@@ -47,8 +47,7 @@ class AscentSettings:
     """What an ascent maximises, under which posterior samples, and how far it goes.
 
     Attributes:
-        objective: ``mutual_information``, ``entropy``, or ``expected_information`` about target images (EPIG), which
-            needs shared masks.
+        objective: ``mutual_information``, ``entropy`` or ``expected_information`` (about target images).
         task: ``multiclass`` or ``multilabel``.
         steps: K, ascent steps, at least 1.
         radius: of the ball around the source latent, times latent standard deviation times sqrt(dimension)
@@ -177,6 +176,7 @@ def ascend_latents(
     latent_std: float,
     labels: Tensor | None = None,
     goal: Goal | None = None,
+    jump: Tensor | None = None,
 ) -> Ascent:
     """Projected gradient ascent over latents, each image by itself.
 
@@ -192,15 +192,17 @@ def ascend_latents(
         latent_std: standard deviation of the latents.
         labels: [B] or [B, L], needed for ``label_consistency``.
         goal: what to climb; None is the uncertainty that the settings name.
+        jump: [B, ...] latents in the balls, where the first of the steps leads instead of along the gradient.
     """
     if goal is None:
-        goal = PlausibleGoal(Uncertainty(posterior, settings.objective, settings.task), source)
+        goal = PlausibleGoal(measure_of(posterior, settings.objective, settings.task), source)
     step, radius = settings.lengths(latent_std, source[0].numel())
     latents = source.clone()
     best_latents = best_images = best = best_score = first = torch.empty(0)
     count = source.shape[0]  # not len(): an export keeps the batch size open
     climbing = torch.ones(count, dtype=torch.bool, device=source.device)
-    status = torch.full((count,), int(Status.UNCHANGED), dtype=torch.int8, device=source.device)
+    # int32 until the end: an exported file chooses between statuses, which older runtimes cannot for int8
+    status = torch.full((count,), int(Status.UNCHANGED), dtype=torch.int32, device=source.device)
     per_latent = [-1] + [1] * (source.dim() - 1)
     trajectory = []
     for k in range(settings.steps + 1):
@@ -231,7 +233,10 @@ def ascend_latents(
             best_latents = torch.where(better.reshape(per_latent), latents, best_latents)
         if gradient is not None:
             latents = latents.clone()
+            if k == 0 and jump is not None:
+                latents = torch.where(climbing.reshape(per_latent), jump, latents)
+                continue
             still = torch.where(climbing.reshape(per_latent), gradient, 0.0)
             ops.ascend_(latents, still, source, step, radius, settings.rule)
     status = status.masked_fill((status == int(Status.UNCHANGED)) & (best_score > first), int(Status.RAISED))
-    return Ascent(best_images, best_latents, best, torch.stack(trajectory), status)
+    return Ascent(best_images, best_latents, best, torch.stack(trajectory), status.to(torch.int8))

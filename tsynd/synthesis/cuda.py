@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tsynd.synthesis.ascent import Ascent
 
-__all__ = ["GraphedAscent", "fetch", "send"]
+__all__ = ["Climb", "GraphedAscent", "fetch", "send"]
 
-Climb = Callable[[Tensor, Tensor, Tensor | None], Ascent]
-"""(source latents [B, ...], sample ids [B], labels or None) -> the ascent of that batch."""
+Climb = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Ascent]
+"""(source latents [B, ...], sample ids [B], labels or None, latents to jump to or None) -> the batch's ascent."""
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -47,7 +47,7 @@ def fetch(source: Tensor, climbed: Ascent) -> Callable[[], tuple[Tensor, Ascent]
 class GraphedAscent:
     """Runs an ascent as a CUDA graph, captured at the first batch of each shape and replayed for the others.
 
-    The ascent must not depend on anything but its three arguments that changes between batches.
+    The ascent must not depend on anything but its arguments that changes between batches.
 
     Args:
         climb: the ascent to capture.
@@ -55,30 +55,38 @@ class GraphedAscent:
 
     def __init__(self, climb: Climb) -> None:
         self._climb = climb
-        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Ascent]] = {}
+        self._graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], Ascent]] = {}
 
-    def __call__(self, source: Tensor, sample_ids: Tensor, labels: Tensor | None) -> Ascent:
+    def __call__(self, source: Tensor, sample_ids: Tensor, labels: Tensor | None, jump: Tensor | None) -> Ascent:
         """The ascent of one batch; its tensors are overwritten by the next call."""
-        given = [x for x in (source, sample_ids, labels) if x is not None]
-        key = tuple((x.shape, x.dtype) for x in given)
+        given = (source, sample_ids, labels, jump)
+        key = tuple(None if x is None else (x.shape, x.dtype) for x in given)
         if key not in self._graphs:
             self._graphs[key] = self._capture(given)
         graph, own, result = self._graphs[key]
         for mine, x in zip(own, given, strict=True):
-            mine.copy_(x)
+            if mine is not None and x is not None:
+                mine.copy_(x)
         graph.replay()
         return result
 
-    def _capture(self, given: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Ascent]:
-        own = [x.clone() for x in given]
-        arguments = (own[0], own[1], own[2] if len(own) > 2 else None)
+    def _capture(
+        self, given: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], Ascent]:
+        source, ids, labels, jump = given
+        own = (
+            source.clone(),
+            ids.clone(),
+            None if labels is None else labels.clone(),
+            None if jump is None else jump.clone(),
+        )
         # what compiles, tunes or is cached at the first call does so here, outside the capture
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._climb(*arguments)
+            self._climb(*own)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = self._climb(*arguments)
+            result = self._climb(*own)
         return graph, own, result

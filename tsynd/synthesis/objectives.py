@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsynd.data.dataset import parts
 from tsynd.ops import operators as ops
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.latent_prior import LatentPrior
@@ -140,8 +141,11 @@ def measure_of(posterior: Posterior, objective: str, task: str, targets: Tensor 
         raise InputError(f"targets: got {given} with objective {objective!r}, wanted images for {EXPECTED!r} alone")
     if targets is None:
         return Uncertainty(posterior, objective, task)
+    if getattr(posterior, "masks", "shared") != "shared":  # image and target must be seen by the same samples
+        raise InputError(f"objective: got {EXPECTED!r} with masks 'independent', wanted 'shared' masks")
     with torch.no_grad():
-        return ExpectedInformation(posterior, posterior.logits(targets), task)
+        logits = [posterior.logits(part) for part in parts(targets)]
+    return ExpectedInformation(posterior, torch.cat(logits, 1), task)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import importlib
+import io
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -13,7 +19,7 @@ from torch import Tensor
 from tsynd.data.checks import channels_first, check_images
 from tsynd.data.dataset import Batch
 from tsynd.data.formats import save_class_folders, to_uint8
-from tsynd.synthesis.ascent import Ascent
+from tsynd.synthesis.ascent import Ascent, Status
 from tsynd.utils.atomic import save_npz
 from tsynd.utils.errors import InputError
 
@@ -68,9 +74,13 @@ class Collector:
         return {"labels": None, **{name: array[: self.filled] for name, array in self._arrays.items()}}
 
 
-@dataclass(frozen=True)
-class SynthesisResult:
+@dataclass(frozen=True, eq=False)
+class SynthesisResult(torch.utils.data.Dataset[Any]):
     """Targeted images and where they come from; all tensors on the CPU, row i belongs to source image i.
+
+    A map-style Dataset: ``len(result)``, ``result[3]`` is (image, label), or the image alone where there are no
+    labels. A slice, a boolean mask or a list of positions gives a part of it, ``+`` joins two: what a part's ``save``
+    writes, ``load_result`` reads.
 
     Attributes:
         images: [N, C, H, W] or, for volumes, [N, C, D, H, W] float32 in [0, 1].
@@ -96,6 +106,94 @@ class SynthesisResult:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Sequence[bool] | Tensor) -> SynthesisResult: ...
+    def __getitem__(self, index: Any) -> Any:
+        """One image and its label, or the part that a slice, mask or list of positions names.
+
+        Raises:
+            IndexError: a position outside.
+            InputError: a mask of another length, or no position at all.
+        """
+        if isinstance(index, (int, np.integer)):
+            position = range(len(self))[index]
+            return self.images[position] if self.labels is None else (self.images[position], self.labels[position])
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index if len(index) else torch.empty(0, dtype=torch.int64))
+            if index.dtype == torch.bool and index.shape != (len(self),):
+                raise InputError(f"index: a mask of shape {list(index.shape)}, wanted [{len(self)}]")
+            if index.ndim != 1 or index.is_floating_point():
+                raise InputError(f"index: got {index.dtype} {list(index.shape)}, wanted a slice, a mask or positions")
+        parts: dict[str, Any] = {name: None if x is None else x[index] for name, x in self._tensors().items()}
+        return SynthesisResult(**parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[position] for position in range(len(self)))
+
+    def __add__(self, other: Any) -> Any:
+        """Both results' images, this one's first; for the same kind of images, latents and labels.
+
+        Raises:
+            InputError: they differ in that.
+        """
+        if not isinstance(other, SynthesisResult):
+            return NotImplemented
+        joined: dict[str, Any] = {}
+        for name, x in self._tensors().items():
+            y = getattr(other, name)
+            if (x is None) != (y is None) or (x is not None and x.shape[1:] != y.shape[1:]):
+                shapes = [None if part is None else list(part.shape[1:]) for part in (x, y)]
+                raise InputError(f"{name}: of shape {shapes[0]} and {shapes[1]}, wanted results of one kind to join")
+            joined[name] = None if x is None else torch.cat([x, y])
+        return SynthesisResult(**joined)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def gain(self) -> Tensor:
+        """[N], by how many nats each image is more uncertain than its source's reconstruction."""
+        return self.uncertainty - self.initial_uncertainty
+
+    @property
+    def distance(self) -> Tensor:
+        """[N], how far each latent went: root mean square over its coordinates, in latent units."""
+        return (self.latents - self.source_latents).flatten(1).square().mean(1).sqrt()
+
+    def __repr__(self) -> str:
+        if not len(self):
+            return "SynthesisResult(no images)"
+        before, after = float(self.initial_uncertainty.mean()), float(self.uncertainty.mean())
+        raised = float((self.status == Status.RAISED).double().mean())
+        return (
+            f"SynthesisResult({len(self)} images {list(self.images.shape[1:])}, mean uncertainty {before:.4f} → "
+            f"{after:.4f} nats, raised for {raised:.0%})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the summary, and up to eight images where Pillow is installed."""
+        text = html.escape(repr(self))
+        try:
+            pictures = importlib.import_module("PIL.Image")
+        except ImportError:
+            return f"<p>{text}</p>"
+        if self.images.shape[1] not in (1, 3):
+            return f"<p>{text}</p>"
+        shown = []
+        for image, before, after in zip(self.images[:8], self.initial_uncertainty, self.uncertainty, strict=False):
+            flat = image if image.ndim == 3 else image[:, image.shape[1] // 2]  # a volume's middle slice
+            pixels = to_uint8(flat[None])[0]
+            file = io.BytesIO()
+            pictures.fromarray(pixels).save(file, "PNG")
+            data = base64.b64encode(file.getvalue()).decode()
+            shown.append(
+                f'<figure style="display:inline-block;margin:4px"><img width="96" src="data:image/png;base64,{data}" '
+                f'alt="targeted image"><figcaption>{before:.3f} → {after:.3f}</figcaption></figure>'
+            )
+        return f"<p>{text}</p>{''.join(shown)}"
 
     def save(self, path: str | Path, class_names: tuple[str, ...] | None = None) -> Path:
         """Write the result: a path that ends in ``.npz`` gets one archive, any other a folder of PNG per class.

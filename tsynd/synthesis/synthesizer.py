@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tsynd.data.checks import check_images
 from tsynd.data.dataset import Batch
 from tsynd.fx.checkpointing import kept_per_image, staged
 from tsynd.fx.folding import folded_decoder
@@ -26,9 +25,10 @@ from tsynd.models.layout import channels_last
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
-from tsynd.synthesis.cuda import GraphedAscent, fetch, send
+from tsynd.synthesis.cuda import Climb, GraphedAscent, fetch, send
 from tsynd.synthesis.objectives import EXPECTED, Measure, PlausibleGoal, measure_of
-from tsynd.utils.device import place
+from tsynd.utils.device import out_of_memory, place
+from tsynd.utils.draws import random_directions
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.timing import Phases
 
@@ -37,9 +37,9 @@ __all__ = ["CPU_BYTES", "AscentStream", "Part", "place"]
 Part: TypeAlias = tuple[Batch, Tensor, Ascent]
 """A batch, its source latents [B, ...] and its ascent; the last two on the CPU."""
 
-# Convolution and matrix libraries pick their kernels by the batch's remainder. Whole tiles give every image the same
-# arithmetic in any batch; the ascent would amplify a last-digit difference. A tile of large images is smaller, down to
-# one image, so that it keeps within _TILE_BYTES; that depends on the image's shape and the networks alone.
+# Convolution and matrix libraries pick their kernels by the batch; the ascent would amplify a last-digit difference.
+# Whole tiles of 16 give every image the same arithmetic in any batch. Large images go in smaller tiles, down to one
+# image, that keep within _TILE_BYTES, by the image's shape and the networks alone; no two of those go at once.
 _TILE = 16
 _TILE_BYTES = 2**27
 
@@ -58,13 +58,15 @@ class AscentStream:
         autoencoder, classifier: see :func:`tsynd.synthesize`.
         settings: of the ascent.
         seed, batch_size, device, precision, compile, checkpointing, memory_limit: see :func:`tsynd.synthesize`.
+        targets: [M, C, ...] in [0, 1] on the CPU, see :func:`tsynd.synthesize`.
         phases: takes the seconds of every phase, see :func:`tsynd.synthesize`.
-        targets: see there.
 
     Attributes:
         device: where the work happens.
         size: images at once; the encoder's after :meth:`check`, final after :meth:`prepare`.
         checkpointing: whether activations are made again; final after :meth:`prepare`.
+        noise: seed of a random point in each ball, half way out, to which the first step leads; None, as at first, for
+            none. May be set before :meth:`run`.
 
     Raises:
         InputError: an argument cannot be used.
@@ -83,8 +85,8 @@ class AscentStream:
         compile: bool = False,
         checkpointing: bool | None = None,
         memory_limit: float | None = None,
-        phases: Phases | None = None,
         targets: Tensor | None = None,
+        phases: Phases | None = None,
     ) -> None:
         check_choice("precision", precision, tuple(_PRECISIONS))
         if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
@@ -94,10 +96,12 @@ class AscentStream:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
         self.posterior = as_posterior(classifier, settings.samples, settings.masks, seed)
+        if (settings.objective == EXPECTED) != (targets is not None):
+            given = "none" if targets is None else "images"
+            raise InputError(
+                f"targets: got {given} with objective {settings.objective!r}, wanted images for {EXPECTED!r} alone"
+            )
         self.model = as_autoencoder(autoencoder)
-        if settings.objective == EXPECTED and targets is None:
-            raise InputError(f"targets: got none with objective {EXPECTED!r}, wanted images")
-        self._targets = None if targets is None else check_images(targets, name="targets")
         self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
@@ -105,12 +109,14 @@ class AscentStream:
         self.checkpointing = bool(checkpointing)
         self._choose, self._limit, self._given, self._tile = checkpointing is None, memory_limit, batch_size, _TILE
         self._settings, self._precision, self._compile = settings, precision, compile
-        self._phases = phases or Phases()
+        self._targets, self._phases = targets, phases or Phases()
+        self.noise: int | None = None
+        self._reach = 0.0
         # a phase that is measured waits for the GPU
         self._watched = self.device if phases is not None else torch.device("cpu")
         self._stack = contextlib.ExitStack()
         self._copying: list[tuple[Batch, Callable[[], tuple[Tensor, Ascent]]]] = []
-        self._climb: Callable[[Tensor, Tensor, Tensor | None], Ascent]
+        self._climb: Climb
 
     def __enter__(self) -> AscentStream:
         """Freeze the models."""
@@ -119,9 +125,10 @@ class AscentStream:
             stack.enter_context(self.posterior.frozen())
             if isinstance(self.model, nn.Module):
                 stack.enter_context(frozen(self.model))
+            # the precision is this argument's, not the caller's context's
             autocast = _PRECISIONS[self._precision]
-            if autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, autocast))
+            stack.enter_context(torch.autocast(self.device.type, autocast, enabled=autocast is not None))
+            stack.enter_context(torch.inference_mode(False))
             self._stack = stack.pop_all()
         return self
 
@@ -146,6 +153,9 @@ class AscentStream:
         Raises:
             InputError: the models do not fit the image or each other.
         """
+        if self._targets is not None and self._targets.shape[1:] != first.shape[1:]:
+            shapes = [list(x.shape[1:]) for x in (self._targets, first)]
+            raise InputError(f"targets: images of shape {shapes[0]}, wanted {shapes[1]} as the sources")
         classes = _check_models(self.model, self.posterior, first.to(self.device))
         self._tile = _TILE if self.device.type == "cpu" else 1
         self.size = _whole_tiles(self.size or _default_batch(first, self.device), self._tile)
@@ -158,31 +168,32 @@ class AscentStream:
         self._stack.enter_context(channels_last(*networks))  # type: ignore[arg-type]
         self._stack.enter_context(self.posterior.folded())  # after the layout, which the folded weights take over
         image = first.to(self.device)
+        targets = None if self._targets is None else self._targets.to(self.device)
+        measure = measure_of(self.posterior, self._settings.objective, self._settings.task, targets)
         with torch.no_grad():
             latent = self.model.encode(image).float()
             decode = folded_decoder(self.model, latent)
-        decode = self._fit(decode, image, latent)
+        decode = self._fit(decode, measure, image, latent)
         if self._compile:
             self._stack.enter_context(self.posterior.compiled())
             decode = torch.compile(decode, dynamic=False)
         else:
             decode = self._phases.timed("decode", decode, self._watched)
-        measure = self._phases.timed("uncertainty", self._measure(), self._watched)
+        measured = self._phases.timed("uncertainty", measure, self._watched)
 
-        def climb(z0: Tensor, ids: Tensor, y: Tensor | None) -> Ascent:
-            goal = PlausibleGoal(measure, z0)
-            return ascend_latents(self.posterior, decode, z0, ids, self._settings, latent_std, y, goal)
+        self._reach = self._settings.lengths(latent_std, latent[0].numel())[1]
+
+        def climb(z0: Tensor, ids: Tensor, y: Tensor | None, jump: Tensor | None) -> Ascent:
+            goal = PlausibleGoal(measured, z0)
+            return ascend_latents(self.posterior, decode, z0, ids, self._settings, latent_std, y, goal, jump)
 
         self._climb = GraphedAscent(climb) if self._compile and self.device.type == "cuda" else climb
 
-    def _measure(self) -> Measure:
-        targets = None if self._targets is None else self._targets.to(self.device)
-        return measure_of(self.posterior, self._settings.objective, self._settings.task, targets)
-
-    def _fit(self, decode: Callable[[Tensor], Tensor], image: Tensor, latent: Tensor) -> Callable[[Tensor], Tensor]:
+    def _fit(
+        self, decode: Callable[[Tensor], Tensor], measure: Measure, image: Tensor, latent: Tensor
+    ) -> Callable[[Tensor], Tensor]:
         """Choose how many images at once and whether to make activations again, by what one image keeps."""
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
-        measure = self._measure()
         with torch.no_grad():  # what a posterior keeps of its first call must not be made of tensors without values
             measure(image, ids)
 
@@ -202,7 +213,7 @@ class AscentStream:
         if self.device.type == "cpu":
             self._tile = max(1, min(_TILE, 2 ** int(math.log2(max(1.0, _TILE_BYTES / each)))))
         if self._choose and not self._compile:
-            self.checkpointing = (self._given or self._tile) * each > limit
+            self.checkpointing = self._at_once(self._given or self._tile) * each > limit
         if self.checkpointing:
             stages = staged(decode, latent)
             heaviest = max(stages.heaviest, self._stack.enter_context(self.posterior.staged(image)))
@@ -218,19 +229,45 @@ class AscentStream:
         Out of memory halves a batch, which then gives several parts.
         """
         for batch in batches:
-            _halving(self._work, batch)
+            for part in self._tiles(batch):
+                _halving(self._work, part)
             yield from self._finished(1 if self.device.type == "cuda" else 0)
         yield from self._finished(0)
 
     def _work(self, batch: Batch) -> None:
         count = len(batch.images)
         full = batch.padded(_halved(self.size, count) if self._compile else _whole_tiles(count, self._tile))
-        with torch.no_grad(), self.phase("encode"):
-            z0 = self.model.encode(send(full.images, self.device)).float().contiguous()
+        with self.phase("encode"):
+            z0 = self._encode(full.images)
         y = None if full.labels is None else send(full.labels, self.device)
+        jump = None
+        if self.noise is not None:
+            way = random_directions(z0, full.sample_ids, self.noise, self._settings.rule)
+            jump = z0 + self._reach / 2 * way
         with self.phase("backward"):
-            climbed = self._climb(z0, send(full.sample_ids, self.device), y)
+            climbed = self._climb(z0, send(full.sample_ids, self.device), y, jump)
         self._copying.append((batch, fetch(z0[:count], climbed.first(count))))
+
+    def _at_once(self, count: int) -> int:
+        """How many of so many images go through the networks at once."""
+        return self._tile if self.device.type == "cpu" and self._tile < _TILE else count
+
+    def _tiles(self, batch: Batch) -> list[Batch]:
+        """The batch as it goes through the networks."""
+        size = self._at_once(len(batch.images))
+        return [_part(batch, slice(at, at + size)) for at in range(0, len(batch.images), size)]
+
+    def _encode(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model.encode(send(images, self.device)).float().contiguous()
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Latents [B, ...] of a batch, on the CPU: those that its ascent starts from."""
+        done = [
+            self._encode(part.padded(_whole_tiles(len(part.images), self._tile)).images)[: len(part.images)].cpu()
+            for part in self._tiles(batch)
+        ]
+        return torch.cat(done)
 
     def _finished(self, most: int) -> Iterator[Part]:
         """Wait for results until ``most`` batches' are on their way."""
@@ -278,14 +315,17 @@ def _halving(work: Callable[[Batch], None], batch: Batch) -> None:
     try:
         work(batch)
         return
-    except RuntimeError as error:
-        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not short or len(batch.images) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or len(batch.images) == 1:
             raise
     # outside the handler: the traceback would keep the failed batch's tensors alive
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(batch.images) // 2
     for part in (slice(0, half), slice(half, None)):
-        labels = None if batch.labels is None else batch.labels[part]
-        _halving(work, Batch(batch.images[part], labels, batch.sample_ids[part]))
+        _halving(work, _part(batch, part))
+
+
+def _part(batch: Batch, part: slice) -> Batch:
+    labels = None if batch.labels is None else batch.labels[part]
+    return Batch(batch.images[part], labels, batch.sample_ids[part])

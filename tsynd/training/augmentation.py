@@ -19,8 +19,9 @@ from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents, ascent_settings, label_probability
 from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
 from tsynd.synthesis.objectives import EXPECTED, Goal, LabelLoss, Measure, PlausibleGoal, measure_of
-from tsynd.training.extra_images import BatchAugmentation, PerImage, check_extra_labels, draw_rows, most_likely
+from tsynd.training.extra_images import BatchAugmentation, PerImage, check_extra_labels, most_likely
 from tsynd.utils.device import place
+from tsynd.utils.draws import draw_rows, random_directions
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["DIRECTIONS", "TargetedAugmentation"]
@@ -277,7 +278,7 @@ class TargetedAugmentation(BatchAugmentation):
         latents = source
         if self.direction == "random":
             _, radius = self._settings().lengths(self.latent_std, source[0].numel())
-            latents = source + radius * _directions(source, ids, self.seed + self.calls, self.settings.rule)
+            latents = source + radius * random_directions(source, ids, self.seed + self.calls, self.settings.rule)
         with torch.no_grad():
             return decode(latents).clamp(0, 1)
 
@@ -374,10 +375,3 @@ def _radius_pair(radius: float | Sequence[float]) -> tuple[float, float]:
     if not (numbers and all(math.isfinite(end) and end > 0 for end in ends)):
         raise InputError(f"radius: got {radius!r}, wanted a number above 0 or a pair (start, end) of them")
     return float(ends[0]), float(ends[1])
-
-
-def _directions(like: Tensor, rows: Tensor, seed: int, rule: str) -> Tensor:
-    """One uniform direction per image of a batch [B, ...], addressed by (seed, row): its length is 1."""
-    normal = draw_rows(torch.randn, like, rows, seed).flatten(1)
-    unit = normal.sign() if rule == "linf" else normal / normal.norm(dim=1, keepdim=True)
-    return unit.reshape(like.shape)

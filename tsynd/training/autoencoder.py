@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.data.dataset import LabelledBatches
-from tsynd.models.autoencoder import check_autoencoder, measure_latent_std
+from tsynd.models.autoencoder import check_autoencoder, latent_deviation
 from tsynd.training.global_batch import batch_variance
 from tsynd.training.loop import Checkpoint, FitReport, TrainingSettings, _Loop
 from tsynd.utils.settings import override
@@ -71,7 +71,7 @@ def fit_autoencoder(
 
     The loss is the mean squared error. Each image's latent is disturbed by Gaussian noise of up to ``latent_noise``
     deviations, so that the surroundings of a real latent decode to images too. At the end the autoencoder's buffer
-    ``latent_std``, where it has one, is set (``measure_latent_std``).
+    ``latent_std``, where it has one, is set (``latent_deviation``).
 
     Args:
         autoencoder: module with ``encode`` and ``decode``; it is moved to the device and left in eval mode.
@@ -105,5 +105,5 @@ def fit_autoencoder(
     if isinstance(getattr(autoencoder, "latent_std", None), Tensor):
         with torch.no_grad():
             latents = (model.encode(batches.at(part).images.to(loop.device)) for part in batches.chunks(256))
-            model.latent_std.copy_(measure_latent_std(latents))
+            model.latent_std.copy_(latent_deviation(latents))
     return FitReport(losses, settings.iterations, seconds)

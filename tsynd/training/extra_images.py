@@ -29,7 +29,6 @@ __all__ = [
     "as_augmentation",
     "as_parts",
     "check_extra_labels",
-    "draw_rows",
     "image_losses",
     "most_likely",
 ]
@@ -253,26 +252,6 @@ def most_likely(labels: Tensor) -> Tensor:
     return labels.argmax(1) if labels.dim() == 2 and labels.shape[1] > 1 else labels.long().reshape(len(labels))
 
 
-def draw_rows(draw: Callable[..., Tensor], like: Tensor, rows: Tensor, seed: int) -> Tensor:
-    """Random numbers in the shape of [M, ...], each row addressed by (seed, its place in the whole batch).
-
-    Drawn on the CPU, so that a batch's make-up and the device do not matter.
-
-    Args:
-        draw: ``torch.rand`` or ``torch.randn``.
-        like: [M, ...].
-        rows: [M] int64.
-        seed: 0 or more.
-    """
-    generator = torch.Generator()
-    drawn = []
-    for row in rows.tolist():
-        # torch's CPU engine uses 32 bits of its seed; the odd constant keeps the streams of two seeds apart
-        generator.manual_seed((seed * 0x9E3779B1 + row) & 0xFFFFFFFF)
-        drawn.append(draw(like[0].numel(), generator=generator))
-    return torch.stack(drawn).reshape(like.shape).to(like)
-
-
 class PerImage:
     """A tensor kept for each image of a training set, on the CPU, between the visits of an augmentation."""
 
@@ -412,7 +391,7 @@ class BatchAugmentation(Augmentation):
         images, labels = images[:count].detach(), labels[:count]
         if count:
             start = clock(images.device)
-            images = self.make(classifier, images, labels, rows)
+            images = self.make(classifier, images, labels, rows).to(images.dtype)  # whatever autocast made of them
             self.images_made += count
             self.seconds += clock(images.device) - start
         self.calls, self._ids = self.calls + 1, None

@@ -25,9 +25,9 @@ from tsynd.training.extra_images import (
     ExtraImages,
     PerImage,
     check_extra_labels,
-    draw_rows,
     image_losses,
 )
+from tsynd.utils.draws import draw_rows
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["PixelAdversarial", "PixelAscent", "PixelConsistency"]

@@ -7,7 +7,19 @@ from torch import nn
 
 from tsynd.utils.errors import InputError
 
-__all__ = ["device_of", "place", "resolve_device"]
+__all__ = ["device_of", "out_of_memory", "place", "resolve_device"]
+
+# how allocators and libraries say it: torch's and the C++ library's, oneDNN's, cuBLAS's and cuDNN's
+_SHORT = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+    "could not create a primitive",
+    "could not create a memory",
+    "status_alloc_failed",
+)
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
@@ -23,6 +35,13 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device: got {str(device)!r}, which cannot be used here: {reason}") from None
     return target
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short, in the words of whichever library ran."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT)
 
 
 def device_of(*models: object) -> torch.device:

@@ -12,7 +12,7 @@ from tsynd.data.readers.listing import SPLITS, Entry, Listing, split_name
 from tsynd.data.readers.options import ReadOptions
 from tsynd.utils.errors import InputError
 
-__all__ = ["list_folder"]
+__all__ = ["image_files", "list_folder"]
 
 _PATIENTS = 3  # folders that every class must have for them to be taken for patients
 
@@ -104,13 +104,18 @@ def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower() or "without suffix"
 
 
+def image_files(tree: FileTree, folder: str, ignored: Counter[str], options: ReadOptions) -> list[tuple[str, ...]]:
+    """The image files below a folder, one by one or, where volumes are wanted, the slices of a series together."""
+    return _volumes(_image_files(tree, folder, ignored), folder, options)
+
+
 def _image_files(tree: FileTree, folder: str, ignored: Counter[str]) -> list[tuple[str, str]]:
     """Names and kinds of the images below a folder."""
     found = []
     for name in sorted(tree.list(folder)):
         if any(part.startswith(".") for part in name.split("/")):
             continue
-        full = f"{folder}/{name}"
+        full = f"{folder}/{name}" if folder else name
         regular = tree.is_regular(full)
         kind = kind_of(full, lambda full=full, go=regular: tree.start(full, START) if go else b"")  # type: ignore[misc]
         if kind is not None:
