@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tsynd import InputError
 from tsynd.evaluation.intervals import compare
-from tsynd.report import plots as figures
+from tsynd.report import pictures as figures
 from tsynd.report import run_report as report
 from tsynd.report.verdict import Interval, images_needed, range_text
 from tsynd.synthesis.result import SynthesisResult

@@ -320,7 +320,11 @@ def _status_list(made: dict[str, Any]) -> str:
     items = "".join(f"<li>{n} {html.escape(_STATUS.get(name, name))}</li>" for name, n in counts.items())
     speed = made.get("images_per_second")
     rate = "" if speed is None else f" Synthesis made {speed:.3g} images per second."
-    head = f"<p>Of {made['images']} images, judged by the samples climbed on:</p>"
+    head = (
+        f"<p>Mean uncertainty of the {made['images']} images under fresh samples: {nats(made['uncertainty_before'])} → "
+        f"{nats(made['uncertainty_after'])} nats, higher for {_percent(made['raised_fraction'])} % of them. Judged by "
+        "the samples climbed on:</p>"
+    )
     return f'{head}<ul>{items}</ul><p class="soft">{rate.strip()}</p>'
 
 
