@@ -59,8 +59,9 @@ test-fast: $(VENV)/.tested $(VENV)/.torch
 test: test-fast
 	$(MAKE) --no-print-directory -j 2 test-kernels test-slow ORDERS=others
 
+# the slow ones share nothing within a file
 test-slow: $(VENV)/.tested
-	$(PYTEST) -m "slow and not study"
+	$(PYTEST) --dist worksteal -m "slow and not study"
 
 test-python: $(VENV)/.tested
 	$(PYTEST) -m "not slow and not study"

@@ -13,7 +13,7 @@ from benchmarks.document import update
 from benchmarks.harness import describe_machine, print_table, read_json, write_json
 
 # a suite a module with SHAPES, run(shapes, device, dtype, seconds) and summary(rows); shapes for a GPU begin with G
-SUITES = ("head", "logits", "dropout", "ascend", "synthesis", "train", "posteriors", "export")
+SUITES = ("head", "logits", "dropout", "ascend", "synthesis", "train", "posteriors", "export", "pretrained")
 ON_REQUEST = ("head_kernels",)  # not part of all: what a GPU has a choice of
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from benchmarks.document import between, suite_lines
 from benchmarks.harness import read_json
+from benchmarks.pretrained_study import blur_table, score_tables
 from benchmarks.study import against, draw, per_set
 from tsynd.utils.atomic import atomic_path
 
-__all__ = ["benchmark_page", "study_page"]
+__all__ = ["benchmark_page", "pretrained_page", "study_page"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,8 +35,15 @@ def study_page(text: str, cells: Path) -> str:
     return text
 
 
+def pretrained_page(text: str, rows: Path) -> str:
+    """The page's text with the tables of the study of a frozen encoder."""
+    held = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    text = between(text, "scores", score_tables(held), "study_pretrained.md")
+    return between(text, "blur", blur_table(held), "study_pretrained.md")
+
+
 def main() -> None:
-    """Rewrite both pages."""
+    """Rewrite the pages."""
     docs = _ROOT / "docs"
     rows = [json.loads(line) for line in (docs / "study.jsonl").read_text(encoding="utf-8").splitlines()]
     draw(rows, docs / "images/study.png")
@@ -45,6 +53,10 @@ def main() -> None:
             benchmark_page((docs / "benchmarks.md").read_text(), _ROOT / "benchmarks/results/cpu.json"),
         ),
         (docs / "study.md", study_page((docs / "study.md").read_text(), docs / "study.jsonl")),
+        (
+            docs / "study_pretrained.md",
+            pretrained_page((docs / "study_pretrained.md").read_text(), docs / "study_pretrained.jsonl"),
+        ),
     ):
         with atomic_path(page) as temporary:
             temporary.write_text(text)

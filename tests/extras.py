@@ -33,6 +33,10 @@ EXTRAS = {
         "distributed/test_shards.py::test_webdataset_hugging_face_and_parquet_read_the_shards",
         "distributed/test_shards.py::test_ray_data_reads_the_shards",
     ],
+    "pretrained": [
+        "models/test_pretrained.py::test_timm",
+        "models/test_pretrained.py::test_hugging_face_from_a_folder",
+    ],
     "laplace": ["test_examples.py::test_example[laplace_head]"],
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from doc_blocks import blocks_of, run_page
+from local_networks import local_networks
 
 from tsynd.data import load as data
 from tsynd.data.phantom import phantom
@@ -52,6 +53,8 @@ def test_every_block_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch
         pytest.skip("no code to run")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(data._PHANTOMS, "phantom", lambda size: phantom(size, 200, 40, 80))
+    if page.name == "pretrained.md":
+        local_networks(tmp_path, monkeypatch)
     own = re.search(r"tsynd run .*--output out\b", page.read_text(encoding="utf-8")) is not None
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out") if own else None)
     torch.manual_seed(0)  # pages take the first weights as they come

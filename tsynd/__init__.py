@@ -25,6 +25,7 @@ _HOME = {
     "LaplaceHead": "posteriors.laplace",
     "MCDropout": "posteriors.mc_dropout",
     "Mixture": "training.extra_images",
+    "OfflineRounds": "training.rounds",
     "OnnxSynthesizer": "export.runtime",
     "PixelAdversarial": "training.pixels",
     "PixelConsistency": "training.pixels",
@@ -40,6 +41,8 @@ _HOME = {
     "TargetedAugmentation": "training.augmentation",
     "as_autoencoder": "models.autoencoder",
     "as_classifier": "models.classifier",
+    "autoencoder": "models.named",
+    "classifier": "models.named",
     "evaluate": "evaluation.evaluate",
     "export_aoti": "export.aoti",
     "export_onnx": "export.onnx",
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from tsynd.models.autoencoder import Autoencoder, as_autoencoder
     from tsynd.models.checkpoint import load_model, save_model
     from tsynd.models.classifier import as_classifier
+    from tsynd.models.named import autoencoder, classifier
     from tsynd.models.networks import SmallAutoencoder, SmallResNet
     from tsynd.posteriors.laplace import LaplaceHead
     from tsynd.posteriors.last_layer import SampledHead
@@ -85,7 +89,7 @@ if TYPE_CHECKING:
     from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
-    from tsynd.training.rounds import RoundsAugmentation
+    from tsynd.training.rounds import OfflineRounds, RoundsAugmentation
     from tsynd.training.standard import StandardAugmentation
     from tsynd.utils.errors import InputError
 

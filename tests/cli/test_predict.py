@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import in_process
+from helpers import in_process, run_tsynd
 from torch import Tensor
 
 import tsynd
@@ -45,11 +45,12 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_folder(saved: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder(saved: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     line = ["predict", "--data", folder, "--classifier", saved, "--output", out, "--samples", "8", "--seed", "3"]
-    code, errors = in_process(line)
-    assert (code, errors) == (0, "tsynd: ignored: 1 .txt\n")
+    done = run_tsynd(*line)
+    assert (done.returncode, done.stderr) == (0, "tsynd: ignored: 1 .txt\n")
+    assert "deep/er/a.png" in done.stdout
     rows = table(out)
     assert [row["file"] for row in rows] == ["b.png", "deep/c.png", "deep/er/a.png"]
     image = torch.from_numpy(np.array(pictures.open(folder / "b.png")))[None, None].float() / 255
@@ -62,8 +63,6 @@ def test_a_folder(saved: Path, folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert given == pytest.approx(wanted.probabilities[0].tolist(), abs=1e-4)
     assert float(rows[0]["uncertainty"]) == pytest.approx(float(wanted.uncertainty), abs=1e-4)
     assert rows[0]["prediction"] == ("benign", "malignant", "normal")[int(wanted.probabilities.argmax())]
-    shown = capsys.readouterr().out
-    assert "deep/er/a.png" in shown
     other = tmp_path / "other.csv"
     assert in_process([*line[:5], "--output", other, "--samples", "8", "--seed", "4"])[0] == 0
     assert table(other)[0]["uncertainty"] != rows[0]["uncertainty"]

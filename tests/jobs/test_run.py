@@ -135,7 +135,7 @@ def test_report_holds_everything(finished: tuple[Path, dict[str, Any]]) -> None:
         assert f"<td>{100 * metrics['evaluation'][model]['rotation']['balanced_accuracy']:.1f} <small>" in page
     assert "tsynd experiment --data" in page
     assert 0 <= metrics["synthesis"]["label_kept"] <= 1
-    assert set(metrics["reconstruction"]) <= set(metrics["data"]["class_names"])
+    assert set(metrics["reconstruction"]["by_class"]) <= set(metrics["data"]["class_names"])
     assert sum(metrics["data"]["test_counts"].values()) == 40
 
 

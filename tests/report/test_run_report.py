@@ -48,7 +48,7 @@ def inputs(channels: int = 1, multilabel: bool = False, count: int = 30, **chang
     truth, logits = simulate(**{"count": 300, "gain": 0.05, **changes.pop("test", {})})
     metrics: dict[str, Any] = {
         "data": {"name": "<script>alert(1)</script>", "test_counts": {"<i>sick</i>": 300, "well": 300}},
-        "reconstruction": {"sick": 0.81, "well": 0.12}, "study_command": "tsynd experiment --data 'a b'",
+        "reconstruction": {"by_class": {"sick": 0.03, "well": 0.88}}, "study_command": "tsynd experiment --data 'a b'",
         "synthesis": {
             "images": count, "uncertainty_before": 0.0151, "uncertainty_after": 0.0234, "raised_fraction": 0.967,
             "images_per_second": 12.0, "status": {"raised": count - 1, "unchanged": 1},
@@ -98,7 +98,7 @@ def test_says_what_was_measured(tmp_path: Path) -> None:
     assert page.index(wanted) < page.index("<h2>")
     assert '<td class="up">' in page
     assert "does not yet reproduce your pictures of well" in page
-    assert "of sick" not in page
+    assert "pictures of sick" not in page
     assert "&lt;i&gt;sick&lt;/i&gt; 300" in page
     assert "tsynd experiment --data &#x27;a b&#x27;" in page
     again = report.write_report(tmp_path / "again.html", **inputs()).read_text()

@@ -101,6 +101,29 @@ def test_autoencoder_is_reproducible_and_measures_its_latents():
     assert report.losses[-1] < report.losses[0]
 
 
+def test_an_autoencoder_looks_at_windows_of_large_images():
+    """The same window of a step's images, wherever it lies, at every process and start."""
+    seen = []
+
+    class Watching(SmallAutoencoder):
+        def encode(self, images):
+            if self.training:
+                seen.append(images.detach().clone())
+            return super().encode(images)
+
+    torch.manual_seed(0)
+    columns = torch.arange(40.0).expand(12, 1, 24, 40) / 40 + torch.arange(24.0)[:, None] / 1000
+    model = Watching(1, 4, (4, 8))
+    fit_autoencoder(model, columns.clamp(0, 1), iterations=30, batch_size=4, crop=16, progress=False, device="cpu")
+    assert {tuple(x.shape) for x in seen} == {(4, 1, 16, 16)}
+    lefts = {round(float(x[0, 0, 0, 0] * 40)) for x in seen}
+    assert min(lefts) >= 0
+    assert max(lefts) <= 24
+    assert len(lefts) > 10  # of the 25 places
+    assert all(torch.equal(x[0], x[3]) for x in seen)
+    assert float(model.latent_std) > 0
+
+
 def test_any_pair_of_modules_can_be_an_autoencoder():
     class Own(nn.Module):
         def __init__(self) -> None:

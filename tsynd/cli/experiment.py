@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tsynd.cli.options import Data, Device, Options, Quiet, Reading, refuse, takes_options
 from tsynd.data.readers.options import ReadOptions
+from tsynd.jobs.steps import NetworkChoice
 from tsynd.study import experiment as study
 from tsynd.study.settings import DEFAULT_ARMS, StudySettings
 
@@ -20,6 +21,7 @@ __all__ = ["LISTS", "experiment"]
 LISTS = ("--train-size", "--arms", "--conditions", "--attacks")
 """Options that take several values behind one flag."""
 
+_NETWORKS = tuple(part.name for part in fields(NetworkChoice))
 _TRAINING = (
     "autoencoder_data",
     "autoencoder_iterations",
@@ -71,11 +73,13 @@ def experiment(
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
     train_size: Annotated[list[int], typer.Option(help="Labelled training images, one or more sizes.")],
     cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms"))],
-    training: Annotated[dict[str, Any], Options(StudySettings, _TRAINING, "Training")],
+    training: Annotated[dict[str, Any], Options(StudySettings, (*_TRAINING, *_NETWORKS), "Training")],
     images: Annotated[dict[str, Any], Options(StudySettings, _IMAGES, "Extra images")],
     test: Annotated[dict[str, Any], Options(StudySettings, _TEST, "Test")],
     reading: Reading,
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.", rich_help_panel="Training")
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from tsynd.cli.options import ASCENT, Data, Device, Options, Quiet, Reading, takes_options
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs import run as job
+from tsynd.jobs.steps import NetworkChoice
 from tsynd.report.verdict import verdict
 
 __all__ = ["run"]
@@ -26,6 +28,9 @@ _Training = Annotated[
     ),
 ]
 _Ascent = Annotated[dict[str, Any], Options(job.RunSettings, ASCENT, "Ascent")]
+_Networks = Annotated[
+    dict[str, Any], Options(job.RunSettings, tuple(part.name for part in fields(NetworkChoice)), "Networks")
+]
 
 
 @takes_options
@@ -35,12 +40,13 @@ def run(
     basic: _Basic,
     training: _Training,
     ascent: _Ascent,
+    networks: _Networks,
     reading: Reading,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Train, synthesise, train again with extra images, test both, write a report."""
-    settings = job.RunSettings(**basic, **training, **ascent, reading=ReadOptions(**reading))
+    settings = job.RunSettings(**basic, **training, **ascent, **networks, reading=ReadOptions(**reading))
     metrics = job.run(data, output, settings, device=device, progress=not quiet)
     console = Console()
     for text in verdict(metrics["comparison"]):
@@ -55,5 +61,9 @@ def run(
     console.print(
         f"{made['images']} targeted images: mean uncertainty {before:.4f} → {after:.4f} nats under fresh posterior "
         f"samples, raised for {made['raised_fraction']:.0%}"
+    )
+    lost = metrics["reconstruction"]["by_class"]
+    console.print(
+        "autoencoder misses of the variance: " + ", ".join(f"{name} {part:.0%}" for name, part in lost.items())
     )
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tsynd.export.runtime import FORMAT_VERSION, KINDS
 from tsynd.fx.folding import folded_decoder
-from tsynd.models.autoencoder import Autoencoder, as_autoencoder, check_autoencoder, known_latent_std
+from tsynd.models.autoencoder import Autoencoder, autoencoder_of, check_autoencoder, known_latent_std
 from tsynd.models.layout import contiguous
 from tsynd.ops import operators as ops
 from tsynd.ops import reference
@@ -116,7 +116,7 @@ def prepare(
         raise InputError("label_consistency: got a limit, wanted None: an exported file sees no labels")
     shape = _check_shape(image_shape)
     posterior = _posterior(kind, classifier, settings, seed) if kind in _NEEDS_POSTERIOR else None
-    model = as_autoencoder(autoencoder) if kind in _NEEDS_AUTOENCODER else None
+    model = autoencoder_of(autoencoder) if kind in _NEEDS_AUTOENCODER else None
     modules = (*(posterior.networks if posterior else ()), *((model,) if isinstance(model, nn.Module) else ()))
     _check_parameters(modules)
     with contextlib.ExitStack() as stack:
@@ -306,7 +306,7 @@ def in_order(autoencoder: Any, classifier: Any) -> tuple[Any, Any]:
     swapped = isinstance(autoencoder, Posterior) or (encodes(classifier) and not encodes(autoencoder))
     if not swapped and classifier is None and isinstance(autoencoder, nn.Module) and not encodes(autoencoder):
         try:
-            as_autoencoder(autoencoder)
+            autoencoder_of(autoencoder)
         except InputError:
             swapped = True
     if not swapped:

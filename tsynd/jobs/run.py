@@ -7,6 +7,7 @@ import math
 import platform
 import shlex
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,17 @@ from tsynd.data.dataset import DataSource, LabelledImages, at_once
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.evaluate import predictions
+from tsynd.evaluation.image_quality import POOR_RECONSTRUCTION, unexplained
 from tsynd.evaluation.intervals import compare
 from tsynd.evaluation.metrics import errors, scores
 from tsynd.jobs.job import Job
-from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.jobs.steps import (
+    NetworkChoice,
+    fit_autoencoder_step,
+    fit_classifier_step,
+    new_autoencoder,
+    new_classifier,
+)
 from tsynd.models.checkpoint import load_model
 from tsynd.ops.reference import OBJECTIVES
 from tsynd.report.pictures import draw_examples
@@ -32,8 +40,10 @@ from tsynd.synthesis.api import synthesize, uncertainty
 from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.extra_images import Augmentation
+from tsynd.training.extra_images import Alternation, Augmentation
+from tsynd.training.loop import Checkpoint
 from tsynd.training.recipe import RECIPES, recipe
+from tsynd.training.rounds import OfflineRounds
 from tsynd.training.standard import FLIPS, StandardAugmentation
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
@@ -59,7 +69,7 @@ _NEEDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(AscentSettings):
+class RunSettings(NetworkChoice, AscentSettings):
     """Everything that decides the result of :func:`run`, besides the data and the version.
 
     The ascent's settings are those of the synthesis and, with the recipe ``targeted`` and save for T and K, of the
@@ -128,8 +138,11 @@ def run(
     where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     settings = replace(settings, task=source.task)
+    new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
+    new_autoencoder(source, settings.seed, **settings.autoencoder_network())
+    settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
-    with Job(Path(output).expanduser(), fingerprint(settings, content)) as job:
+    with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
         return _stages(job, str(data), source, settings, where, progress)
 
 
@@ -142,6 +155,7 @@ def _stages(
             path,
             seed=settings.seed,
             which=settings.autoencoder_data,
+            network=settings.autoencoder_network(),
             iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
@@ -152,18 +166,23 @@ def _stages(
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
     def train_classifier(path: Path, augmentation: Augmentation | None) -> dict[str, Any]:
+        checkpoint = Checkpoint(job.folder / "training.safetensors", 50) if settings.rounds else None
         _, report = fit_classifier_step(
             source,
             path,
             seed=settings.seed,
-            network={"dropout": settings.dropout},
+            network=settings.classifier_network(settings.dropout),
+            features=job.folder / "features",
             iterations=settings.iterations,
             batch_size=settings.batch_size,
             augmentation=augmentation,
             augmentation_weight=settings.augmentation_weight,
             device=where,
             progress=progress,
+            checkpoint=checkpoint,
         )
+        if checkpoint is not None:  # of this classifier's training alone
+            checkpoint.path.unlink(missing_ok=True)
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
     def classifier_of(name: str, augmentation: Augmentation | None) -> nn.Module:
@@ -183,13 +202,21 @@ def _stages(
         options = replace(settings, samples=max(1, settings.samples // 4), steps=settings.augmentation_steps).options()
         augmentation = TargetedAugmentation(autoencoder, seed=settings.seed, **options)
     else:
-        augmentation = recipe(settings.recipe, autoencoder, task=settings.task, flip=settings.flip, seed=settings.seed)
+        options = {"task": settings.task, "flip": settings.flip, "seed": settings.seed}
+        augmentation = recipe(settings.recipe, autoencoder, offline=bool(settings.rounds), **options)
+
+    def in_rounds(one: Augmentation, folder: str) -> Augmentation:
+        if not settings.rounds:
+            return one
+        parts = one.parts if isinstance(one, Alternation) else (one,)
+        return OfflineRounds(source.train, *parts, rounds=settings.rounds, folder=job.folder / folder)
+
     # what a gain might be owed to instead
     standard = StandardAugmentation(settings.flip, seed=settings.seed)
-    models["standard"] = classifier_of("classifier_standard", standard)
+    models["standard"] = classifier_of("classifier_standard", in_rounds(standard, "rounds_standard"))
     plain = TargetedAugmentation(autoencoder, task=source.task, direction="reconstruction", seed=settings.seed)
-    models["reconstruction"] = classifier_of("classifier_reconstruction", plain)
-    models["targeted"] = classifier_of("classifier", augmentation)
+    models["reconstruction"] = classifier_of("classifier_reconstruction", in_rounds(plain, "rounds_reconstruction"))
+    models["targeted"] = classifier_of("classifier", in_rounds(augmentation, "rounds"))
     return _finish(
         job, source, settings, synthesis, autoencoder, models, where, _study_command(job, data, source, settings)
     )
@@ -232,6 +259,7 @@ def _check(settings: RunSettings) -> None:
     for name, wanted in choices.items():
         if getattr(settings, name) not in wanted:
             raise InputError(f"{name}: got {getattr(settings, name)!r}, wanted one of {', '.join(wanted)}")
+    settings.rounds_of_training()
     if not settings.augmentation_weight >= 0:
         raise InputError(f"augmentation_weight: got {settings.augmentation_weight!r}, wanted at least 0")
 
@@ -328,7 +356,7 @@ def _finish(
             "label_kept": kept[1],
             "label_kept_reconstruction": kept[0],
         },
-        "reconstruction": _kept_variance(source, reconstructions),
+        "reconstruction": _reconstruction(source, reconstructions),
         "evaluation": evaluation,
         "comparison": comparison,
         "study_command": command,
@@ -366,16 +394,21 @@ def _counts(labels: Tensor, names: Sequence[str]) -> dict[str, int]:
     return {name: int((labels[:, number] > 0.5).sum()) for number, name in enumerate(names)}
 
 
-def _kept_variance(source: DataSource, reconstructions: Tensor) -> dict[str, float]:
-    """Of each class's variance about its mean image the share that reconstructions keep; classes of two or more."""
-    images, labels, found = source.train.pixels(), source.train.labels, {}
-    for number, name in enumerate(source.class_names):
-        own = (labels == number if labels.ndim == 1 else labels[:, number] > 0.5).nonzero()[:, 0]
-        if len(own) > 1:
-            lost = (images[own] - reconstructions[own]).square().sum()
-            spread = (images[own] - images[own].mean(0)).square().sum()
-            found[name] = float(1 - lost / spread.clamp_min(1e-12))
-    return found
+def _reconstruction(source: DataSource, reconstructions: Tensor) -> dict[str, Any]:
+    """Share of the images' variance that the autoencoder misses: of all, and of each class or label."""
+    missed = unexplained(source.train.pixels(), reconstructions)
+    labels, names = source.train.labels, source.class_names
+    rows = [labels == place if labels.dim() == 1 else labels[:, place] > 0 for place in range(len(names))]
+    own = {name: float(missed[row].mean()) for name, row in zip(names, rows, strict=True) if bool(row.any())}
+    if (worst := max(own.values(), default=0.0)) > POOR_RECONSTRUCTION:
+        name = max(own, key=lambda key: own[key])
+        warnings.warn(
+            f"autoencoder: it misses {worst:.0%} of the variance of {name!r} pictures (more than "
+            f"{POOR_RECONSTRUCTION:.0%}): what it makes is too blurred to teach much; train it longer or take another",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {"unexplained": float(missed.mean()), "by_class": own}
 
 
 def _draw(

@@ -13,7 +13,7 @@ from tsynd.data.dataset import DataSource
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.job import Job
-from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
+from tsynd.jobs.steps import ClassifierChoice, fit_autoencoder_step, fit_classifier_step, new_classifier
 from tsynd.models.checkpoint import load_model, read_card
 from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
@@ -25,7 +25,7 @@ __all__ = ["TrainSettings", "train_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(AscentSettings):
+class TrainSettings(ClassifierChoice, AscentSettings):
     """Everything that decides the trained model, besides the data and the version.
 
     The ascent's settings are those of the targeted images; ``task`` is the data's.
@@ -85,6 +85,12 @@ def train_model(
         device = None
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     settings, folder = replace(settings, task=source.task), Path(output).expanduser()
+    if settings.model == "classifier":
+        new_classifier(
+            source, settings.seed, **settings.classifier_network()
+        )  # what cannot be made is refused before the folder is
+    elif settings.classifier != "small":
+        raise InputError(f"classifier: got {settings.classifier!r} with model autoencoder, wanted it for a classifier")
     given = fingerprint(settings, [source.train.images, source.train.labels], **_parts(settings))
     job: Job | None = None
     try:
@@ -95,6 +101,7 @@ def train_model(
             source,
             settings,
             path if state.is_main_process else None,
+            folder / "features",
             device=device,
             progress=progress,
             checkpoint=Checkpoint(folder / "training.safetensors", checkpoint_every),
@@ -111,15 +118,17 @@ def train_model(
 
 
 def _parts(settings: TrainSettings) -> dict[str, Any]:
-    """The autoencoder by its content, wherever its file lies."""
-    return {} if settings.autoencoder is None else {"autoencoder": read_card(settings.autoencoder).sha256}
+    """Files by their content; the autoencoder wherever its file lies."""
+    own = {} if settings.autoencoder is None else {"autoencoder": read_card(settings.autoencoder).sha256}
+    return {**settings.content(), **own}
 
 
-def _fit(source: DataSource, settings: TrainSettings, path: Path | None, **fitting: Any) -> FitReport:
+def _fit(source: DataSource, settings: TrainSettings, path: Path | None, features: Path, **fitting: Any) -> FitReport:
     fitting |= {"seed": settings.seed, "iterations": settings.iterations, "batch_size": settings.batch_size}
     if settings.model == "autoencoder":
         return fit_autoencoder_step(source, path, **fitting)[1]
     augmentation = None
     if settings.autoencoder is not None:
         augmentation = TargetedAugmentation(load_model(settings.autoencoder), seed=settings.seed, **settings.options())
+    fitting |= {"network": settings.classifier_network(), "features": features}
     return fit_classifier_step(source, path, augmentation=augmentation, **fitting)[1]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
+from tsynd.models.classifier import plain
 from tsynd.models.pixel_range import PixelMap, make_pixel_map
 
 __all__ = [
@@ -18,8 +23,69 @@ __all__ = [
     "KLAutoencoder",
     "ModelAutoencoder",
     "PairAutoencoder",
+    "PlainAutoencoder",
     "VariationalAutoencoder",
+    "first_tensor",
 ]
+
+
+class Averages(TorchFunctionMode):
+    """Puts the mean in the place of what is drawn at random: the latent of an encoder that samples is its mean.
+
+    Attributes:
+        used: whether anything was drawn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace draws, pass everything else on."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in _MEANS:
+            return func(*args, **kwargs)
+        self.used = True
+        return _MEANS[name](func(*args, **kwargs), args, kwargs)
+
+
+def _filled(x: Tensor, value: Any) -> Tensor:
+    return x.copy_(value) if isinstance(value, Tensor) else x.fill_(value)
+
+
+# what is drawn -> its mean, in place: the draw itself has made shape, dtype and device
+_MEANS: dict[str, Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]] = {
+    **dict.fromkeys(("randn", "randn_like"), lambda x, args, given: x.zero_()),
+    **dict.fromkeys(("rand", "rand_like"), lambda x, args, given: x.fill_(0.5)),
+    "normal": lambda x, args, given: _filled(x, args[0] if args else given["mean"]),
+    "normal_": lambda x, args, given: _filled(x, args[1] if len(args) > 1 else given.get("mean", 0.0)),
+    "uniform_": lambda x, args, given: x.fill_(
+        ((args[1] if len(args) > 1 else given.get("from", 0.0)) + (args[2] if len(args) > 2 else given.get("to", 1.0)))
+        / 2
+    ),
+}
+
+
+def first_tensor(found: Any) -> Any:
+    """The latents in what an encoder gives, or the images in what a decoder gives.
+
+    A tensor is that; a distribution gives its mean; (mean, log variance), (latents, loss, ...) and other tuples give
+    their first tensor; a dict or an object what it has under "latents", "latent", "mean", "z", "sample" or
+    "reconstruction". Anything else is given back as it is.
+    """
+    if isinstance(found, (torch.distributions.Distribution, tuple, list)):
+        inner = found.mean if isinstance(found, torch.distributions.Distribution) else next(iter(found), None)
+        return first_tensor(inner)
+    if isinstance(found, (Tensor, fx.Proxy)):  # a proxy: while being traced
+        return plain(found) if isinstance(found, Tensor) else found
+    if hasattr(found, "latent_dist"):
+        return found.latent_dist.mode()
+    names = ("latents", "latent", "mean", "z", "sample", "reconstruction")
+    inside = [found.get(name) if isinstance(found, Mapping) else getattr(found, name, None) for name in names]
+    return next((value for value in inside if isinstance(value, Tensor)), found)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -29,11 +95,15 @@ def _at_least_float32(x: Tensor) -> Tensor:
 class Adapter(nn.Module):
     """Base of the adapters; ``latent_std`` is NaN until ``fit_autoencoder`` measures it.
 
-    The wrapped model is neither changed nor switched between training and evaluation.
+    The wrapped model is neither changed nor switched between training and evaluation. Where an encoder samples in eval
+    mode, the latent is the mean.
 
     Args:
         model: the wrapped model, None where there is no single one.
         pixels: between [0, 1] and the model's range; None leaves the pixels as they are.
+
+    Attributes:
+        averaged: whether the last call of ``encode`` would have drawn random numbers.
     """
 
     latent_std: Tensor
@@ -44,11 +114,22 @@ class Adapter(nn.Module):
             self.model = model
             self.training = bool(getattr(model, "training", False))
         self.pixels = pixels
+        self.averaged = False
         self.register_buffer("latent_std", torch.tensor(math.nan))
+
+    def _keep_behind(self, *parts: Any) -> None:
+        """Take the modules behind functions for parts, so that they are frozen, moved and put in eval mode too."""
+        behind = [found for part in parts if not isinstance(part, nn.Module) for found in _modules_behind(part)]
+        if behind:
+            self.behind = nn.ModuleList(behind)
+            self.behind.training = False  # of the list alone
+            self.training = self.training or any(module.training for module in behind)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, ...] of images [B, C, H, W] or [B, C, D, H, W] in [0, 1]."""
-        latents = self._to_latents(self._cast(images if self.pixels is None else self.pixels(images)))
+        with contextlib.nullcontext() if self.training else Averages() as averages:
+            latents = self._to_latents(self._cast(images if self.pixels is None else self.pixels(images)))
+        self.averaged = averages is not None and averages.used
         return _at_least_float32(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -84,7 +165,7 @@ class Adapter(nn.Module):
 
 
 class PairAutoencoder(Adapter):
-    """An encoder and a decoder that are separate callables."""
+    """An encoder and a decoder, each a callable; the modules that functions and methods work with are found in them."""
 
     def __init__(
         self,
@@ -96,12 +177,38 @@ class PairAutoencoder(Adapter):
         self.encoder = encoder
         self.decoder = decoder
         self.training = any(getattr(part, "training", False) for part in (encoder, decoder))
+        self._keep_behind(encoder, decoder)
 
     def _to_latents(self, pixels: Tensor) -> Tensor:
-        return self.encoder(pixels)
+        latents: Tensor = first_tensor(self.encoder(pixels))
+        return latents
 
     def _to_pixels(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+        decoded: Tensor = first_tensor(self.decoder(latents))
+        return decoded
+
+
+def _modules_behind(function: Any) -> list[nn.Module]:
+    """The modules that a function, method, partial or callable object works with, as far as they can be found."""
+    if isinstance(function, functools.partial):
+        return [*_modules_behind(function.func), *(x for x in function.args if isinstance(x, nn.Module))]
+    owner = getattr(function, "__self__", None)
+    held: list[Any] = [owner, *getattr(function, "__dict__", {}).values()]
+    if owner is not None and not isinstance(owner, nn.Module):
+        held += getattr(owner, "__dict__", {}).values()
+    own = getattr(function, "__func__", function)
+    if isinstance(own, types.FunctionType):
+        held += [cell.cell_contents for cell in own.__closure__ or () if _is_filled(cell)]
+        held += [own.__globals__.get(name) for name in own.__code__.co_names]
+        held += own.__defaults__ or ()
+    return list(dict.fromkeys(x for x in held if isinstance(x, nn.Module)))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not set yet
+        return False
 
 
 class ModelAutoencoder(Adapter):
@@ -109,17 +216,27 @@ class ModelAutoencoder(Adapter):
 
     def __init__(self, model: Any, pixels: PixelMap | None = None) -> None:
         super().__init__(model, pixels)
+        if not isinstance(model, nn.Module):
+            self._keep_behind(model.encode, model.decode)
         known = getattr(model, "latent_std", None)
         if known is not None:
             self.latent_std.copy_(torch.as_tensor(known))
 
     def _to_latents(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = self.model.encode(pixels)
+        latents: Tensor = first_tensor(self.model.encode(pixels))
         return latents
 
     def _to_pixels(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.model.decode(latents)
+        decoded: Tensor = first_tensor(self.model.decode(latents))
         return decoded
+
+
+class PlainAutoencoder(ModelAutoencoder):
+    """Any object with ``encode`` and ``decode`` on images in [0, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, C, ...] of latents [B, ...], as the model gives them."""
+        return self._unmapped(self._to_pixels(self._cast(latents)), None)
 
 
 class KLAutoencoder(Adapter):

@@ -17,14 +17,17 @@ from tsynd.models.adapters import (
     KLAutoencoder,
     ModelAutoencoder,
     PairAutoencoder,
+    PlainAutoencoder,
     VariationalAutoencoder,
 )
+from tsynd.models.networks import SmallAutoencoder
 from tsynd.models.pixel_range import Numbers, PixelMap, make_pixel_map
 from tsynd.utils.errors import InputError
 
 __all__ = [
     "Autoencoder",
     "as_autoencoder",
+    "autoencoder_of",
     "check_autoencoder",
     "check_pixel_range",
     "known_latent_std",
@@ -61,8 +64,9 @@ def as_autoencoder(
 
     Args:
         model: an object with ``encode`` and ``decode`` (taken as is where nothing else is asked for), a pair
-            ``(encoder, decoder)``, MONAI's ``AutoencoderKL``, ``VarAutoEncoder``, ``VQVAE`` or ``AutoEncoder``, or
-            one of diffusers' autoencoders.
+            ``(encoder, decoder)``; either may give (mean, log variance), (latents, loss, ...), a dict or a distribution
+            (the latent is the mean, else the first tensor). Or MONAI's ``AutoencoderKL``, ``VarAutoEncoder``, ``VQVAE``
+            or ``AutoEncoder``, or one of diffusers' autoencoders.
         pixel_range: what 0 and 1 are to the model.
         mean: the model takes (x - mean) / std; one number or one a channel.
         std: see ``mean``.
@@ -108,6 +112,16 @@ def as_autoencoder(
     )
 
 
+def autoencoder_of(model: object) -> Adapter | SmallAutoencoder:
+    """The model as all of tsynd runs it: one latent an image, the encoder's mean where it samples.
+
+    Raises:
+        InputError: see :func:`as_autoencoder`.
+    """
+    made = as_autoencoder(model)
+    return made if isinstance(made, (Adapter, SmallAutoencoder)) else PlainAutoencoder(made)
+
+
 def check_autoencoder(autoencoder: Autoencoder, images: Tensor) -> None:
     """Encode and decode one image to find a model that does not fit before the work starts.
 
@@ -119,7 +133,11 @@ def check_autoencoder(autoencoder: Autoencoder, images: Tensor) -> None:
 
     Raises:
         InputError: a model that fails on the image, whose output is of another shape or not finite, or whose
-            decoder draws random numbers in eval mode.
+            encoder or decoder draws random numbers in eval mode.
+
+    Warns:
+        RuntimeWarning: the encoder samples, so that its mean is taken; or it has parameters that cannot be found, in
+            which case its modules are neither frozen nor in eval mode.
     """
     image = images[:1]
     shape = list(image.shape)
@@ -133,8 +151,10 @@ def check_autoencoder(autoencoder: Autoencoder, images: Tensor) -> None:
                     f"autoencoder.encode: images {shape} gave {latent.dtype} {list(latent.shape)},"
                     " wanted a floating tensor [1, ...]"
                 )
+            still = not getattr(autoencoder, "training", False)
+            other = autoencoder.encode(image) if still else latent
             decoded = autoencoder.decode(latent)
-            again = autoencoder.decode(latent) if not getattr(autoencoder, "training", False) else decoded
+            again = autoencoder.decode(latent) if still else decoded
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -149,8 +169,25 @@ def check_autoencoder(autoencoder: Autoencoder, images: Tensor) -> None:
         )
     if not (bool(latent.isfinite().all()) and bool(decoded.isfinite().all())):
         raise InputError(f"autoencoder: images {shape} gave values that are not finite")
+    if not torch.allclose(latent, other, rtol=1e-2, atol=1e-3 * float(latent.abs().max())):
+        raise InputError("autoencoder.encode: gave two latents for one image, wanted an encoder without randomness")
+    if isinstance(autoencoder, Adapter):
+        _warn_of(autoencoder, image)
     if not torch.allclose(decoded, again, rtol=1e-2, atol=1e-3):
         raise InputError("autoencoder.decode: gave two images for one latent, wanted a decoder without randomness")
+
+
+def _warn_of(autoencoder: Adapter, image: Tensor) -> None:
+    if autoencoder.averaged:
+        _warn("autoencoder.encode: samples its latents; their mean is taken, so that an image has one latent")
+    if next(autoencoder.parameters(), None) is None:
+        with torch.enable_grad():
+            found = autoencoder.decode(autoencoder.encode(image.detach()))
+        if found.requires_grad:
+            _warn(
+                "autoencoder: has parameters that cannot be found behind its functions, so its modules are neither "
+                "frozen nor in eval mode; wanted (encoder, decoder) as modules"
+            )
 
 
 # a reconstruction's error over the image's variance that counts as reconstructed, and as reconstructed well; how many

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.models import networks
+from tsynd.models.pretrained import PretrainedClassifier
+from tsynd.models.pretrained_autoencoder import PretrainedAutoencoder
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.version import __version__
@@ -23,6 +25,8 @@ __all__ = ["ModelCard", "load_model", "read_card", "save_model"]
 _REGISTRY: dict[str, type[nn.Module]] = {
     "SmallResNet": networks.SmallResNet,
     "SmallAutoencoder": networks.SmallAutoencoder,
+    "PretrainedClassifier": PretrainedClassifier,
+    "PretrainedAutoencoder": PretrainedAutoencoder,
 }
 
 
@@ -32,7 +36,7 @@ class ModelCard:
 
     Attributes:
         model: class name, a key of the registry.
-        config: the class's constructor arguments.
+        config: what the class's ``rebuild`` takes or, where it has none, its constructor.
         class_names: names of the classes or labels, in the order of the logits.
         image_shape: [C, H, W] of the training images.
         task: "multiclass" or "multilabel", None for an autoencoder.
@@ -68,7 +72,7 @@ def save_model(
     """Write ``NAME.safetensors`` and ``NAME.json``; both appear whole or not at all.
 
     Args:
-        module: a ``SmallResNet`` or a ``SmallAutoencoder``, or any other with ``name``; on any device.
+        module: one of tsynd's networks, what :func:`tsynd.classifier` made, or any other with ``name``; on any device.
         path: ``NAME`` or ``NAME.safetensors``; the folder is made if missing.
         class_names: names of the classes or labels, in the order of the logits.
         image_shape: [C, H, W] of the training images.
@@ -185,10 +189,11 @@ def load_model(
         raise InputError(f"{weights}: no safetensors file: {error}") from error
     try:
         with torch.random.fork_rng(devices=[]):  # construction draws initial weights
-            module = known[card.model](**card.config)
+            kind = known[card.model]
+            module: nn.Module = getattr(kind, "rebuild", kind)(**card.config)
         _check_state(module, state)
         module.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{weights}: does not fit the {card.model} in {sheet.name}: {reason}") from error
     return module.to(device).eval()

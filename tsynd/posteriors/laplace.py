@@ -32,7 +32,7 @@ class LaplaceHead(SampledHead):
         seed: of the samples.
 
     Raises:
-        InputError: another object, or one that is not fitted.
+        InputError: another object, one that is not fitted, or not for classification.
     """
 
     def __init__(self, laplace: Any, classifier: nn.Module | None = None, *, samples: int = 32, seed: int = 0) -> None:
@@ -43,6 +43,9 @@ class LaplaceHead(SampledHead):
                 f"laplace: got {type(laplace).__name__}, wanted a fitted last-layer Laplace of laplace-torch "
                 "(subset_of_weights='last_layer')"
             )
+        likelihood = str(getattr(laplace, "likelihood", "classification"))
+        if "classification" not in likelihood:
+            raise InputError(f"laplace: got one for {likelihood}, wanted Laplace(model, 'classification', ...)")
         network = extractor.model if classifier is None else classifier
         super().__init__(network, _gaussian(laplace), layer, samples, seed)
 

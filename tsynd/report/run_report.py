@@ -29,8 +29,8 @@ _STATUS = {
     "label_limit": "stopped where the source label would have become too improbable",
 }
 
-POOR = 0.5
-"""Share of a class's variance that an autoencoder must keep for its targets to be of use."""
+POOR = 0.05
+"""Share of a class's variance that an autoencoder may miss before its targets are said to be of little use."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #566473; --line: #dde3e9; --card: #fff; --page: #f4f6f8;
@@ -291,16 +291,16 @@ def _pictures(metrics: dict[str, Any]) -> str:
             f"their label, and {_percent(made['label_kept_reconstruction'])} % of the reconstructions that they "
             "started from. Where the first is much smaller, the labels of the targeted images are in doubt."
         )
-    quality = metrics.get("reconstruction", {})
-    poor = [name for name, share in quality.items() if not share >= POOR]
-    if quality:
-        each = ", ".join(f"{name} {_percent(share)} %" for name, share in quality.items())
-        texts.append(f"Of what tells pictures of a class from their mean, the autoencoder keeps: {each}.")
+    missed = metrics.get("reconstruction", {}).get("by_class", {})
+    poor = [str(name) for name, share in missed.items() if not share <= POOR]
+    if missed:
+        each = ", ".join(f"{_percent(share)} % of {name}" for name, share in missed.items())
+        texts.append(f"Of the variance of the pictures, the autoencoder's reconstructions miss: {each}.")
     warning = ""
     if poor:
         warning = (
             f'<p class="down">This autoencoder does not yet reproduce your pictures of {html.escape(", ".join(poor))}: '
-            "its targets will not help there. Train it longer (--autoencoder-iterations) or on more images "
+            "its targets will hardly help there. Train it longer (--autoencoder-iterations) or on more images "
             "(--autoencoder-data all).</p>"
         )
     return warning + "".join(f"<p>{html.escape(text)}</p>" for text in texts)

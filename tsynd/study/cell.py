@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,7 +35,6 @@ from tsynd.evaluation.image_quality import (
 from tsynd.evaluation.shifts import Condition
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model
-from tsynd.models.networks import SmallResNet
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.study.arms import Arm, parse_arm
 from tsynd.study.settings import (
@@ -48,6 +48,7 @@ from tsynd.study.settings import (
     samples_path,
 )
 from tsynd.training.loop import FitReport
+from tsynd.training.rounds import OfflineRounds
 from tsynd.utils.atomic import atomic_path, save_npz
 from tsynd.utils.fingerprint import seal
 
@@ -74,7 +75,7 @@ def train_autoencoder(place: Workplace, size: int, seed: int) -> None:
         autoencoder_path(place, size, seed),
         seed=seed,
         which=settings.autoencoder_data,
-        network=settings.autoencoder(),
+        network=settings.autoencoder_options(),
         iterations=settings.autoencoder_iterations,
         device=place.device,
         progress=False,
@@ -147,9 +148,7 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     return result
 
 
-def _train(
-    place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource
-) -> tuple[SmallResNet, FitReport]:
+def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource) -> tuple[nn.Module, FitReport]:
     settings = place.settings
     training = {
         "iterations": settings.iterations,
@@ -157,18 +156,25 @@ def _train(
         "warmup_fraction": settings.warmup_fraction,
         **arm.training,
     }
-    return fit_classifier_step(
+    augmentation = make_augmentation(arm, autoencoder, settings, source.task, _SPACING * cell.seed)
+    rounds, folder = settings.rounds_of_training(), place.folder / "rounds" / cell.name
+    if rounds and augmentation is not None:
+        augmentation = OfflineRounds(source.train, augmentation, rounds=rounds, folder=folder)
+    trained = fit_classifier_step(
         source,
         classifier_path(place, cell),
         seed=cell.seed,  # the same first weights in all arms
-        network=settings.classifier(),
+        network=settings.classifier_options(),
+        features=place.folder / "features",
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        augmentation=make_augmentation(arm, autoencoder, settings, source.task, _SPACING * cell.seed),
+        augmentation=augmentation,
         device=place.device,
         progress=False,
         **training,
     )
+    shutil.rmtree(folder, ignore_errors=True)
+    return trained
 
 
 def _training_facts(report: FitReport) -> dict[str, Any]:

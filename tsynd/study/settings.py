@@ -19,7 +19,7 @@ from tsynd.data.dataset import DataSource
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.attacks import parse_attacks
 from tsynd.evaluation.evaluate import choose_conditions
-from tsynd.jobs.steps import new_autoencoder, new_classifier
+from tsynd.jobs.steps import NetworkChoice, new_autoencoder, new_classifier
 from tsynd.models.autoencoder import check_autoencoder
 from tsynd.study.arms import Arm, augmentation_of, parse_arm
 from tsynd.utils.errors import InputError, check_choice
@@ -55,7 +55,7 @@ DEFAULT_ARMS = (
 
 
 @dataclass(frozen=True)
-class StudySettings:
+class StudySettings(NetworkChoice):
     """Everything that decides a cell's result, besides its size, seed and arm, the data and the version.
 
     Attributes:
@@ -130,13 +130,15 @@ class StudySettings:
         names = ("samples", "masks", "steps", "radius", "step_size", "rule", "label_consistency", "ratio", "every")
         return {name: getattr(self, name) for name in (*names, "typicality")}
 
-    def autoencoder(self) -> dict[str, Any]:
-        """The options of :class:`tsynd.SmallAutoencoder`."""
-        return {"latent_channels": self.latent_channels, "widths": self.autoencoder_widths}
+    def autoencoder_options(self) -> dict[str, Any]:
+        """Options of :func:`tsynd.jobs.steps.new_autoencoder`."""
+        own = {"latent_channels": self.latent_channels, "widths": self.autoencoder_widths}
+        return self.autoencoder_network() or own
 
-    def classifier(self) -> dict[str, Any]:
-        """The options of :class:`tsynd.SmallResNet`."""
-        return {"dropout": self.dropout, "dropout_rate": self.dropout_rate}
+    def classifier_options(self) -> dict[str, Any]:
+        """Options of :func:`tsynd.jobs.steps.new_classifier`."""
+        own = self.classifier_network(self.dropout)
+        return own | {"dropout_rate" if self.classifier == "small" else "dropout": self.dropout_rate}
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,8 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     parse_attacks(settings.attacks)
-    new_classifier(source, 0, **settings.classifier())
-    autoencoder = new_autoencoder(source, 0, **settings.autoencoder())
+    new_classifier(source, 0, **settings.classifier_options())
+    autoencoder = new_autoencoder(source, 0, **settings.autoencoder_options())
     check_autoencoder(autoencoder.eval(), source.train.batch(torch.tensor([0]))[0])
     autoencoder.latent_std.fill_(1.0)
     for arm in arms:

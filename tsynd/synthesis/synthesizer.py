@@ -16,7 +16,7 @@ from tsynd.fx.checkpointing import kept_per_image, staged
 from tsynd.fx.folding import folded_decoder
 from tsynd.models.autoencoder import (
     Autoencoder,
-    as_autoencoder,
+    autoencoder_of,
     check_autoencoder,
     check_pixel_range,
     known_latent_std,
@@ -101,7 +101,7 @@ class AscentStream:
             raise InputError(
                 f"targets: got {given} with objective {settings.objective!r}, wanted images for {EXPECTED!r} alone"
             )
-        self.model = as_autoencoder(autoencoder)
+        self.model = autoencoder_of(autoencoder)
         self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
@@ -123,8 +123,7 @@ class AscentStream:
         stack = contextlib.ExitStack()
         with stack:
             stack.enter_context(self.posterior.frozen())
-            if isinstance(self.model, nn.Module):
-                stack.enter_context(frozen(self.model))
+            stack.enter_context(frozen(self.model))
             # the precision is this argument's, not the caller's context's
             autocast = _PRECISIONS[self._precision]
             stack.enter_context(torch.autocast(self.device.type, autocast, enabled=autocast is not None))
@@ -163,9 +162,7 @@ class AscentStream:
 
     def prepare(self, latent_std: float, first: Tensor) -> None:
         """Make ready to run, with the latents' standard deviation and one image [1, C, H, W]."""
-        is_module = isinstance(self.model, nn.Module)
-        networks = (*self.posterior.networks, self.model) if is_module else self.posterior.networks
-        self._stack.enter_context(channels_last(*networks))  # type: ignore[arg-type]
+        self._stack.enter_context(channels_last(*self.posterior.networks, self.model))
         self._stack.enter_context(self.posterior.folded())  # after the layout, which the folded weights take over
         image = first.to(self.device)
         targets = None if self._targets is None else self._targets.to(self.device)

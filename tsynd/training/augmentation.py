@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.checks import check_images
-from tsynd.models.autoencoder import as_autoencoder, check_autoencoder, check_pixel_range
+from tsynd.models.autoencoder import autoencoder_of, check_autoencoder, check_pixel_range
 from tsynd.ops import operators as ops
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Posterior, frozen
@@ -113,7 +113,7 @@ class TargetedAugmentation(BatchAugmentation):
         self.direction, self.pixels, self.residual, self.persistent = direction, pixels, residual, persistent
         self.typicality, self.targets = typicality, targets
         self._check_options()
-        self.autoencoder = as_autoencoder(autoencoder)
+        self.autoencoder = autoencoder_of(autoencoder)
         own = self.settings.latent_std
         self.latent_std = float(getattr(self.autoencoder, "latent_std", math.nan) if own is None else own)
         if not (math.isfinite(self.latent_std) and self.latent_std > 0):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tsynd.data.dataset import LabelledBatches, check_task
 from tsynd.evaluation.evaluate import Metric, evaluate
 from tsynd.models.classifier import as_classifier, take_logits
+from tsynd.models.features import KeptFeatures
+from tsynd.models.pretrained import PretrainedClassifier
 from tsynd.training.extra_images import (
     Augmentation,
     ExtraFunction,
@@ -90,6 +92,19 @@ class _Images:
         return (self.batches.at(part).images.to(self.device) for part in self.batches.chunks(256))
 
 
+class _FrozenEncoder:
+    """What is trained of a classifier whose encoder is frozen, its head, and what the head sees of images."""
+
+    def __init__(self, classifier: PretrainedClassifier, images: _Images | None, repeated: bool) -> None:
+        self.kept, self.repeated = KeptFeatures(classifier, classifier.features_folder), repeated
+        self.real = None if images is None else torch.cat([self.kept(part) for part in images])
+
+    def __call__(self, ids: Tensor, images: Tensor, extra: list[Tensor]) -> Tensor:
+        """Features of the step's real images, which are looked up where they are always the same; then of the extra."""
+        real = self.kept(images, keep=False) if self.real is None else self.real[ids]
+        return torch.cat([real, *(self.kept(part, self.repeated) for part in extra if len(part))])
+
+
 def _transformed(transform: Transform, images: Tensor, labels: Tensor, loop: _Loop) -> tuple[Tensor, Tensor]:
     with loop.over_all(loop.rows, loop.batch_size), torch.no_grad():
         made = transform(images, labels)
@@ -129,7 +144,8 @@ def fit_classifier(
     """Train a classifier, in place, with CE(x, y) + λ·CE(x*, y*) (binary CE per label for multilabel).
 
     Real and extra images go through the classifier in one batch: batch norm then normalises both with the
-    statistics that it also stores for test time, and one large pass is faster than two.
+    statistics that it also stores for test time, and one large pass is faster than two. Where the encoder of a
+    pretrained classifier is frozen, the head alone is trained, on features that are computed once for each image.
 
     Args:
         classifier: images [B, C, H, W] in [0, 1] → logits [B, K]; it is moved to the device and left in eval
@@ -159,7 +175,10 @@ def fit_classifier(
     if metrics and val is None:
         raise InputError(f"metrics: got {', '.join(metrics)} without val, wanted labelled images to measure them on")
     batches, classifier = LabelledBatches(data, task=task, name="data", by_index=True), as_classifier(classifier)
-    loop = _Loop(classifier, batches, device, settings)
+    frozen = isinstance(classifier, PretrainedClassifier) and classifier.frozen
+    trained = classifier.get_submodule("head") if frozen else classifier
+    loop = _Loop(trained, batches, device, settings)
+    classifier.to(loop.device)
     with torch.no_grad():
         shape = list(take_logits(classifier.eval()(batches.first.to(loop.device))).shape)
     if len(shape) != 2:
@@ -173,6 +192,10 @@ def fit_classifier(
     if extra_images is not None:
         extra_images.check(classifier, iterations - start_at)
         extra_images.prepare(_Images(batches, loop.device))
+    encoder = None
+    if isinstance(classifier, PretrainedClassifier) and classifier.frozen:
+        same = None if transform is not None else _Images(batches, loop.device)
+        encoder = _FrozenEncoder(classifier, same, bool(getattr(extra_images, "repeats", False)))
 
     def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
@@ -198,7 +221,8 @@ def fit_classifier(
                 own = settings.augmentation_weight * part.weight / max(made, 1)
                 share.append(torch.full([len(part.images)], own, device=loop.device))
         with loop.over_all(rows, total), loop.autocast():
-            logits = take_logits(engine(torch.cat(everything) if parts else images)).float()
+            given = torch.cat(everything) if encoder is None else encoder(ids, images, everything[1:])
+            logits = take_logits(engine(given)).float()
         each = [image_losses(logits[:count], labels, task=task, weights=weights)]
         for part, answers in zip(parts, torch.split(logits[count:], [len(part.images) for part in parts]), strict=True):
             truth = part.labels.to(loop.device)
@@ -211,6 +235,8 @@ def fit_classifier(
         losses, seconds = loop.run(compute_loss, "classifier", progress, checkpoint, extra_images)
     finally:
         classifier.eval()
+        if encoder is not None and loop.rank == 0:
+            encoder.kept.save()
     validation = {}
     if val is not None:
         validation = evaluate(classifier, val, task=task, conditions=("clean",), metrics=metrics)["clean"]

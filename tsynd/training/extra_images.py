@@ -79,7 +79,8 @@ ExtraFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Extra]
 class Augmentation(Protocol):
     """What :func:`tsynd.fit_classifier` asks for extra images.
 
-    A class that derives from this one has only ``__call__`` to write; a plain function will do too.
+    A class that derives from this one has only ``__call__`` to write; a plain function will do too. One that gives
+    the same images several times may say so by an attribute ``repeats = True``.
     """
 
     @abstractmethod

@@ -165,8 +165,13 @@ class _Loop:
         self.dtype = _PRECISIONS[settings.precision]
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise InputError(f"{type(module).__name__}: has no parameter that requires a gradient")
+        groups = getattr(
+            module, "parameter_groups", None
+        )  # of a pretrained network, whose parts learn at their own rates
         self.optimizer = torch.optim.AdamW(
-            module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            groups(settings.learning_rate) if groups else module.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self.schedule = self._schedule_from(0)
 

@@ -24,6 +24,7 @@ def recipe(
     task: str = "multiclass",
     flip: str = "none",
     targets: Tensor | None = None,
+    offline: bool = False,
     seed: int = 0,
 ) -> Augmentation:
     """The augmentation of a name, for :func:`tsynd.fit_classifier`.
@@ -40,22 +41,23 @@ def recipe(
         flip: flips that leave an image possible, see :class:`StandardAugmentation`.
         targets: [M, C, H, W] in [0, 1], unlabelled images of where the classifier will be used; None takes the training
             images.
+        offline: for :class:`tsynd.OfflineRounds`, which takes its parts in turn: three steps at every visit, and what
+            the autoencoder loses of an image is added back, for a pretrained encoder sees the blur.
         seed: of whatever is drawn.
 
     Raises:
         InputError: an unknown name, or an argument that cannot be used.
     """
     check_choice("recipe", name, RECIPES)
-    consistency = PixelConsistency(budget=4 / 255, steps=1, weight=3.0, persistent=True, task=task, seed=seed)
+    visit: dict[str, Any] = {"steps": 3 if offline else 1, "persistent": not offline, "task": task, "seed": seed}
+    consistency = PixelConsistency(budget=4 / 255, weight=3.0, **visit)
     targeted = TargetedAugmentation(
         autoencoder,
         objective="expected_information",
         targets=targets,
         samples=8,
-        steps=1,
         radius=0.5,
-        persistent=True,
-        task=task,
-        seed=seed,
+        residual=1.0 if offline else 0.0,
+        **visit,
     )
     return Alternation(consistency, targeted, StandardAugmentation(flip, seed=seed))

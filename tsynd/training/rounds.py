@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches
-from tsynd.models.autoencoder import as_autoencoder, check_autoencoder
+from tsynd.models.autoencoder import autoencoder_of, check_autoencoder
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.api import synthesize
 from tsynd.synthesis.ascent import AscentSettings, ascent_settings
 from tsynd.synthesis.result import SynthesisResult
-from tsynd.training.extra_images import Augmentation
-from tsynd.utils.errors import InputError
+from tsynd.training.extra_images import Augmentation, ExtraFunction, ExtraImages, as_augmentation, as_parts
+from tsynd.training.loop import _put, _take
+from tsynd.utils.atomic import atomic_path
+from tsynd.utils.errors import InputError, require
+from tsynd.utils.fingerprint import hash_parts
 
-__all__ = ["RoundsAugmentation"]
+__all__ = ["OfflineRounds", "RoundsAugmentation"]
 
 
 class RoundsAugmentation(Augmentation):
@@ -41,10 +46,13 @@ class RoundsAugmentation(Augmentation):
 
     Attributes:
         results: one per round so far: the images that it appended.
+        repeats: True, for the same images are given many times.
 
     Raises:
         InputError: an argument that cannot be used.
     """
+
+    repeats = True
 
     def __init__(
         self,
@@ -60,7 +68,7 @@ class RoundsAugmentation(Augmentation):
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
         self.settings = ascent_settings(settings or AscentSettings(steps=3), ascent)
-        self.autoencoder, self.batches = as_autoencoder(autoencoder), LabelledBatches(data)
+        self.autoencoder, self.batches = autoencoder_of(autoencoder), LabelledBatches(data)
         self.rounds, self.seed = rounds, seed
         self.results: list[SynthesisResult] = []
         self.progress = 0.0
@@ -118,3 +126,220 @@ class RoundsAugmentation(Augmentation):
             progress=False,
             **options,
         )
+
+
+class OfflineRounds(Augmentation):
+    """Any augmentations' images of the whole training set, made in rounds and kept.
+
+    At its first call and then at equal distances, one of the augmentations, in turn, is asked for extra images of all
+    training images against the classifier as it is. Every call gives what one of the rounds so far, drawn from torch's
+    global generator, has of the step's images, to be learnt by the loss that its augmentation says.
+
+    Args:
+        data: the training images with their labels, as ``LabelledBatches`` reads them.
+        *augmentations: one or more, see :class:`tsynd.Augmentation`.
+        rounds: R, at least 1 and at most the steps after the warm-up.
+        folder: where images are kept as they are made, a few a file; a killed training takes up what is there. None
+            keeps them in memory and in the training's checkpoint.
+        at_once: images that an augmentation is given at once, and that lie in one file.
+
+    Attributes:
+        made: one per round so far: the extra images, with ``sources`` in the training set.
+        repeats: True, for the same images are given many times.
+
+    Raises:
+        InputError: an argument that cannot be used.
+    """
+
+    repeats = True
+
+    def __init__(
+        self,
+        data: Any,
+        *augmentations: ExtraFunction,
+        rounds: int = 3,
+        folder: Path | None = None,
+        at_once: int = 16,
+    ) -> None:
+        for name, value in (("rounds", rounds), ("at_once", at_once)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
+        if not augmentations:
+            raise InputError("augmentations: got none, wanted one or more")
+        self.parts = tuple(as_augmentation(part) for part in augmentations)
+        self.batches = LabelledBatches(data, name="data", by_index=True)
+        self.rounds, self.folder, self.at_once = rounds, folder, at_once
+        self._settings = [json.dumps(_describe(part)) for part in self.parts]  # now: some change as they work
+        self.made: list[list[ExtraImages]] = []
+        self.progress = 0.0
+        self._ids: Tensor | None = None
+
+    def check(self, classifier: nn.Module, steps: int) -> None:
+        """See :meth:`Augmentation.check`."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise InputError("rounds: several processes train together, wanted one for offline rounds")
+        if self.rounds > steps:
+            raise InputError(f"rounds: got {self.rounds}, wanted at most the {steps} steps after the warm-up")
+        for part in self.parts:
+            part.check(classifier, math.ceil(len(self.batches) / self.at_once))
+
+    def prepare(self, batches: Iterable[Tensor]) -> None:
+        """Prepare every augmentation."""
+        for part in self.parts:
+            part.prepare(batches)
+
+    def set_progress(self, fraction: float) -> None:
+        """Take the part of the augmented training that is done."""
+        self.progress = fraction
+
+    def set_ids(self, ids: Tensor) -> None:
+        """See :meth:`Augmentation.set_ids`."""
+        self._ids = ids.cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The images of the rounds so far, or where they are; and the augmentations' states."""
+        held = [[_plain(extra) for extra in made] for made in self.made] if self.folder is None else len(self.made)
+        return {"made": held, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            InputError: images that were in the folder then are not there, or damaged.
+        """
+        held = state["made"]
+        self.made = [self._read_round(n) for n in range(held)] if isinstance(held, int) else [
+            [ExtraImages(**extra) for extra in made] for made in held
+        ]  # fmt: skip
+        for part, own in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(own)
+
+    def __call__(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> list[ExtraImages]:
+        """A round's images of the step's images."""
+        if self._ids is None:
+            raise InputError(
+                "ids: got none, wanted set_ids(the images' numbers) before each call, as fit_classifier does"
+            )
+        # the small term: a fraction such as 49 * (1 / 49) must not fall below its whole number
+        if len(self.made) < min(self.rounds, math.floor(self.progress * self.rounds + 1e-9) + 1):
+            self.made.append(self._round(classifier, images.device))
+        chosen = self.made[int(torch.randint(len(self.made), ()))]
+        return [given for extra in chosen if len((given := self._of(extra, self._ids)).images)]
+
+    def _of(self, extra: ExtraImages, ids: Tensor) -> ExtraImages:
+        """What was made of these images."""
+        place = torch.full((len(self.batches),), -1)
+        place[extra.made_of()] = torch.arange(len(extra.images))
+        sources = (place[ids] >= 0).nonzero()[:, 0]
+        rows = place[ids[sources]]
+        return ExtraImages(extra.images[rows], extra.labels[rows], extra.loss, extra.weight, sources)
+
+    def _chunks(self) -> tuple[Tensor, ...]:
+        return torch.split(torch.arange(len(self.batches)), self.at_once)
+
+    def _round(self, classifier: nn.Module, device: torch.device) -> list[ExtraImages]:
+        number = len(self.made)
+        part = self.parts[number % len(self.parts)]
+        part.set_progress(number / max(self.rounds - 1, 1))
+        weights = [f"{name} {value.dtype}" for name, value in classifier.state_dict().items()]
+        tensors = [value.detach().cpu().contiguous().numpy().data for value in classifier.state_dict().values()]
+        against = hash_parts(self._settings[number % len(self.parts)], *weights, *tensors)
+        found: list[list[ExtraImages]] = []
+        for index, ids in enumerate(self._chunks()):
+            batch = self.batches.at(ids)
+            assert batch.labels is not None  # the training has seen them
+            key = hash_parts(against, str((number, index)), batch.images.contiguous().numpy().data)
+            path = self._path(number, index)
+            made = None if path is None else _read(path, key, part)
+            if made is None:
+                part.set_ids(ids)
+                given = as_parts(part(classifier, batch.images.to(device), batch.labels.to(device)))
+                made = [_global(extra, ids) for extra in given]
+                if path is not None:
+                    _write(path, key, part, made)
+            found.append(made)
+        return _joined(found)
+
+    def _path(self, number: int, index: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"round-{number}" / f"{index:05d}.safetensors"
+
+    def _read_round(self, number: int) -> list[ExtraImages]:
+        found = []
+        for index in range(len(self._chunks())):
+            path = self._path(number, index)
+            made = None if path is None else _read(path, None, None)
+            if made is None:
+                raise InputError(f"rounds: {path} is missing or damaged, but the training was past it; start it again")
+            found.append(made)
+        return _joined(found)
+
+
+def _plain(extra: ExtraImages) -> dict[str, Any]:
+    return {field.name: getattr(extra, field.name) for field in fields(extra)}
+
+
+def _global(extra: ExtraImages, ids: Tensor) -> ExtraImages:
+    """On the CPU, with sources in the training set."""
+    sources = ids[extra.made_of().cpu()]
+    return ExtraImages(extra.images.detach().cpu(), extra.labels.cpu(), extra.loss, extra.weight, sources)
+
+
+def _joined(chunks: list[list[ExtraImages]]) -> list[ExtraImages]:
+    """The chunks' images, those of one loss and weight together."""
+    kinds = dict.fromkeys((extra.loss, extra.weight) for chunk in chunks for extra in chunk)
+    joined = []
+    for loss, weight in kinds:
+        same = [extra for chunk in chunks for extra in chunk if (extra.loss, extra.weight) == (loss, weight)]
+        images, labels, sources = (torch.cat(values) for values in zip(
+            *((extra.images, extra.labels, extra.made_of()) for extra in same), strict=True))  # fmt: skip
+        joined.append(ExtraImages(images, labels, loss, weight, sources))
+    return joined
+
+
+def _describe(value: Any) -> Any:
+    """What is plain in an augmentation's settings, so that images made with others are not taken for its own."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _describe(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_describe(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    name = type(value).__name__
+    if not isinstance(value, Augmentation):
+        return name
+    return [name, {k: _describe(v) for k, v in vars(value).items() if not k.startswith("_")}]
+
+
+def _write(path: Path, key: str, part: Augmentation, made: list[ExtraImages]) -> None:
+    held: dict[str, Tensor] = {}
+    about = json.dumps(_put({"made": [_plain(extra) for extra in made], "state": part.state_dict()}, held))
+    digest = hash_parts(about, *(value.numpy().data for value in held.values()))
+    content: bytes = require("safetensors.torch", "models").save(
+        held, metadata={"key": key, "about": about, "sha256": digest}
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _read(path: Path, key: str | None, part: Augmentation | None) -> list[ExtraImages] | None:
+    """Images that were made before, None where they are not there, damaged, or of something else."""
+    if not path.is_file():
+        return None
+    library = require("safetensors", "models")
+    try:
+        with library.safe_open(str(path), framework="pt") as file:
+            about = file.metadata()
+            held = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (library.SafetensorError, OSError):
+        return None
+    order = sorted(held, key=lambda name: int(name.partition(".")[2]))
+    if about.get("sha256") != hash_parts(about.get("about", ""), *(held[name].numpy().data for name in order)):
+        return None
+    if key is not None and about.get("key") != key:
+        return None
+    content = _take(json.loads(about["about"]), held)
+    if part is not None:
+        part.load_state_dict(content["state"])
+    return [ExtraImages(**extra) for extra in content["made"]]

@@ -1,0 +1,101 @@
+"""Names of networks: ``KIND:NAME,option=value,...``, and which code they may call."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tsynd.utils.errors import InputError
+
+__all__ = ["Source", "first_line", "parse_source", "trusted"]
+
+_TRUST = "TSYND_TRUSTED_MODULES"
+_trusted: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a network comes from.
+
+    Attributes:
+        text: as it was written.
+        kind: ``timm``, ``hf``, ``diffusers``, ``monai-bundle``, or ``call`` for MODULE:FUNCTION.
+        name: what follows the colon, without options; for ``call`` the whole MODULE:FUNCTION.
+        options: what follows the commas.
+    """
+
+    text: str
+    kind: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def function(self, known: bool) -> Callable[..., Any]:
+        """What ``MODULE:FUNCTION`` names.
+
+        Args:
+            known: the caller's own words name it. A file's words may name a class of networks (or its class methods)
+                alone, or what is trusted: a file must not be able to call anything that is installed.
+
+        Raises:
+            InputError: there is no such thing, or a file names what is not trusted.
+        """
+        module, _, path = self.name.partition(":")
+        if not known and module not in _trusted | set(os.environ.get(_TRUST, "").split(",")):
+            raise InputError(
+                f"classifier: its file says to call {self.name}, which a file may not; if you trust it, set "
+                f"{_TRUST}={module}, or name it in tsynd.classifier first"
+            )
+        try:
+            found: Any = importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"classifier: {self.name}: {error}; wanted MODULE:FUNCTION that is installed") from error
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if not callable(found):
+            raise InputError(f"classifier: {self.name}: {module} has no {path}, wanted a function that gives a network")
+        return found  # type: ignore[no-any-return]
+
+
+def parse_source(text: str) -> Source:
+    """A network's source from ``timm:NAME``, ``hf:NAME`` or ``MODULE:FUNCTION``, each with ``,option=value,...``.
+
+    Values are numbers, true, false, null, or words.
+
+    Raises:
+        InputError: no such form.
+    """
+    name, *settings = text.split(",")
+    kind, colon, rest = name.partition(":")
+    if not colon or not rest or not kind:
+        raise InputError(
+            f"classifier: got {text!r}, wanted timm:NAME, hf:NAME, MODULE:FUNCTION, small, or a .safetensors file"
+        )
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"classifier: got {setting!r} in {text!r}, wanted option=value")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    if kind in ("timm", "hf", "diffusers", "monai-bundle"):
+        return Source(text, kind, rest, options)
+    if not all(part.isidentifier() for part in (*kind.split("."), *rest.split("."))):
+        raise InputError(f"classifier: got {text!r}, wanted timm:NAME, hf:NAME or MODULE:FUNCTION")
+    return Source(text, "call", name, options)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, short enough for one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def trusted(source: Source) -> None:
+    """Note that the user named this source, so that a file of this process's network can be read again."""
+    if source.kind == "call":
+        _trusted.add(source.name.partition(":")[0])
