@@ -31,6 +31,7 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
 DROP = 0.5
 COMPILE = os.environ.get("TSYND_BENCH_COMPILE") == "1"  # on a CPU too: half a minute more a shape
 FLOOR, OURS = "floor: two bare products", "tsynd head_uncertainty"
+LOOP, COMPILED = "T heads, loop", "T heads, batched, compiled (max-autotune)"
 
 
 def inputs(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +53,7 @@ def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) 
         "shared masks, analytic": lambda: peers.shared_analytic(features, heads),
         "shared masks, autograd": lambda: peers.shared_autograd(features, heads),
         "T heads, batched": lambda: peers.batched_passes(features, heads),
-        "T heads, loop": lambda: peers.pass_loop(features, heads),
+        LOOP: lambda: peers.pass_loop(features, heads),
     }
     exact = reference.head_uncertainty(features.double(), heads.double())
     for name, run in shared.items():
@@ -65,7 +66,7 @@ def _methods(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) 
         compiled = torch.compile(peers.shared_analytic, mode="max-autotune-no-cudagraphs", dynamic=False)
         batched = torch.compile(peers.batched_analytic, mode="max-autotune-no-cudagraphs", dynamic=False)
         methods["shared masks, compiled (max-autotune)"] = lambda: compiled(features, heads)
-        methods["T heads, batched, compiled (max-autotune)"] = lambda: batched(features, heads)
+        methods[COMPILED] = lambda: batched(features, heads)
     if device.startswith("cuda"):
         target = torch.empty_like(features)
         methods["device copy of the features"] = lambda: target.copy_(features)
@@ -87,7 +88,18 @@ def summary(rows: list[Row]) -> list[str]:
             best[row.shape] = min(best[row.shape], row.median_ms)
     mean = math.exp(sum(math.log(row.over_floor) for row in ours) / len(ours))
     gains = ", ".join(f"{row.shape.split()[0]} {best[row.shape] / row.median_ms:.2f}" for row in ours)
+    times = {(row.shape, row.method): row.median_ms for row in rows}
+
+    def told(row: Row) -> str:
+        """A shape in one line: over the bare products, and how many times as fast as what people write."""
+        parts = [f"{row.shape.split()[0]} on {row.device}, {row.dtype}: {row.over_floor:.2f} of two bare products"]
+        for name, method in (("torch.compile of the batched T heads", COMPILED), ("their loop", LOOP)):
+            if (row.shape, method) in times:
+                parts.append(f"{times[row.shape, method] / row.median_ms:.1f} times as fast as {name}")
+        return ", ".join(parts)
+
     return [
         f"head_uncertainty over the floor, geometric mean: {mean:.2f}",
         f"the fastest torch variant over head_uncertainty: {gains}",
+        *(told(row) for row in ours),
     ]

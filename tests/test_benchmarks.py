@@ -20,6 +20,7 @@ from benchmarks import (
     dropout,
     gpu_check,
     harness,
+    head,
     ladder,
     logits,
     peers,
@@ -149,6 +150,46 @@ ptxas info    : Used 37 registers, used 1 barriers, 8 bytes cumulative stack siz
         "37",
         "4",
         "12",
+    )
+
+
+def test_the_gate_on_compiled_kernels() -> None:
+    def kernel(**more: str) -> dict[str, str]:
+        sound = {"name": "_Z5thingv", "architecture": "sm_90a", "stack": "0", "stores": "0", "loads": "0"}
+        return {**sound, "registers": "200", **more}
+
+    def sass(products: int) -> str:
+        line = "        /*0100*/   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24 ;\n"
+        return "\t\tFunction : _Z10wgmma_headv\n" + line * products + "\t\tFunction : _Z5otherv\n"
+
+    assert registers.products(sass(12)) == {"_Z10wgmma_headv": 12, "_Z5otherv": 0}
+    assert registers.gate([kernel()], "", sass(12)) == []
+    (spill,) = registers.gate([kernel(stores="8")], "")
+    assert "spills 8 bytes" in spill
+    (stack,) = registers.gate([kernel(stack="16")], "")
+    assert "stack of 16 bytes" in stack
+    (many,) = registers.gate([kernel(registers="256")], "")
+    assert "256 registers" in many
+    (missing,) = registers.gate([kernel()], "", sass(3))
+    assert "has 3 HGMMA instructions" in missing
+    (waits,) = registers.gate([], "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async are serialized\n")
+    assert "C7510" in waits
+
+
+def test_head_says_its_ratios_in_a_line_a_shape() -> None:
+    def row(method: str, median_ms: float, over_floor: float) -> harness.Row:
+        rest = {"device": "cuda", "dtype": "bfloat16", "p20_ms": 0.0, "p80_ms": 0.0, "peak_bytes": 0, "machine": ""}
+        return harness.Row("head", "G1 1·2·3·4", method, median_ms=median_ms, over_floor=over_floor, **rest)
+
+    rows = [
+        row(head.FLOOR, 1.0, 1.0),
+        row(head.OURS, 1.25, 1.25),
+        row(head.LOOP, 50.0, 50.0),
+        row(head.COMPILED, 20.0, 20.0),
+    ]
+    assert head.summary(rows)[-1] == (
+        "G1 on cuda, bfloat16: 1.25 of two bare products, 16.0 times as fast as torch.compile of the batched T heads,"
+        " 40.0 times as fast as their loop"
     )
 
 

@@ -113,6 +113,7 @@ def test_an_autoencoder_looks_at_windows_of_large_images():
 
     torch.manual_seed(0)
     columns = torch.arange(40.0).expand(12, 1, 24, 40) / 40 + torch.arange(24.0)[:, None] / 1000
+    columns = columns + torch.arange(12.0)[:, None, None, None] / 10_000
     model = Watching(1, 4, (4, 8))
     fit_autoencoder(model, columns.clamp(0, 1), iterations=30, batch_size=4, crop=16, progress=False, device="cpu")
     assert {tuple(x.shape) for x in seen} == {(4, 1, 16, 16)}
@@ -120,7 +121,7 @@ def test_an_autoencoder_looks_at_windows_of_large_images():
     assert min(lefts) >= 0
     assert max(lefts) <= 24
     assert len(lefts) > 10  # of the 25 places
-    assert all(torch.equal(x[0], x[3]) for x in seen)
+    assert all(float((x - x[:1]).abs().max()) < 0.0012 for x in seen)
     assert float(model.latent_std) > 0
 
 

@@ -49,6 +49,7 @@ from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import fingerprint, plain_settings
+from tsynd.utils.progress import say
 from tsynd.utils.timing import Phases
 from tsynd.utils.version import __version__
 
@@ -137,6 +138,7 @@ def run(
         require(module, "cli")
     where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    say(source.summary.lines(), progress)
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
@@ -344,6 +346,7 @@ def _finish(
             "test": len(source.test),
             "test_counts": _counts(source.test.labels, source.class_names),
             "image_shape": list(source.image_shape),
+            "summary": source.summary.lines(),
         },
         "settings": plain_settings(settings),
         "synthesis": {

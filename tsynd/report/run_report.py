@@ -236,6 +236,7 @@ def _facts(metrics: dict[str, Any]) -> list[str]:
 def _scores(metrics: dict[str, Any]) -> str:
     """A table for each condition: every classifier's scores with intervals and their change against real only."""
     comparison, data = metrics["comparison"], metrics.get("data", {})
+    read = "<br>".join(html.escape(str(line)) for line in data.get("summary", ()))
     counts = ", ".join(f"{html.escape(str(name))} {n}" for name, n in data.get("test_counts", {}).items())
     note = (
         f'<p class="soft">Test images: {counts or comparison["images"]}. In percent, with 95 % intervals by bootstrap '
@@ -252,7 +253,7 @@ def _scores(metrics: dict[str, Any]) -> str:
         if command is None
         else f"<p>What would settle it, with six seeds and all controls:</p><pre>{html.escape(command)}</pre>"
     )
-    return f"{note}{tables}{settle}"
+    return f'<p class="soft">{read}</p>{note}{tables}{settle}'
 
 
 def _condition_table(condition: str, comparison: dict[str, Any], sure: bool) -> str:
@@ -333,6 +334,7 @@ def _details(metrics: dict[str, Any]) -> list[tuple[str, str, Any]]:
         (part, key, f"{value} s" if part == "seconds" else value)
         for part in ("data", "settings", "seconds", "machine")
         for key, value in metrics.get(part, {}).items()
+        if (part, key) != ("data", "summary")
     ]
 
 
