@@ -45,6 +45,7 @@ from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import fingerprint, plain_settings
+from tsynd.utils.progress import say
 from tsynd.utils.timing import Phases
 from tsynd.utils.version import __version__
 
@@ -132,6 +133,7 @@ def run(
         require(module, "cli")
     where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    say(source.summary.lines(), progress)
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
@@ -294,6 +296,7 @@ def _finish(
             "train": len(source.train),
             "test": len(source.test),
             "image_shape": list(source.image_shape),
+            "summary": source.summary.lines(),
         },
         "settings": plain_settings(settings),
         "synthesis": {

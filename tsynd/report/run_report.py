@@ -117,6 +117,7 @@ def write_report(
 <title>tsynd: {name}</title><style>{STYLE}</style></head><body>
 <h1>Targeted images for {name}</h1>
 <p class="soft">{_facts(metrics)}</p>
+<p class="soft">{"<br>".join(map(html.escape, metrics.get("data", {}).get("summary", ())))}</p>
 <p class="lead">{_summary(metrics)}</p>
 <h2>Examples</h2>
 <p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks. Below
@@ -279,6 +280,7 @@ def _details(metrics: dict[str, Any]) -> str:
         (part, key, f"{value} s" if part == "seconds" else value)
         for part in ("data", "settings", "seconds", "machine")
         for key, value in metrics.get(part, {}).items()
+        if (part, key) != ("data", "summary")
     ]
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in cells)
     table = f'<div class="card"><table>{rows}</table></div>'
