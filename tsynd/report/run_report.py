@@ -73,7 +73,8 @@ th:first-child, td:first-child { text-align: left; } tbody tr:last-child > * { b
 thead th { font-size: .85rem; color: var(--soft); } thead tr:first-child th { color: var(--ink); font-weight: 600; }
 .scores th[scope=colgroup] { text-align: center; } .scores tr > .first { padding-left: 1.3rem; }
 .scores tbody th, .up, .down { font-weight: 600; } .wide { overflow-x: auto; margin: 0 0 1rem; }
-.wide figcaption b { color: var(--ink); font-size: 1rem; }
+.wide figcaption b { color: var(--ink); font-size: 1rem; } .wide { overflow-wrap: normal; }
+.wide th:first-child { min-width: 9rem; }
 td small { display: block; color: var(--soft); font-weight: 400; white-space: nowrap; }
 pre { white-space: pre-wrap; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem; }
