@@ -116,7 +116,9 @@ def _result(job: str, folder: Path) -> dict[str, Any]:
         found["scores"] = metrics["evaluation"]
     if job == "experiment":
         rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-        found["rows"] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        for row in rows:
+            del row["seconds"], row["training"]["augmentation_share"]  # of the time
+        found["rows"] = rows
     return found
 
 

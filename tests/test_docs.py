@@ -110,7 +110,7 @@ def test_modules_and_files_that_texts_name_exist() -> None:
     gone = []
     for path in texts:
         text = path.read_text()
-        for match in re.finditer(r"(?<![\w./-])tsynd(?:\.[A-Za-z_]\w*)+(\*?)", text):
+        for match in re.finditer(r"(?<![\w./\"-])tsynd(?:\.[A-Za-z_]\w*)+(\*?)", text):
             if not _exists(match[0].rstrip("*"), bool(match[1])):
                 gone.append(f"{path.relative_to(ROOT)}: {match[0]}")
         for match in re.finditer(r"(?<![\w./-])(?:tsynd|csrc|tests|docs|benchmarks|packaging)/[\w./-]*\w", text):

@@ -52,7 +52,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_files_and_metrics(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
     names = {path.name for path in folder.iterdir()}
-    for name in ("autoencoder", "classifier", "classifier_real"):
+    for name in ("autoencoder", "classifier", "classifier_real", "classifier_standard", "classifier_reconstruction"):
         assert {f"{name}.safetensors", f"{name}.json"} <= names
     assert {"synthetic.npz", "metrics.json", "report.html", "examples.png", "job.json"} <= names
     assert not [name for name in names if name.startswith(".")]
@@ -73,8 +73,9 @@ def test_files_and_metrics(finished: tuple[Path, dict[str, Any]]) -> None:
 def test_metrics_are_what_the_saved_models_give(data: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
     source = tsynd.load_data(data, train_size=24)
-    for name, file in (("real", "classifier_real"), ("targeted", "classifier")):
-        again = tsynd.evaluate(tsynd.load_model(folder / f"{file}.safetensors"), source.test)
+    files = {"real": "_real", "standard": "_standard", "reconstruction": "_reconstruction", "targeted": ""}
+    for name, end in files.items():
+        again = tsynd.evaluate(tsynd.load_model(folder / f"classifier{end}.safetensors"), source.test)
         for condition, scores in metrics["evaluation"][name].items():
             assert again[condition] == pytest.approx(scores)
     result = load_result(folder / "synthetic.npz")
@@ -131,7 +132,11 @@ def test_report_holds_everything(finished: tuple[Path, dict[str, Any]]) -> None:
     assert all(link.startswith("data:image/png;base64,") for link in links.found)
     assert f"{metrics['synthesis']['uncertainty_after']:.4f}" in page
     for model in ("real", "targeted"):
-        assert f"{100 * metrics['evaluation'][model]['rotation']['balanced_accuracy']:.1f}</td>" in page
+        assert f"<td>{100 * metrics['evaluation'][model]['rotation']['balanced_accuracy']:.1f} <small>" in page
+    assert "tsynd experiment --data" in page
+    assert 0 <= metrics["synthesis"]["label_kept"] <= 1
+    assert set(metrics["reconstruction"]["by_class"]) <= set(metrics["data"]["class_names"])
+    assert sum(metrics["data"]["test_counts"].values()) == 40
 
 
 def test_the_second_classifier_is_trained_by_the_recipe_that_is_named(data: Path, tmp_path: Path) -> None:

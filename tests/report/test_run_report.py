@@ -12,11 +12,26 @@ import torch
 from torch import Tensor
 
 from tsynd import InputError
-from tsynd.report import plots as figures
+from tsynd.evaluation.intervals import compare
+from tsynd.report import pictures as figures
 from tsynd.report import run_report as report
+from tsynd.report.verdict import Interval, images_needed, range_text
 from tsynd.synthesis.result import SynthesisResult
 
 NAMES = ("normal", "<b>odd</b>", "a & $b$")
+
+
+def simulate(count: int, gain: float, few: int | None = None) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+    """Labels of two classes, and logits of four classifiers: the last is right for a share ``gain`` more."""
+    draw = torch.Generator().manual_seed(2)
+    labels = torch.cat([torch.zeros(count if few is None else few), torch.ones(count)]).long()
+    hard, found = torch.rand(len(labels), generator=draw), {}
+    for name in ("real", "standard", "reconstruction", "targeted"):
+        own = torch.rand(len(labels), generator=draw) * 0.1
+        right = hard + own < 0.8 + (gain if name in ("targeted", "standard") else 0)
+        answers = torch.nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).float()
+        found[name] = {"clean": answers, "noise": answers}
+    return labels, found
 
 
 def inputs(channels: int = 1, multilabel: bool = False, count: int = 30, **changes: Any) -> dict[str, Any]:
@@ -30,21 +45,15 @@ def inputs(channels: int = 1, multilabel: bool = False, count: int = 30, **chang
     z = torch.zeros(count, 4)
     status = torch.zeros(count, dtype=torch.int8)
     result = SynthesisResult(images, labels, z, z, path[:, 0], path[:, -1], path, status, torch.arange(count))
-    row = {"balanced_accuracy": 0.812, "accuracy": 0.834, "auroc": 0.9}
+    truth, logits = simulate(**{"count": 300, "gain": 0.05, **changes.pop("test", {})})
     metrics: dict[str, Any] = {
-        "data": {"name": "<script>alert(1)</script>", "test": 624},
+        "data": {"name": "<script>alert(1)</script>", "test_counts": {"<i>sick</i>": 300, "well": 300}},
+        "reconstruction": {"by_class": {"sick": 0.03, "well": 0.88}}, "study_command": "tsynd experiment --data 'a b'",
         "synthesis": {
             "images": count, "uncertainty_before": 0.0151, "uncertainty_after": 0.0234, "raised_fraction": 0.967,
             "images_per_second": 12.0, "status": {"raised": count - 1, "unchanged": 1},
         },
-        "evaluation": {
-            "real": {"clean": row, "noise": row, "rotation": row},
-            "targeted": {
-                "clean": {**row, "balanced_accuracy": 0.835},
-                "noise": {**row, "balanced_accuracy": 0.779},
-                "rotation": {**row, "auroc": math.nan},
-            },
-        },
+        "comparison": compare(logits, truth),
     }  # fmt: skip
     return {
         "metrics": metrics, "result": result, "sources": images, "reconstructions": images.flip(0),
@@ -72,13 +81,60 @@ def test_self_contained_and_escaped(tmp_path: Path, channels: int, multilabel: b
 
 
 def test_says_what_was_measured(tmp_path: Path) -> None:
-    page = report.write_report(tmp_path / "r.html", **inputs()).read_text()
-    wanted = ("0.0151", "0.0234", "96.7 %", "gained 2.3 points on clean", "lost 3.3 points on noise")
-    for text in (*wanted, "changed nothing on rotation", "+2.3</td>", "−3.3</td>", "±0.0</td>", "–</td>"):
+    """With 300 test images of each class a gain is stated with its interval, and not credited to the wrong thing."""
+    given = inputs()
+    page = report.write_report(tmp_path / "r.html", **given).read_text()
+    change, low, high = given["metrics"]["comparison"]["changes"]["real"]["clean"]["balanced_accuracy"]
+    assert 0 < low < change < high
+    wanted = f"gained {100 * change:.1f} points (95 % interval +{100 * low:.1f} to +{100 * high:.1f})"
+    for text in (
+        wanted,
+        "It cannot be told from standard augmentation",
+        "more than reconstructions",
+        "0.0234",
+        "0.0151",
+    ):
         assert text in page
-    assert "half-width of 2.9 percentage points" in page  # 1.96 * sqrt(0.834 * 0.166 / 624)
+    assert page.index(wanted) < page.index("<h2>")
+    assert '<td class="up">' in page
+    assert "does not yet reproduce your pictures of well" in page
+    assert "pictures of sick" not in page
+    assert "&lt;i&gt;sick&lt;/i&gt; 300" in page
+    assert "tsynd experiment --data &#x27;a b&#x27;" in page
     again = report.write_report(tmp_path / "again.html", **inputs()).read_text()
     assert page == again
+
+
+def test_claims_nothing_from_two_images_of_a_class(tmp_path: Path) -> None:
+    page = report.write_report(tmp_path / "r.html", **inputs(test={"few": 2, "gain": 0.2})).read_text()
+    lead = page[page.index('<p class="lead">') : page.index("<h2>")]
+    assert "cannot tell whether the extra images help: a class has only 2 test images" in lead
+    for claim in ("gained", "lost", "points"):
+        assert claim not in lead
+    assert '<td class="up">' not in page
+    assert '<td class="down">' not in page
+
+
+def test_a_small_change_is_noise_and_says_how_many_images_it_would_take(tmp_path: Path) -> None:
+    given = inputs(test={"count": 40, "gain": 0.03})
+    page = report.write_report(tmp_path / "r.html", **given).read_text()
+    change = Interval(*given["metrics"]["comparison"]["changes"]["real"]["clean"]["balanced_accuracy"])
+    assert not change.clear
+    needed = images_needed(change, 80)
+    assert f"which is within noise (95 % interval {range_text(change)}; a change of that size would need about" in page
+    assert f"about {needed:,} test images".replace(",", " ") in page
+    assert '<td class="up">' not in page
+    assert images_needed(Interval(0.01, -0.03, 0.05), 100) == 1600
+    assert images_needed(Interval(0.0, -0.03, 0.05), 100) is None
+
+
+def test_what_a_picture_is_taken_for(tmp_path: Path) -> None:
+    given = inputs()
+    judged = torch.full((30, 3), 0.1)
+    judged[:, 0] = 0.8
+    page = report.write_report(tmp_path / "r.html", judged=judged, **given).read_text()
+    assert page.count("<span>normal 80 %</span>") == 12
+    assert page.count("flipped") - page.count(".flipped") == 8  # the labels 1 and 2 of twelve pictures
 
 
 def test_odd_uncertainties(tmp_path: Path) -> None:

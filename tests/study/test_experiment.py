@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -463,6 +464,14 @@ def test_every_odd_subset_has_a_report(
     facts = {"data": "cells", "tested": 24, "image_shape": [3, 24, 24], "class_names": ["a", "b"]}
     write_study(place, rows, {**facts, "task": "multiclass", "version": "0"})
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "results.md").read_text()
+    table = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert {line["condition"] for line in table} == {name for row in rows for name in row["scores"]}
+    assert float(table[0]["value"]) == rows[0]["scores"]["clean"]["balanced_accuracy"]
+    latex = (tmp_path / "results.tex").read_text()
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") > 0
+    assert not re.search(r"(?<!\\)[%_]", re.sub(r"^%.*$", "", latex, flags=re.MULTILINE))
+    assert "real training images" in text
+    assert ("no difference at one size can reach p = .05" in page) == (seeds < 6)
     for name in kept[1:]:
         title = {
             "blur:3": "blur",

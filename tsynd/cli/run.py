@@ -14,6 +14,7 @@ from tsynd.cli.options import ASCENT, Data, Device, Options, Quiet, Reading, tak
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs import run as job
 from tsynd.jobs.steps import NetworkChoice
+from tsynd.report.verdict import verdict
 
 __all__ = ["run"]
 
@@ -48,11 +49,12 @@ def run(
     settings = job.RunSettings(**basic, **training, **ascent, **networks, reading=ReadOptions(**reading))
     metrics = job.run(data, output, settings, device=device, progress=not quiet)
     console = Console()
-    scores = metrics["evaluation"]
-    table = Table("balanced accuracy", "real", "targeted", "difference")
-    for condition, real in scores["real"].items():
-        a, b = real["balanced_accuracy"], scores["targeted"][condition]["balanced_accuracy"]
-        table.add_row(condition, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}")
+    for text in verdict(metrics["comparison"]):
+        console.print(text)
+    table = Table("balanced accuracy", *metrics["evaluation"])
+    for condition in metrics["evaluation"]["real"]:
+        own = [scores[condition]["balanced_accuracy"] for scores in metrics["evaluation"].values()]
+        table.add_row(condition, *(f"{value:.3f}" for value in own))
     console.print(table)
     made = metrics["synthesis"]
     before, after = made["uncertainty_before"], made["uncertainty_after"]

@@ -77,9 +77,6 @@ class Summary:
             *(f"warning: {text}" for text in self.warnings),
         ]
 
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
 
 def _some(counts: tuple[int, ...]) -> str:
     return " / ".join(map(str, counts[:12])) + (" / ..." if len(counts) > 12 else "")

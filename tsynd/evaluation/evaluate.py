@@ -23,7 +23,7 @@ from tsynd.evaluation.metrics import (
     uncertainty_scores,
 )
 from tsynd.evaluation.shifts import SEVERITIES, SHIFTS, Condition, gaussian_noise, rotation
-from tsynd.models.classifier import logits_of
+from tsynd.models.classifier import ClassifierAdapter, logits_of
 from tsynd.models.held import evaluating
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.utils.device import device_of, place
@@ -39,6 +39,7 @@ __all__ = [
     "evaluate",
     "evaluate_uncertainty",
     "gaussian_noise",
+    "predictions",
     "rotation",
     "scores",
 ]
@@ -161,19 +162,12 @@ def evaluate(
     target = place(device, classifier)
     results: dict[str, dict[str, float]] = {}
     with evaluating(classifier):
-        with torch.no_grad():
-            classifier.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
-            classes = classifier(batches.first.to(target)).shape[1]
-            labels = batches.labels(classes)
-            for name, disturb in chosen.items():
-                logits = [
-                    classifier(disturb(batches.at(indices).images.to(target), indices, seed)).cpu()
-                    for indices in batches.chunks(batch_size)
-                ]
-                whole = torch.cat(logits).float()
-                results[name] = scores(whole, labels, task)
-                chances = whole.softmax(1) if task == "multiclass" else whole.sigmoid()
-                results[name] |= {own: float(metric(chances, labels)) for own, metric in (metrics or {}).items()}
+        classes, found = _logits(classifier, batches, chosen, seed, batch_size, target)
+        labels = batches.labels(classes)
+        for name, logits in found.items():
+            results[name] = scores(logits, labels, task)
+            chances = logits.softmax(1) if task == "multiclass" else logits.sigmoid()
+            results[name] |= {own: float(metric(chances, labels)) for own, metric in (metrics or {}).items()}
         if wanted:
             pool = spread_indices(labels, attack_images)
             subsets = {"square": pool[spread_indices(labels[pool], query_images)]}
@@ -182,6 +176,46 @@ def evaluate(
                 attacked.add(attack, subsets.get(attack.kind, pool), queries, target)
             results |= attacked.results | attacked.worst()
     return results
+
+
+@torch.no_grad()
+def _logits(
+    classifier: ClassifierAdapter,
+    batches: LabelledBatches,
+    conditions: Mapping[str, Condition],
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[int, dict[str, Tensor]]:
+    """Number of classes, and condition → logits [N, C] float32."""
+    classifier.look(batches.at(torch.arange(min(2, len(batches)))).images.to(device))
+    classes = classifier(batches.first.to(device)).shape[1]
+    found = {}
+    for name, disturb in conditions.items():
+        parts_of_it = [
+            classifier(disturb(batches.at(indices).images.to(device), indices, seed)).cpu()
+            for indices in batches.chunks(batch_size)
+        ]
+        found[name] = torch.cat(parts_of_it).float()
+    return classes, found
+
+
+def predictions(
+    classifier: nn.Module,
+    data: Any,
+    *,
+    task: str = "multiclass",
+    conditions: Sequence[str] | Mapping[str, Condition] = ("clean",),
+    seed: int = 0,
+    batch_size: int = 512,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """What :func:`evaluate` scores, arguments as there: condition → logits [N, C] float32, on the CPU."""
+    batches = LabelledBatches(data, task=task, name="data", by_index=True)
+    network = logits_of(classifier)
+    target = place(device, network)
+    with evaluating(network):
+        return _logits(network, batches, choose_conditions(conditions), seed, batch_size, target)[1]
 
 
 def spread_indices(labels: Tensor, count: int | None) -> Tensor:

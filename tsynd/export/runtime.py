@@ -36,7 +36,7 @@ Array = NDArray[Any]
 
 
 def sealed(content: bytes) -> bytes:
-    """A file of which ``tsynd.sha256`` is :data:`NO_DIGEST` with its digest there.
+    """A file of which the metadata's ``sha256`` is :data:`NO_DIGEST` with its digest there.
 
     Raises:
         ValueError: it has no such place, or several.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 from tsynd.data.dataset import DataSource, LabelledImages, at_once
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
-from tsynd.evaluation.evaluate import evaluate
+from tsynd.evaluation.evaluate import predictions
 from tsynd.evaluation.image_quality import POOR_RECONSTRUCTION, unexplained
+from tsynd.evaluation.intervals import compare
+from tsynd.evaluation.metrics import errors, scores
 from tsynd.jobs.job import Job
 from tsynd.jobs.steps import (
     NetworkChoice,
@@ -40,11 +44,12 @@ from tsynd.training.extra_images import Alternation, Augmentation
 from tsynd.training.loop import Checkpoint
 from tsynd.training.recipe import RECIPES, recipe
 from tsynd.training.rounds import OfflineRounds
-from tsynd.training.standard import FLIPS
+from tsynd.training.standard import FLIPS, StandardAugmentation
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import fingerprint, plain_settings
+from tsynd.utils.progress import say
 from tsynd.utils.timing import Phases
 from tsynd.utils.version import __version__
 
@@ -52,6 +57,7 @@ __all__ = ["RunSettings", "run"]
 
 # far from the ascent's seed, so that the reported uncertainty is not that of the samples climbed on
 _FRESH = 1_000_003
+_CONDITIONS = ("clean", "noise", "rotation")
 _NEEDED = (
     "monai.networks.nets",
     "safetensors.torch",
@@ -132,16 +138,19 @@ def run(
         require(module, "cli")
     where = str(resolve_device(device))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    say(source.summary.lines(), progress)
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
     settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
-        return _stages(job, source, settings, where, progress)
+        return _stages(job, str(data), source, settings, where, progress)
 
 
-def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, progress: bool) -> dict[str, Any]:
+def _stages(
+    job: Job, data: str, source: DataSource, settings: RunSettings, where: str, progress: bool
+) -> dict[str, Any]:
     def train_autoencoder(path: Path) -> dict[str, Any]:
         fit_autoencoder_step(
             source,
@@ -178,8 +187,12 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
             checkpoint.path.unlink(missing_ok=True)
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
-    job.stage("classifier_real", "classifier_real.safetensors", lambda path: train_classifier(path, None))
-    real = load_model(job.folder / "classifier_real.safetensors", device=where)
+    def classifier_of(name: str, augmentation: Augmentation | None) -> nn.Module:
+        job.stage(name, f"{name}.safetensors", lambda path: train_classifier(path, augmentation))
+        return load_model(job.folder / f"{name}.safetensors", device=where)
+
+    models = {"real": classifier_of("classifier_real", None)}
+    real = models["real"]
 
     synthesis = job.stage(
         "synthesis",
@@ -193,13 +206,41 @@ def _stages(job: Job, source: DataSource, settings: RunSettings, where: str, pro
     else:
         options = {"task": settings.task, "flip": settings.flip, "seed": settings.seed}
         augmentation = recipe(settings.recipe, autoencoder, offline=bool(settings.rounds), **options)
-    if settings.rounds:
-        parts = augmentation.parts if isinstance(augmentation, Alternation) else (augmentation,)
-        folder = job.folder / "rounds"
-        augmentation = OfflineRounds(source.train, *parts, rounds=settings.rounds, folder=folder)
-    job.stage("classifier", "classifier.safetensors", lambda path: train_classifier(path, augmentation))
-    targeted = load_model(job.folder / "classifier.safetensors", device=where)
-    return _finish(job, source, settings, synthesis, autoencoder, real, targeted, where)
+
+    def in_rounds(one: Augmentation, folder: str) -> Augmentation:
+        if not settings.rounds:
+            return one
+        parts = one.parts if isinstance(one, Alternation) else (one,)
+        return OfflineRounds(source.train, *parts, rounds=settings.rounds, folder=job.folder / folder)
+
+    # what a gain might be owed to instead
+    standard = StandardAugmentation(settings.flip, seed=settings.seed)
+    models["standard"] = classifier_of("classifier_standard", in_rounds(standard, "rounds_standard"))
+    plain = TargetedAugmentation(autoencoder, task=source.task, direction="reconstruction", seed=settings.seed)
+    models["reconstruction"] = classifier_of("classifier_reconstruction", in_rounds(plain, "rounds_reconstruction"))
+    models["targeted"] = classifier_of("classifier", in_rounds(augmentation, "rounds"))
+    return _finish(
+        job, source, settings, synthesis, autoencoder, models, where, _study_command(job, data, source, settings)
+    )
+
+
+def _study_command(job: Job, data: str, source: DataSource, settings: RunSettings) -> str:
+    """What would settle whether the extra images help, ready to paste."""
+    options: dict[str, Any] = {
+        "--data": data,
+        "--output": f"{job.folder.name}-study",
+        "--train-size": len(source.train),
+        "--seeds": 6,  # five cannot give p < .05
+        "--iterations": settings.iterations,
+        "--batch-size": settings.batch_size,
+        "--autoencoder-data": settings.autoencoder_data,
+        "--autoencoder-iterations": settings.autoencoder_iterations,
+    }
+    words = ["tsynd", "experiment", *(str(word) for option in options.items() for word in option), "--arms"]
+    for arm in ("real", "standard", "reconstruction", "random", "trades", "mutual_information", "recipe"):
+        flips = arm in ("standard", "recipe") and settings.flip != "none"
+        words.append(f"{arm},flip={settings.flip}" if flips else arm)
+    return shlex.join(words)
 
 
 def _check(settings: RunSettings) -> None:
@@ -264,12 +305,12 @@ def _finish(
     settings: RunSettings,
     synthesis: dict[str, Any],
     autoencoder: Any,
-    real: nn.Module,
-    targeted: nn.Module,
+    models: dict[str, nn.Module],
     device: str,
+    command: str,
 ) -> dict[str, Any]:
-    """Measure under fresh posterior samples, test both classifiers, write metrics and report."""
-    phases = Phases()
+    """Measure under fresh posterior samples, test the classifiers, write metrics and report."""
+    phases, real = Phases(), models["real"]
     with phases("reconstructions"):
         result = load_result(job.folder / "synthetic.npz")
         reconstructions = _decode(autoencoder, result.source_latents, device, math.prod(source.image_shape))
@@ -280,10 +321,20 @@ def _finish(
     with phases("fresh_uncertainty"):
         before, after = fresh(reconstructions), fresh(result.images)
     with phases("evaluation"):
-        scores = {
-            name: evaluate(model, source.test, task=source.task, seed=settings.seed)
-            for name, model in (("real", real), ("targeted", targeted))
+        logits = {
+            name: predictions(model, source.test, task=source.task, conditions=_CONDITIONS, seed=settings.seed)
+            for name, model in models.items()
         }
+        labels = source.test.labels
+        evaluation = {
+            name: {condition: scores(one, labels, source.task) for condition, one in own.items()}
+            for name, own in logits.items()
+        }
+        comparison = compare(logits, labels, source.task)
+    # the reconstructions' classifier: the ascent did not climb on it
+    judge = models["reconstruction"]
+    seen = [predictions(judge, (x, result.labels), task=source.task)["clean"] for x in (reconstructions, result.images)]
+    kept = [float((~errors(one, source.train.labels, source.task)).double().mean()) for one in seen]
     status = result.status.long().bincount(minlength=len(Status)).tolist()
     metrics: dict[str, Any] = {
         "version": __version__,
@@ -293,7 +344,9 @@ def _finish(
             "class_names": list(source.class_names),
             "train": len(source.train),
             "test": len(source.test),
+            "test_counts": _counts(source.test.labels, source.class_names),
             "image_shape": list(source.image_shape),
+            "summary": source.summary.lines(),
         },
         "settings": plain_settings(settings),
         "synthesis": {
@@ -303,9 +356,13 @@ def _finish(
             "raised_fraction": float((after > before).double().mean()),
             "images_per_second": synthesis["images_per_second"],
             "status": {kind.name.lower(): status[kind] for kind in Status},
+            "label_kept": kept[1],
+            "label_kept_reconstruction": kept[0],
         },
         "reconstruction": _reconstruction(source, reconstructions),
-        "evaluation": scores,
+        "evaluation": evaluation,
+        "comparison": comparison,
+        "study_command": command,
         "seconds": {
             **job.seconds,
             **{f"synthesis_{name}": seconds for name, seconds in synthesis.get("phases", {}).items()},
@@ -324,12 +381,20 @@ def _finish(
             source.class_names,
             before,
             after,
+            seen[1].softmax(1) if source.task == "multiclass" else seen[1].sigmoid(),
         )
         _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metrics
+
+
+def _counts(labels: Tensor, names: Sequence[str]) -> dict[str, int]:
+    """Images of each class, or with each label."""
+    if labels.ndim == 1:
+        return {name: int((labels == number).sum()) for number, name in enumerate(names)}
+    return {name: int((labels[:, number] > 0.5).sum()) for number, name in enumerate(names)}
 
 
 def _reconstruction(source: DataSource, reconstructions: Tensor) -> dict[str, Any]:

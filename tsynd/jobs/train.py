@@ -20,6 +20,7 @@ from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.loop import Checkpoint, FitReport
 from tsynd.utils.errors import InputError, check_choice, require
 from tsynd.utils.fingerprint import fingerprint
+from tsynd.utils.progress import say
 
 __all__ = ["TrainSettings", "train_model"]
 
@@ -84,6 +85,7 @@ def train_model(
     if state.num_processes > 1 and device == "cuda":
         device = None
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
+    say(source.summary.lines(), progress and state.is_main_process)
     settings, folder = replace(settings, task=source.task), Path(output).expanduser()
     if settings.model == "classifier":
         new_classifier(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import html
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from tsynd.report.page import write_page
 from tsynd.report.pictures import COLUMNS, check_counts, difference_scale, inline_png, nats, spread, strip, views
 from tsynd.report.plots import curves, histogram
+from tsynd.report.verdict import ARMS, Interval, points, range_text, verdict
 from tsynd.synthesis.result import SynthesisResult
-from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError
 
-__all__ = ["STYLE", "write_report"]
+__all__ = ["POOR", "STYLE", "write_report"]
 
 _MEASURES = {"mutual_information": ("mutual information", "MI"), "entropy": ("predictive entropy", "entropy")}
 _SCORES = {"balanced_accuracy": "Balanced accuracy", "accuracy": "Accuracy", "auroc": "AUROC"}
@@ -26,6 +28,9 @@ _STATUS = {
     "non_finite": "stopped at a value or gradient that was not finite",
     "label_limit": "stopped where the source label would have become too improbable",
 }
+
+POOR = 0.05
+"""Share of a class's variance that an autoencoder may miss before its targets are said to be of little use."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #566473; --line: #dde3e9; --card: #fff; --page: #f4f6f8;
@@ -53,6 +58,9 @@ p { margin: .5rem 0 .9rem; } .lead { font-size: 1.1rem; margin-top: .9rem; }
 .strip img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
   border: 1px solid var(--line); border-radius: 4px; background: #8884; }
 .strip img.small { image-rendering: pixelated; }
+.strip img.flipped { outline: 3px solid var(--down); outline-offset: -1px; } .strip img { cursor: zoom-in; }
+.strip img:focus { position: fixed; inset: 0; margin: auto; z-index: 9; cursor: zoom-out; width: min(94vw, 94vh);
+  height: min(94vw, 94vh); background: var(--page); }
 .strip .cap { font-size: clamp(.62rem, 1.5vw, .74rem); line-height: 1.35; margin-top: .25rem; white-space: nowrap; }
 .strip .cap span { display: block; color: var(--ink); font-variant-numeric: tabular-nums; }
 .plane { color: var(--soft); font-size: .74rem; margin: .45rem 0 .2rem; }
@@ -64,11 +72,16 @@ th, td { text-align: right; padding: .4rem .45rem; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; } tbody tr:last-child > * { border-bottom: 0; }
 thead th { font-size: .85rem; color: var(--soft); } thead tr:first-child th { color: var(--ink); font-weight: 600; }
 .scores th[scope=colgroup] { text-align: center; } .scores tr > .first { padding-left: 1.3rem; }
-.scores tbody th, .up, .down, .same { font-weight: 600; } .up { color: var(--up); } .down { color: var(--down); }
+.scores tbody th, .up, .down { font-weight: 600; } .wide { overflow-x: auto; margin: 0 0 1rem; }
+.wide figcaption b { color: var(--ink); font-size: 1rem; }
+td small { display: block; color: var(--soft); font-weight: 400; white-space: nowrap; }
+pre { white-space: pre-wrap; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  padding: .7rem; }
+.up { color: var(--up); } .down { color: var(--down); }
 ul { margin: .5rem 0; padding-left: 1.2rem; }
 details { margin-top: 2.2rem; } summary { cursor: pointer; font-weight: 600; margin-bottom: .6rem; }
 details td, details th { text-align: left; font-size: .9rem; width: 33%; }
-@media (max-width: 700px) { .pair { grid-template-columns: 1fr; } }
+@media (max-width: 700px) { .pair { grid-template-columns: 1fr; } .strip { grid-template-columns: 1fr 1fr; } }
 """
 
 
@@ -81,12 +94,13 @@ def write_report(
     class_names: Sequence[str],
     fresh_before: Tensor,
     fresh_after: Tensor,
+    judged: Tensor | None = None,
 ) -> Path:
     """Write one self-contained HTML file, whole or not at all; it loads nothing and needs no script.
 
     Args:
         path: of the file.
-        metrics: what :func:`tsynd.jobs.run.run` measured; ``synthesis`` and ``evaluation`` are needed.
+        metrics: what :func:`tsynd.jobs.run.run` measured; ``synthesis`` and ``comparison`` are needed.
         result: the synthesis, N images.
         sources: [N, C, H, W] in [0, 1], the real images; three channels are shown as RGB, else the first as grey.
             Volumes [N, C, D, H, W] are shown in orthogonal slices, see ``tsynd.report.pictures.views``.
@@ -94,6 +108,7 @@ def write_report(
         class_names: of the labels.
         fresh_before: [N], uncertainty of the reconstructions under samples that were not climbed on, in nats.
         fresh_after: [N], the same of the targeted images.
+        judged: [N, C], probabilities that a classifier which was not climbed on gives the targeted images.
 
     Returns:
         The path of the file.
@@ -110,44 +125,82 @@ def write_report(
     limit = difference_scale(stages[2][chosen] - stages[1][chosen])
     objective = str(metrics.get("settings", {}).get("objective", "mutual_information"))
     measure, short = _MEASURES.get(objective, (objective, objective))
-    name = html.escape(str(metrics.get("data", {}).get("name", "the data")))
-    examples = (_example(i, [x[i] for x in stages], limit, texts[i], before[i], after[i], short) for i in chosen)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tsynd: {name}</title><style>{STYLE}</style></head><body>
-<h1>Targeted images for {name}</h1>
-<p class="soft">{_facts(metrics)}</p>
-<p class="lead">{_summary(metrics)}</p>
-<h2>Examples</h2>
-<p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks. Below
-reconstruction and targeted: their {measure} in nats, under fresh posterior samples.{_volume_note(stages[0])}</p>
-<p class="soft scale">Difference, targeted − reconstruction: <span>−{limit:.2f}<i></i>+{limit:.2f}</span>
-of the intensity range{", mean over channels" if stages[0].shape[1] == 3 else ""}</p>
-<div class="pair">{"".join(examples)}</div>
-<h2>Uncertainty</h2>
-<div class="pair">{histogram(before, after, short)}{curves(result.trajectory.detach().cpu(), short)}</div>
-<h2>Accuracy on test images</h2>
-<p class="soft">In percent; change in percentage points. <em>Real</em>: trained on the real images alone.
-<em>Targeted</em>: trained on real and targeted images.</p>
-<div class="card">{_score_table(metrics["evaluation"])}</div>
-{_lost(metrics)}
-<h2>How the ascents ended</h2>
-{_status_list(metrics["synthesis"])}
-<h2>How to read this</h2>
-<p>The classifier is run many times with different random parts switched off (posterior samples by dropout).
-{_meaning(short)}
-The ascent moves an image's latent code to where this number is higher, within a small ball around its start, and
-decodes it: the targeted image. It should differ from the reconstruction in what the classifier is unsure of; what the
-autoencoder loses shows between source and reconstruction. The histogram and the numbers under the examples use
-fresh samples, so they do not flatter the ascent; the curves show the samples that it climbed on.</p>
-<h2>Limits</h2>
-<p>{_limits(metrics)}</p>
-{_details(metrics)}
-</body></html>
-"""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))
+    name = str(metrics.get("data", {}).get("name", "the data"))
+    verdicts = _verdicts(judged, result.labels, class_names)
+    examples = (
+        _example(texts[i], [x[i] for x in stages], limit, (i, before[i], after[i], short), verdicts[i]) for i in chosen
+    )
+    flipped = (
+        ""
+        if judged is None
+        else (
+            " Below the targeted image: what a classifier that was not climbed on takes it for, and how surely; a "
+            "red frame where that is not its label any more."
+        )
+    )
+    colours = ", mean over channels" if stages[0].shape[1] == 3 else ""
+    shown = (
+        f'<p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks. '
+        f"Below reconstruction and targeted: their {html.escape(measure)} in nats, under fresh posterior samples"
+        f"{_scale(metrics, short)}.{flipped}{_volume_note(stages[0])} Select a picture to enlarge it.</p>"
+        f'<p class="soft scale">Difference, targeted − reconstruction: <span>−{limit:.2f}<i></i>+{limit:.2f}</span> of '
+        f'the intensity range{colours}</p><div class="pair">{"".join(examples)}</div>'
+    )
+    plots = histogram(before, after, short), curves(result.trajectory.detach().cpu(), short)
+    write_page(
+        path,
+        title=f"tsynd: {name}",
+        heading=f"Do extra images help on {name}?",
+        style=STYLE,
+        facts=_facts(metrics),
+        lead=verdict(metrics["comparison"]),
+        sections=[
+            ("Scores on test images", _scores(metrics)),
+            ("Examples", shown),
+            ("Do the pictures still show their class?", _pictures(metrics)),
+            ("Uncertainty", f'<div class="pair">{"".join(plots)}</div>{_status_list(metrics["synthesis"])}'),
+            ("How to read this", _READING.format(meaning=_meaning(short))),
+        ],
+        details=("Settings, times and machine", _details(metrics)),
+    )
     return path
+
+
+_READING = """<p>The classifier is run many times with different random parts switched off (posterior samples by
+dropout). {meaning} The ascent moves an image's latent code to where this number is higher, within a small ball around
+its start, and decodes it: the targeted image. It should differ from the reconstruction in what the classifier is unsure
+of; what the autoencoder loses shows between source and reconstruction. The histogram and the numbers under the examples
+use fresh samples, so they do not flatter the ascent; the curves show the samples that it climbed on. That the
+uncertainty rose says that the ascent works, not that training gained by it: only the scores above say that.
+<em>Noise</em>: grain of a twentieth of the intensity range is added. <em>Rotation</em>: each picture is turned by up to
+15°. Targeted images are made to train on, not to diagnose from.</p>"""
+
+
+def _scale(metrics: dict[str, Any], short: str) -> str:
+    """What the measure could be at most."""
+    data = metrics.get("data", {})
+    if data.get("task") != "multiclass" or not data.get("class_names"):
+        return ""
+    return f" (0 to {math.log(len(data['class_names'])):.2f}, the logarithm of the number of classes)"
+
+
+def _verdicts(
+    judged: Tensor | None, labels: Tensor | None, names: Sequence[str]
+) -> list[tuple[str, bool]] | dict[int, tuple[str, bool]]:
+    """For each image what it is taken for, and whether that is another class than its label."""
+    if judged is None or labels is None:
+        return defaultdict(lambda: ("", False))
+    if labels.dim() == 1:
+        best, sure = judged.argmax(1), judged.amax(1)
+        return [
+            (f"{names[int(k)]} {100 * p:.0f} %", int(k) != int(label))
+            for k, p, label in zip(best, sure, labels, strict=True)
+        ]
+    found = []
+    for chances, label in zip(judged, labels > 0.5, strict=True):
+        seen = ", ".join(names[int(k)] for k in (chances > 0.5).nonzero()[:, 0]) or "no finding"
+        found.append((seen, bool(((chances > 0.5) != label).any())))
+    return found
 
 
 def _volume_note(sources: Tensor) -> str:
@@ -170,69 +223,88 @@ def _label_texts(labels: Tensor | None, names: Sequence[str], count: int) -> lis
     return [", ".join(str(names[int(i)]) for i in row.nonzero()[:, 0]) or "no finding" for row in labels > 0.5]
 
 
-def _signed(share: float) -> str:
-    """Percentage points with their sign; ±0.0 for what rounds to nothing."""
-    text = f"{100 * share:+.1f}".replace("-", "−")
-    return "±0.0" if text[1:] == "0.0" else text
-
-
-def _join(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _facts(metrics: dict[str, Any]) -> str:
+def _facts(metrics: dict[str, Any]) -> list[str]:
     data = metrics.get("data", {})
     facts = [f"{data[key]} {key} images" for key in ("train", "test") if key in data]
     facts += ["×".join(map(str, data["image_shape"]))] if "image_shape" in data else []
     facts += [str(data["task"])] if "task" in data else []
     facts += [f"{len(data['class_names'])} classes"] if "class_names" in data else []
     facts += [f"tsynd {metrics['version']}"] if "version" in metrics else []
-    return " · ".join(html.escape(fact) for fact in facts)
+    return facts
 
 
-def _summary(metrics: dict[str, Any]) -> str:
-    """One sentence on what happened; a loss is named as plainly as a gain."""
-    made, scores = metrics["synthesis"], metrics["evaluation"]
-    before, after = made["uncertainty_before"], made["uncertainty_after"]
-    changes = []
-    for condition, real in scores["real"].items():
-        change = scores["targeted"][condition]["balanced_accuracy"] - real["balanced_accuracy"]
-        text, where = _signed(change), f"on {html.escape(condition)}"
-        verb = {"+": "gained", "−": "lost"}.get(text[0])
-        if not math.isfinite(change):
-            changes.append(f"could not be measured {where}")
-        else:
-            changes.append(f"{verb} {text[1:]} points {where}" if verb else f"changed nothing {where}")
+def _scores(metrics: dict[str, Any]) -> str:
+    """A table for each condition: every classifier's scores with intervals and their change against real only."""
+    comparison, data = metrics["comparison"], metrics.get("data", {})
+    read = "<br>".join(html.escape(str(line)) for line in data.get("summary", ()))
+    counts = ", ".join(f"{html.escape(str(name))} {n}" for name, n in data.get("test_counts", {}).items())
+    note = (
+        f'<p class="soft">Test images: {counts or comparison["images"]}. In percent, with 95 % intervals by bootstrap '
+        "over the test images; changes are of the last classifier less the other, in percentage points, over the same "
+        "draws. Bold and coloured where an interval leaves out 0. Intervals say what other test images would change, "
+        "not what another training would: this is one run with one seed.</p>"
+    )
+    sure = comparison["fewest"] >= comparison["least"]
+    conditions = next(iter(comparison["scores"].values()))
+    tables = "".join(_condition_table(condition, comparison, sure) for condition in conditions)
+    command = metrics.get("study_command")
+    settle = (
+        ""
+        if command is None
+        else f"<p>What would settle it, with six seeds and all controls:</p><pre>{html.escape(command)}</pre>"
+    )
+    return f'<p class="soft">{read}</p>{note}{tables}{settle}'
+
+
+def _condition_table(condition: str, comparison: dict[str, Any], sure: bool) -> str:
+    head = "".join(f'<th scope="col">{title}</th><th scope="col">change to it</th>' for title in _SCORES.values())
+    rows = []
+    for name, own in comparison["scores"].items():
+        cells = f'<th scope="row">{html.escape(ARMS.get(name, name))}</th>'
+        for key in _SCORES:
+            value = Interval(*own[condition][key])
+            cells += f"<td>{_percent(value.value)} <small>{_percent(value.low)}–{_percent(value.high)}</small></td>"
+            if name not in comparison["changes"]:
+                cells += "<td></td>"
+                continue
+            change = Interval(*comparison["changes"][name][condition][key])
+            mark = ("up" if change.value > 0 else "down") if sure and change.clear else "plain"
+            text = f"{points(change.value)} <small>{range_text(change)}</small>" if math.isfinite(change.value) else "–"
+            cells += f'<td class="{mark}">{text}</td>'
+        rows.append(f"<tr>{cells}</tr>")
     return (
-        f"{made['images']} images were moved towards where the classifier is unsure, which "
-        f"{'raised' if after > before else 'did not raise'} their mean uncertainty (from {nats(before)} to "
-        f"{nats(after)} nats; higher for {100 * made['raised_fraction']:.1f} % of them), and training with such "
-        f"images {_join(changes)} (balanced accuracy on test images)."
+        f'<figure class="card wide"><figcaption><b>{html.escape(condition.capitalize())}</b></figcaption>'
+        f'<table class="scores"><thead><tr><th scope="col">Trained with</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></figure>"
     )
 
 
-def _lost(metrics: dict[str, Any]) -> str:
-    """What the autoencoder loses of each class, beside the gain: a blurred picture teaches little."""
-    parts = metrics.get("reconstruction", {}).get("by_class", {})
-    if not parts:
-        return ""
-    text = _join([f"{100 * share:.0f} % of {html.escape(str(name))}" for name, share in parts.items()])
-    return f'<p class="soft">Of the variance of the pictures, reconstructions miss {text}.</p>'
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if math.isfinite(share) else "–"
 
 
-def _limits(metrics: dict[str, Any]) -> str:
-    text = "This is one run with a single seed; how much another would change is not measured. "
-    tests = metrics.get("data", {}).get("test")
-    accuracies = [row["accuracy"] for row in metrics["evaluation"]["real"].values() if math.isfinite(row["accuracy"])]
-    if tests and accuracies:
-        share, z2 = accuracies[0], 1.96**2
-        half = math.sqrt(z2 * share * (1 - share) / tests + (z2 / tests) ** 2 / 4) / (1 + z2 / tests)  # Wilson
-        text += (
-            f"With {tests} test images, an accuracy of {100 * share:.1f} % has a binomial 95 % half-width of "
-            f"{100 * half:.1f} percentage points: differences of about that size or less are within noise, and "
-            "balanced accuracy is noisier still where a class is rare. "
+def _pictures(metrics: dict[str, Any]) -> str:
+    """Labels that a classifier which was not climbed on still sees, and how well each class is reconstructed."""
+    made, texts = metrics["synthesis"], []
+    if "label_kept" in made:
+        texts.append(
+            f"A classifier that was not climbed on takes {_percent(made['label_kept'])} % of the targeted images for "
+            f"their label, and {_percent(made['label_kept_reconstruction'])} % of the reconstructions that they "
+            "started from. Where the first is much smaller, the labels of the targeted images are in doubt."
         )
-    return text + "Targeted images are made to train on, not to diagnose from."
+    missed = metrics.get("reconstruction", {}).get("by_class", {})
+    poor = [str(name) for name, share in missed.items() if not share <= POOR]
+    if missed:
+        each = ", ".join(f"{_percent(share)} % of {name}" for name, share in missed.items())
+        texts.append(f"Of the variance of the pictures, the autoencoder's reconstructions miss: {each}.")
+    warning = ""
+    if poor:
+        warning = (
+            f'<p class="down">This autoencoder does not yet reproduce your pictures of {html.escape(", ".join(poor))}: '
+            "its targets will hardly help there. Train it longer (--autoencoder-iterations) or on more images "
+            "(--autoencoder-data all).</p>"
+        )
+    return warning + "".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
 def _meaning(short: str) -> str:
@@ -249,55 +321,40 @@ def _status_list(made: dict[str, Any]) -> str:
     items = "".join(f"<li>{n} {html.escape(_STATUS.get(name, name))}</li>" for name, n in counts.items())
     speed = made.get("images_per_second")
     rate = "" if speed is None else f" Synthesis made {speed:.3g} images per second."
-    head = f"<p>Of {made['images']} images, judged by the samples climbed on:</p>"
+    head = (
+        f"<p>Mean uncertainty of the {made['images']} images under fresh samples: {nats(made['uncertainty_before'])} → "
+        f"{nats(made['uncertainty_after'])} nats, higher for {_percent(made['raised_fraction'])} % of them. Judged by "
+        "the samples climbed on:</p>"
+    )
     return f'{head}<ul>{items}</ul><p class="soft">{rate.strip()}</p>'
 
 
-def _score_table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    head = "".join(f'<th class="first" colspan="3" scope="colgroup">{title}</th>' for title in _SCORES.values())
-    columns = '<th class="first" scope="col">real</th><th scope="col">targeted</th><th scope="col">change</th>' * 3
-    rows = []
-    for condition, real in scores["real"].items():
-        cells = f'<th scope="row">{html.escape(condition)}</th>'
-        for key in _SCORES:
-            a, b = (
-                f"{100 * x:.1f}" if math.isfinite(x) else "–" for x in (real[key], scores["targeted"][condition][key])
-            )
-            change = scores["targeted"][condition][key] - real[key]
-            text = _signed(change) if math.isfinite(change) else "–"
-            mark = {"+": "up", "−": "down"}.get(text[0], "same")
-            cells += f'<td class="first">{a}</td><td>{b}</td><td class="{mark}">{text}</td>'
-        rows.append(f"<tr>{cells}</tr>")
-    return (
-        f'<table class="scores"><thead><tr><th scope="col" rowspan="2">Test images</th>{head}</tr><tr>{columns}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table>"
-    )
-
-
-def _details(metrics: dict[str, Any]) -> str:
-    cells = [
+def _details(metrics: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    return [
         (part, key, f"{value} s" if part == "seconds" else value)
         for part in ("data", "settings", "seconds", "machine")
         for key, value in metrics.get(part, {}).items()
+        if (part, key) != ("data", "summary")
     ]
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in cells)
-    table = f'<div class="card"><table>{rows}</table></div>'
-    return f"<details><summary>Settings, times and machine</summary>{table}</details>"
 
 
 def _example(
-    index: int, stages: list[Tensor], limit: float, label: str, before: Tensor, after: Tensor, short: str
+    label: str, stages: list[Tensor], limit: float, about: tuple[int, Tensor, Tensor, str], taken: tuple[str, bool]
 ) -> str:
+    index, before, after, short = about
     notes = ("", f"{short} {nats(before)}", f"{short} {nats(after)}", "")
     label, strips, shown = html.escape(label), "", views(stages)
     for number, (title, pictures) in enumerate(shown):
         cells, last = "", number == len(shown) - 1
         for name, note, pixels in zip(COLUMNS, notes, strip(pictures, limit), strict=True):
-            kind = ' class="small"' if max(pixels.shape) < 128 else ""
+            targeted = name == "targeted"
+            kinds = " ".join(["small"] * (max(pixels.shape) < 128) + ["flipped"] * (targeted and taken[1]))
+            kind = f' class="{kinds}"' if kinds else ""
             alt = f"{name} of image {index} ({label})" + (f", {title}" if title else "")
             alt += f", {note} nats" if note else ""
-            cells += f'<div><img{kind} src="{inline_png(pixels)}" alt="{alt}">'
-            cells += f'<div class="cap">{name}<span>{note}</span></div></div>' if last else "</div>"
+            cells += f'<div><img{kind} tabindex="0" src="{inline_png(pixels)}" alt="{alt}">'
+            said = f"<span>{html.escape(taken[0])}</span>" if targeted and taken[0] else ""
+            cells += f'<div class="cap">{name}<span>{note}</span>{said}</div></div>' if last else "</div>"
         strips += f'<div class="plane">{title}</div>' if title else ""
         strips += f'<div class="strip">{cells}</div>'
     return f'<div class="example"><b>{label}</b>{strips}</div>'

@@ -36,7 +36,7 @@ from tsynd.utils.atomic import atomic_path, clear_leftovers
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import fingerprint, hash_file, is_sealed
-from tsynd.utils.progress import progress_bar
+from tsynd.utils.progress import progress_bar, say
 from tsynd.utils.version import __version__
 
 __all__ = ["experiment"]
@@ -105,6 +105,7 @@ def experiment(
         source = load_data(data, train_size=size, **settings.reading.given())
     check_study(settings, source, [parse_arm(arm) for arm in arms])
     whole = load_data(data, **settings.reading.given())
+    say(whole.summary.lines(), progress)
     content = [x for part in (whole.unlabelled, whole.val, whole.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, kind="experiment")) as job:
         for folder in job.folder.iterdir():  # models/, cells/, ...

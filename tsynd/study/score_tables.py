@@ -31,8 +31,9 @@ __all__ = [
     "masked_gradients",
     "quality_table",
     "score_table",
-    "signed",
+    "to_csv",
     "to_html",
+    "to_latex",
     "to_markdown",
 ]
 
@@ -56,11 +57,6 @@ class Table:
 
 def _minus(text: str) -> str:
     return "±0.0" + text[4:] if text[:4] in ("-0.0", "+0.0") else text.replace("-", "−")
-
-
-def signed(share: float) -> str:
-    """Percentage points with their sign; ±0.0 for what rounds to nothing."""
-    return _minus(f"{100 * share:+.1f}")
 
 
 def _value(mean: float, half: float, measure: Measure) -> str:
@@ -175,6 +171,10 @@ def quality_table(rows: Sequence[Row], size: int) -> Table:
                     f"{found.get('gradient_cosine', math.nan):.2f}",
                 )
             )
+    real = [row["quality"] for row in rows if row["size"] == size and row["quality"]]
+    if lines:
+        kid, fid = (_mean([one.get(key) for one in real]) for key in ("kid_train", "fid_train"))
+        lines.append(("real training images", *["–"] * 7, _minus(f"{kid:.3f}"), f"{fid:.2f}", "–"))
     head = (
         "Arm",
         "MI, nats",
@@ -189,6 +189,11 @@ def quality_table(rows: Sequence[Row], size: int) -> Table:
         "Cosine MI, entropy",
     )
     return Table(f"{size} labelled images", head, tuple(lines), {})
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else math.nan
 
 
 def masked_gradients(rows: Sequence[Row], margin: float = 0.02) -> list[str]:
@@ -228,3 +233,27 @@ def to_markdown(table: Table) -> str:
     lines = [f"**{table.title}**", "", "| " + " | ".join(table.head) + " |", "|---" * len(table.head) + "|"]
     lines += ["| " + " | ".join(text.replace("*", "\\*") for text in row) + " |" for row in table.rows]
     return "\n".join(lines).replace("­", "") + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """The table for a paper, with booktabs."""
+    escape = str.maketrans(
+        {**{c: f"\\{c}" for c in "&%$#_"}, "−": "$-$", "±": r"$\pm$", "↓": r"$\downarrow$", "\u00ad": ""}
+    )
+    head, *rows = (" & ".join(text.translate(escape) for text in row) + r" \\" for row in (table.head, *table.rows))
+    columns = "l" + "r" * (len(table.head) - 1)
+    lines = [f"% {table.title}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Every score of every cell, one a line."""
+    lines = ["data,size,seed,arm,condition,score,value"]
+    for row in rows:
+        name = f'"{row.get("data", "")}",{row["size"]},{row["seed"]},"{row["arm"]}"'
+        lines += [
+            f"{name},{condition},{score},{'' if value is None else value}"
+            for condition, scores in row["scores"].items()
+            for score, value in scores.items()
+        ]
+    return "\n".join(lines) + "\n"

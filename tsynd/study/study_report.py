@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tsynd.evaluation.attacks import KINDS
 from tsynd.evaluation.evaluate import FAMILIES
+from tsynd.report.page import write_page
 from tsynd.report.pictures import centre, inline_png, nats
 from tsynd.report.run_report import STYLE
+from tsynd.report.verdict import points
 from tsynd.study.arms import parse_arm
 from tsynd.study.plots import budget_plot, dot_plot, label_of, selective_plot, severity_plot, size_plot
 from tsynd.study.score_tables import (
@@ -26,11 +28,13 @@ from tsynd.study.score_tables import (
     masked_gradients,
     quality_table,
     score_table,
-    signed,
+    to_csv,
     to_html,
+    to_latex,
     to_markdown,
 )
 from tsynd.study.settings import Cell, Workplace, read_samples
+from tsynd.study.statistics import smallest_p
 from tsynd.study.summary import Row, arms_of, difference, headline, severities_of, sizes_of
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.fingerprint import plain_settings
@@ -51,7 +55,7 @@ figure.card figcaption b { display: block; color: var(--ink); font-size: 1rem; }
 
 
 def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """Write ``report.html`` and ``results.md`` into the study's folder.
+    """Write ``report.html`` and ``results.md``, ``.csv`` and ``.tex`` into the study's folder.
 
     Args:
         place: the study's; its models and samples are shown.
@@ -59,8 +63,11 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
         facts: of data and machine, for the foot.
     """
     sizes = sizes_of(rows)
-    with atomic_path(place.folder / "results.md") as temporary:
-        temporary.write_text(_markdown(rows, facts), encoding="utf-8")
+    tables = [table for size in sizes for table in _score_tables(rows, size)] + difference_tables(rows)
+    texts = {"md": _markdown(rows, facts), "csv": to_csv(rows), "tex": "\n".join(map(to_latex, tables))}
+    for ending, text in texts.items():  # before the figures
+        with atomic_path(place.folder / f"results.{ending}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
     measures = headline(rows)
     figures = [dot_plot(rows, measures, size, f"d{size}") for size in sizes]
     if len(sizes) > 1:
@@ -68,44 +75,60 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
     for size in sizes:
         figures += [severity_plot(rows, size, family, f"v{place}{size}") for place, family in enumerate(FAMILIES)]
         figures += [budget_plot(rows, size, f"b{size}"), selective_plot(rows, size, f"u{size}")]
-    name = html.escape(str(facts["data"]))
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tsynd study: {name}</title><style>{STYLE}{_MORE_STYLE}</style></head><body>
-<h1>Does targeted synthesis help on {name}?</h1>
-<p class="soft">{_facts(rows, facts, place)}</p>
-<p class="lead">{_summary(rows)}</p>
-<h2>Scores by arm</h2>
-{"".join(figures)}
-<h2>All scores</h2>
-<p class="soft">Mean ± 95 % t interval over the seeds. ↓: less is better. Error detection: how well the mutual
-information tells wrong predictions from right ones (area under the ROC curve, 50 % is chance).</p>
-{"".join(to_html(table) for size in sizes for table in _score_tables(rows, size))}
-<h2>Paired differences</h2>
-<p class="soft">In percentage points of balanced accuracy (NLL: nats), over pairs of equal size and seed, with their
-95 % t interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test, two-sided, not
-corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs: 0.0625). Pairs
-of several sizes share test and training images, so that p over all sizes is optimistic.</p>
-{"".join(to_html(table) for table in difference_tables(rows))}
-<h2>Synthetic images</h2>
-<p class="soft">Made of training images against each arm's finished classifier, seed 0; not picked for looks. Below:
-mutual information in nats under samples that no ascent has seen.</p>
+    write_page(
+        place.folder / "report.html",
+        title=f"tsynd study: {facts['data']}",
+        heading=f"Does targeted synthesis help on {facts['data']}?",
+        style=STYLE + _MORE_STYLE,
+        facts=_facts(rows, facts, place),
+        lead=[_summary(rows), *_power(rows)],
+        sections=[
+            ("Scores by arm", "".join(figures)),
+            ("All scores", _SCORES + "".join(to_html(one) for size in sizes for one in _score_tables(rows, size))),
+            ("Paired differences", _DIFFERENCES + "".join(map(to_html, difference_tables(rows)))),
+            ("Synthetic images", _quality(place, rows, facts)),
+            ("Method and limits", _method(rows, facts, place)),
+        ],
+        details=("Settings and machine", _details(rows, facts, place)),
+    )
+
+
+_SCORES = """<p class="soft">Mean ± 95 % t interval over the seeds. ↓: less is better. Error detection: how well the
+mutual information tells wrong predictions from right ones (area under the ROC curve, 50 % is chance).</p>
+"""
+_DIFFERENCES = """<p class="soft">In percentage points of balanced accuracy (NLL: nats), over pairs of equal size and
+seed, with their 95 % t interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test,
+two-sided, not corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs:
+0.0625). Pairs of several sizes share test and training images, so that p over all sizes is optimistic.</p>
+"""
+
+
+def _quality(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    tables = [table for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
+    return f"""<p class="soft">Made of training images against each arm's finished classifier, seed 0; not picked for
+looks. Below: mutual information in nats under samples that no ascent has seen.</p>
 {_samples(place, rows, facts)}
 <p class="soft">Mean over the seeds. MI: mutual information of the synthetic images under the arm's own classifier.
 Label kept: that classifier still predicts the source's label. Distances are root mean squared differences of pixels: to
 the source; to the nearest training image, and that in units of a real held-out image's distance (well below 1: close to
-a copy). KID and FID: distance to the {place.settings.split} images in the features of real only.</p>
-{"".join(to_html(quality_table(rows, size)) for size in sizes if quality_table(rows, size).rows)}
-<h2>Method and limits</h2>
-{_method(rows, facts, place)}
-{_details(rows, facts, place)}
-</body></html>
-"""
-    with atomic_path(place.folder / "report.html") as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))
+a copy). KID and FID: distance to the {place.settings.split} images in the features of real only; the row “real training
+images” is what real images of the same number get. Cosine: of the gradients of mutual information and entropy.</p>
+{"".join(map(to_html, tables))}"""
 
 
-def _facts(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
+def _power(rows: Sequence[Row]) -> list[str]:
+    """Says where the seeds cannot show anything, and how many would."""
+    pairs = min(len({row["seed"] for row in rows if row["size"] == size}) for size in sizes_of(rows))
+    if smallest_p(pairs) <= 0.05:
+        return []
+    needed = next(n for n in range(2, 99) if smallest_p(n) <= 0.05)
+    return [
+        f"With {pairs} seed{'s' if pairs > 1 else ''} no difference at one size can reach p = .05 (the smallest p is "
+        f"{smallest_p(pairs):.2g}): that takes {needed} seeds, and eight for p < .01."
+    ]
+
+
+def _facts(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> list[str]:
     seeds = len({row["seed"] for row in rows})
     parts = [
         f"{', '.join(map(str, sizes_of(rows)))} labelled images",
@@ -116,7 +139,7 @@ def _facts(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
         f"{place.settings.iterations} steps for every arm",
         f"tsynd {facts['version']}",
     ]
-    return " · ".join(html.escape(part) for part in parts)
+    return parts
 
 
 def _score_tables(rows: Sequence[Row], size: int) -> list[Table]:
@@ -150,17 +173,17 @@ def _summary(rows: Sequence[Row]) -> str:
         for measure in [one for one in headline(rows) if one.percent]:
             found = difference(rows, targeted, against, sizes_of(rows), measure.key)
             if found.pairs:
-                points = signed(found.mean)
+                gain = points(found.mean)
                 where = f"{measure.title.lower()} images" if measure.key in ("clean", "shifts") else measure.title
                 surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
                 if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
                     each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
                     surety = (
-                        ", ".join(f"{n} labels: {signed(one.mean)}" for n, one in each if one.pairs) + f"; {surety}"
+                        ", ".join(f"{n} labels: {points(one.mean)}" for n, one in each if one.pairs) + f"; {surety}"
                     )
-                texts.append(f"{points} points on {where} ({surety})")
+                texts.append(f"{gain} points on {where} ({surety})")
         sentences += [f"against {label_of(against)}: {', '.join(texts)}"] if texts else []
-    return html.escape(f"Balanced accuracy of {label_of(targeted)} {'; '.join(sentences)}.")
+    return f"Balanced accuracy of {label_of(targeted)} {'; '.join(sentences)}."
 
 
 def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
@@ -283,11 +306,8 @@ def _attack_text(rows: Sequence[Row], place: Workplace) -> str:
     )
 
 
-def _details(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> str:
+def _details(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> list[tuple[str, str, Any]]:
     cells = [("settings", key, value) for key, value in plain_settings(place.settings).items()]
     cells += [("facts", key, value) for key, value in facts.items()]
     total = sum(sum(row["seconds"].values()) for row in rows)
-    cells.append(("facts", "time of all cells", f"{total / 60:.1f} min of one process"))
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in line) + "</tr>" for line in cells)
-    table = f'<div class="card"><table>{lines}</table></div>'
-    return f"<details><summary>Settings and machine</summary>{table}</details>"
+    return [*cells, ("facts", "time of all cells", f"{total / 60:.1f} min of one process")]

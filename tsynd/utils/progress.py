@@ -5,16 +5,22 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["progress_bar"]
+__all__ = ["progress_bar", "say"]
 
 FIRST, EVERY = 3.0, 10.0
 """Seconds until the first plain line, with an estimate of all, and between two later ones."""
 
 Report = Callable[[int, str], None]
+
+
+def say(lines: Iterable[str], shown: bool = True) -> None:
+    """Write lines to the error stream."""
+    if shown:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -19,16 +19,7 @@ from tsynd.data.readers.options import ReadOptions
 from tsynd.data.readers.pixels import Array, describe
 from tsynd.utils.errors import InputError
 
-__all__ = [
-    "SPLITS",
-    "Entry",
-    "Listing",
-    "canonical",
-    "gather",
-    "read_entries",
-    "read_entry",
-    "split_name",
-]
+__all__ = ["SPLITS", "Entry", "Listing", "canonical", "gather", "read_entries", "read_entry", "split_name"]
 
 SPLITS = ("train", "val", "test")
 _DIM = 26  # of 255: below a tenth of the range
