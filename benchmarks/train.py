@@ -150,6 +150,7 @@ def summary(rows: list[Row]) -> list[str]:
     ]
     for shape in dict.fromkeys(row.shape for row in rows):
         turns = [row.over_floor for row in rows if row.shape == shape and row.method in (CONSISTENCY, EXPECTED)]
-        whole = 0.3 + 0.7 * sum(turns) / len(turns)
-        lines.append(f"{shape.split()[0]}, a training with the recipe, warm-up 0.3: {whole:.2f}× real images alone")
+        if turns:
+            whole = 0.3 + 0.7 * sum(turns) / len(turns)
+            lines.append(f"{shape.split()[0]}, a training with the recipe, warm-up 0.3: {whole:.2f}× real images alone")
     return lines
