@@ -339,8 +339,9 @@ void ascent(int images, int count, double size, float step, float radius, bool l
 
 template <class T>
 void all_rows(unsigned seed) {
-  const int shapes[][3] = {{5, 1, 1},  {9, 7, 2},   {3, 32, 8},  {33, 32, 8}, {4, 20, 3},  {2, 70, 16},
-                           {3, 5, 32}, {2, 130, 8}, {2, 300, 2}, {3, 9, 40},  {2, 6, 129}, {1, 40, 33}};
+  const int shapes[][3] = {{5, 1, 1},   {9, 7, 2},   {3, 32, 8},  {33, 32, 8}, {4, 20, 3},
+                           {2, 70, 16}, {3, 5, 32},  {2, 130, 8}, {2, 300, 2}, {3, 9, 40},
+                           {2, 6, 129}, {1, 40, 33}, {4, 9, 12},  {8, 5, 24}};
   for (const auto& s : shapes)
     for (int options = 0; options < 4; ++options) {
       ++seed;
