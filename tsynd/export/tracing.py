@@ -120,8 +120,10 @@ def layer_of(operator: str, run: Callable[[], Any], modules: Sequence[nn.Module]
     stack: list[str] = []
 
     def enter(part: nn.Module, _: Any) -> None:
-        path = names.get(part)
-        stack.append(f"{path or 'the whole'} ({type(part).__name__})" if part in names or not stack else stack[-1])
+        if part not in names:  # a copy that runs in a model's place
+            names.update({child: path for path, child in part.named_modules() if child not in names})
+        path = names[part]
+        stack.append(f"{path or 'the whole'} ({type(part).__name__})")
 
     def leave(*_: Any) -> None:
         stack.pop()
