@@ -69,7 +69,7 @@ def test_a_job_on_a_frozen_encoder(data: Path, network: str, tmp_path: Path) -> 
     (features,) = (tmp_path / "out" / "features").iterdir()
     from safetensors.torch import load_file
 
-    assert 24 < len(load_file(str(features))["features"]) <= 24 * 3  # real images, and what was drawn of two rounds
+    assert 24 < len(load_file(str(features))["features"]) <= 24 * 8  # real images, and what was drawn of two rounds and by the controls
     assert len(list((tmp_path / "out" / "rounds").glob("*/*"))) == 2 * 2
     assert not (tmp_path / "out" / "training.safetensors").exists()
     assert set(metrics["reconstruction"]["by_class"]) == set(metrics["data"]["class_names"])
@@ -89,6 +89,8 @@ def test_a_killed_job_with_rounds_repeats_and_loses_nothing(
     give = TargetedAugmentation.give
 
     def failing(self: Any, classifier: Any, images: Any, labels: Any) -> Any:
+        if self.direction == "reconstruction":  # a control of the run's
+            return give(self, classifier, images, labels)
         calls.append(len(images))
         if len(calls) == 4:  # the second file of the second round
             raise KeyboardInterrupt

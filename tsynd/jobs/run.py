@@ -386,7 +386,7 @@ def _finish(
         _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
 
 

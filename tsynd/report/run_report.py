@@ -101,7 +101,8 @@ def write_report(
 
     Args:
         path: of the file.
-        metrics: what :func:`tsynd.jobs.run.run` measured; ``synthesis`` and ``comparison`` are needed.
+        metrics: what :func:`tsynd.jobs.run.run` measured; ``synthesis`` is needed;
+            without ``comparison`` no score is shown.
         result: the synthesis, N images.
         sources: [N, C, H, W] in [0, 1], the real images; three channels are shown as RGB, else the first as grey.
             Volumes [N, C, D, H, W] are shown in orthogonal slices, see ``tsynd.report.pictures.views``.
@@ -154,9 +155,9 @@ def write_report(
         heading=f"Do extra images help on {name}?",
         style=STYLE,
         facts=_facts(metrics),
-        lead=verdict(metrics["comparison"]),
+        lead=verdict(metrics["comparison"]) if "comparison" in metrics else [],
         sections=[
-            ("Scores on test images", _scores(metrics)),
+            *([("Scores on test images", _scores(metrics))] if "comparison" in metrics else []),
             ("Examples", shown),
             ("Do the pictures still show their class?", _pictures(metrics)),
             ("Uncertainty", f'<div class="pair">{"".join(plots)}</div>{_status_list(metrics["synthesis"])}'),
