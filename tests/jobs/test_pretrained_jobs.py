@@ -69,7 +69,9 @@ def test_a_job_on_a_frozen_encoder(data: Path, network: str, tmp_path: Path) -> 
     (features,) = (tmp_path / "out" / "features").iterdir()
     from safetensors.torch import load_file
 
-    assert 24 < len(load_file(str(features))["features"]) <= 24 * 8  # real images, and what was drawn of two rounds and by the controls
+    assert (
+        24 < len(load_file(str(features))["features"]) <= 24 * 8
+    )  # real images, and what was drawn of two rounds and by the controls
     assert len(list((tmp_path / "out" / "rounds").glob("*/*"))) == 2 * 2
     assert not (tmp_path / "out" / "training.safetensors").exists()
     assert set(metrics["reconstruction"]["by_class"]) == set(metrics["data"]["class_names"])
