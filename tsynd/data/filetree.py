@@ -88,10 +88,7 @@ def _web_client() -> dict[str, Any]:
 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(follow)
-    return {
-        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),
-        "trace_configs": [trace],
-    }
+    return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60), "trace_configs": [trace]}
 
 
 class FileTree:
