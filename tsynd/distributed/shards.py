@@ -67,13 +67,7 @@ class Sample:
 
     def row(self) -> dict[str, Any]:
         """What stands in the JSON and the index."""
-        return {
-            "sample_id": self.sample_id,
-            "label": self.label,
-            "uncertainty_before": self.uncertainty_before,
-            "uncertainty": self.uncertainty,
-            "status": self.status,
-        }
+        return {name: value for name, value in vars(self).items() if name != "image"}
 
 
 def plan_units(count: int, shard_size: int) -> list[Unit]:
@@ -169,9 +163,8 @@ class ShardFolder:
         if known is not None:
             self._compare(known["fingerprint"])
         else:
-            older = [
-                r["fingerprint"] for r in map(_read_json, sorted((self.folder / "units").glob("shard-*.json"))) if r
-            ]
+            receipts = map(_read_json, sorted((self.folder / "units").glob("shard-*.json")))
+            older = [receipt["fingerprint"] for receipt in receipts if receipt]
             ours = {"units", "index"} <= set(visible) and all(map(_OURS.fullmatch, visible))
             if visible and not older and not ours:
                 raise InputError(
