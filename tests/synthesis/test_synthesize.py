@@ -38,17 +38,40 @@ def test_same_images_for_any_batch_size_and_order(
     whole = tsynd.synthesize(autoencoder, classifier, images, labels, batch_size=64, **options)
     for size in (1, 7):
         part = tsynd.synthesize(autoencoder, classifier, images, labels, batch_size=size, **options)
-        torch.testing.assert_close(part.images, whole.images, rtol=0, atol=1e-5)
-        torch.testing.assert_close(part.uncertainty, whole.uncertainty, rtol=0, atol=1e-5)
+        assert torch.equal(part.images, whole.images)
+        assert torch.equal(part.uncertainty, whole.uncertainty)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     mixed = tsynd.synthesize(
         autoencoder, classifier, images[order], labels[order], batch_size=7, sample_ids=order, **options
     )
-    torch.testing.assert_close(mixed.images, whole.images[order], rtol=0, atol=1e-5)
+    assert torch.equal(mixed.images, whole.images[order])
     assert torch.equal(mixed.labels, whole.labels[order])
     if masks == "independent":
         other = tsynd.synthesize(autoencoder, classifier, images, labels, sample_ids=order, **options)
         assert (other.images - whole.images).abs().max() > 1e-3
+
+
+def test_large_images_are_the_same_for_any_batch_size() -> None:
+    """Fewer than 16 of them go through the networks at once, as many whatever the batch is."""
+
+    class Watched(tsynd.SmallAutoencoder):
+        def decode(self, latents: Tensor) -> Tensor:
+            seen.add(len(latents))
+            return super().decode(latents)
+
+    torch.manual_seed(0)
+    autoencoder, classifier = Watched(1, 4, (32, 64)), tsynd.SmallResNet(1, 3, widths=(8, 16))
+    images = torch.rand(9, 1, 128, 128, generator=torch.Generator().manual_seed(0))
+    made, widest = [], []
+    for size in (16, 8, 3):
+        seen: set[int] = set()
+        options = {"samples": 2, "steps": 1, "radius": 2.0, "latent_std": 1.0, "batch_size": size, "progress": False}
+        made.append(tsynd.synthesize(autoencoder, classifier, images, **options).images)
+        widest.append(max(seen))
+    assert widest[0] < 16
+    assert len(set(widest)) == 1
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("objective", ["mutual_information", "entropy"])
