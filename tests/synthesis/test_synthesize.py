@@ -51,29 +51,6 @@ def test_same_images_for_any_batch_size_and_order(
         assert (other.images - whole.images).abs().max() > 1e-3
 
 
-def test_large_images_are_the_same_for_any_batch_size() -> None:
-    """Fewer than 16 of them go through the networks at once, as many whatever the batch is."""
-
-    class Watched(tsynd.SmallAutoencoder):
-        def decode(self, latents: Tensor) -> Tensor:
-            seen.add(len(latents))
-            return super().decode(latents)
-
-    torch.manual_seed(0)
-    autoencoder, classifier = Watched(1, 4, (32, 64)), tsynd.SmallResNet(1, 3, widths=(8, 16))
-    images = torch.rand(9, 1, 128, 128, generator=torch.Generator().manual_seed(0))
-    made, widest = [], []
-    for size in (16, 8, 3):
-        seen: set[int] = set()
-        options = {"samples": 2, "steps": 1, "radius": 2.0, "latent_std": 1.0, "batch_size": size, "progress": False}
-        made.append(tsynd.synthesize(autoencoder, classifier, images, **options).images)
-        widest.append(max(seen))
-    assert widest[0] < 16
-    assert len(set(widest)) == 1
-    assert torch.equal(made[0], made[1])
-    assert torch.equal(made[0], made[2])
-
-
 @pytest.mark.parametrize("objective", ["mutual_information", "entropy"])
 @pytest.mark.parametrize("rule", ["l2", "linf"])
 def test_uncertainty_rises_within_the_ball(
