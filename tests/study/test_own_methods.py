@@ -217,7 +217,7 @@ def test_evaluate_takes_them_too(data: Path, tmp_path: Path) -> None:
     scores = json.loads(file.read_text())["scores"]
     assert list(scores) == ["clean", "inverted", "blackout"]
     assert scores["clean"]["confidence"] != scores["inverted"]["confidence"]
-    assert "confidence" in done.stdout
+    assert f"{scores['inverted']['confidence']:.3f}" in done.stdout
 
 
 @pytest.mark.slow
