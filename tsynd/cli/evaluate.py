@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,7 @@ def evaluate(
     trust = evaluation.evaluate_uncertainty(
         network, tested, task=source.task, samples=samples, seed=seed, device=device
     )
-    _print_scores(scores, trust, len(tested), [*own])
+    _print_scores(scores, trust, len(tested), [*own], source.class_names)
     if json_file is not None:
         facts = {"tsynd": __version__, "data": source.name, "split": split, "images": len(tested), "seed": seed}
         content = plain({**facts, "scores": scores, "uncertainty": trust})
@@ -89,7 +90,9 @@ def evaluate(
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _print_scores(scores: dict[str, dict[str, float]], trust: dict[str, Any], count: int, own: list[str]) -> None:
+def _print_scores(
+    scores: dict[str, dict[str, float]], trust: dict[str, Any], count: int, own: list[str], names: Sequence[str]
+) -> None:
     console = Console()
     table = Table("images", "number", "balanced accuracy", "accuracy", "AUROC", "ECE", "NLL", *own)
     for name, row in scores.items():
@@ -97,6 +100,12 @@ def _print_scores(scores: dict[str, dict[str, float]], trust: dict[str, Any], co
         texts = ["–" if number is None else f"{number:.3f}" for number in numbers]
         table.add_row(name, str(row.get("images", count)), *texts)
     console.print(table)
+    first, row = next(iter(scores.items()))
+    recalls = [f"{name} {row[f'recall:{k}']:.3f}" for k, name in enumerate(names) if f"recall:{k}" in row]
+    console.print(
+        f"{first}: F1 {row['f1']:.3f}, average precision {row['average_precision']:.3f}, sensitivity at 90 % "
+        f"specificity {row['sensitivity_at_90']:.3f}; recall of {', '.join(recalls)}"
+    )
     console.print(
         f"mutual information finds the {trust['error_rate']:.1%} wrong predictions with an AUROC of "
         f"{trust['error_auroc']:.3f}; without the less certain half the accuracy is "

@@ -25,6 +25,7 @@ __all__ = [
     "Quiet",
     "Reading",
     "Split",
+    "Track",
     "TrainSize",
     "field_texts",
     "given_options",
@@ -141,6 +142,10 @@ TrainSize = Annotated[int | None, typer.Option(help="Labelled training images; a
 Split = Annotated[str, typer.Option(help="Which images: train, val or test.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Track = Annotated[
+    str | None,
+    typer.Option(help="Log losses by tensorboard, wandb, mlflow, ... into OUTPUT/logs.", rich_help_panel="Training"),
+]
 Ascent = Annotated[dict[str, Any], Options(AscentSettings, ASCENT, "Ascent")]
 Reading = Annotated[
     dict[str, Any], Options(ReadOptions, tuple(part.name for part in fields(ReadOptions)), "Reading files")

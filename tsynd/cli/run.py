@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tsynd.cli.options import ASCENT, Data, Device, Options, Quiet, Reading, takes_options
+from tsynd.cli.options import ASCENT, Data, Device, Options, Quiet, Reading, Track, takes_options
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs import run as job
 from tsynd.jobs.steps import NetworkChoice
@@ -43,11 +43,12 @@ def run(
     networks: _Networks,
     reading: Reading,
     device: Device = None,
+    track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Train, synthesise, train again with extra images, test both, write a report."""
     settings = job.RunSettings(**basic, **training, **ascent, **networks, reading=ReadOptions(**reading))
-    metrics = job.run(data, output, settings, device=device, progress=not quiet)
+    metrics = job.run(data, output, settings, device=device, progress=not quiet, track=track)
     console = Console()
     for text in verdict(metrics["comparison"]):
         console.print(text)

@@ -41,7 +41,7 @@ from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.extra_images import Alternation, Augmentation
-from tsynd.training.loop import Checkpoint
+from tsynd.training.loop import Checkpoint, Track, tracking_accelerator
 from tsynd.training.recipe import RECIPES, recipe
 from tsynd.training.rounds import OfflineRounds
 from tsynd.training.standard import FLIPS, StandardAugmentation
@@ -114,6 +114,7 @@ def run(
     *,
     device: str | None = None,
     progress: bool = True,
+    track: str | None = None,
 ) -> dict[str, Any]:
     """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
 
@@ -125,6 +126,7 @@ def run(
         settings: see :class:`RunSettings`.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         progress: show bars where rich is installed.
+        track: ``tensorboard``, ``wandb``, ``mlflow``, ...: log every training's losses, into the folder's ``logs``.
 
     Returns:
         The contents of ``metrics.json``.
@@ -137,6 +139,8 @@ def run(
     for module in _NEEDED:  # now, not after the training
         require(module, "cli")
     where = str(resolve_device(device))
+    if track is not None:
+        tracking_accelerator(Track(track, Path()))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     say(source.summary.lines(), progress)
     settings = replace(settings, task=source.task)
@@ -145,12 +149,15 @@ def run(
     settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
-        return _stages(job, str(data), source, settings, where, progress)
+        return _stages(job, str(data), source, settings, where, progress, track)
 
 
 def _stages(
-    job: Job, data: str, source: DataSource, settings: RunSettings, where: str, progress: bool
+    job: Job, data: str, source: DataSource, settings: RunSettings, where: str, progress: bool, track: str | None
 ) -> dict[str, Any]:
+    def tracked(name: str) -> Track | None:
+        return None if track is None else Track(track, job.folder / "logs", name)
+
     def train_autoencoder(path: Path) -> dict[str, Any]:
         fit_autoencoder_step(
             source,
@@ -161,6 +168,7 @@ def _stages(
             iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
+            track=tracked("autoencoder"),
         )
         return {}
 
@@ -182,6 +190,7 @@ def _stages(
             device=where,
             progress=progress,
             checkpoint=checkpoint,
+            track=tracked(path.stem),
         )
         if checkpoint is not None:  # of this classifier's training alone
             checkpoint.path.unlink(missing_ok=True)
