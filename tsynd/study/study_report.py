@@ -92,7 +92,22 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
     )
 
 
-_SCORES = """<p class="soft">Mean ± 95 % t interval over the seeds. MI: mutual information of the synthetic images under the arm's
+_SCORES = """<p class="soft">Mean ± 95 % t interval over the seeds. ↓: less is better. Error detection: how well the
+mutual information tells wrong predictions from right ones (area under the ROC curve, 50 % is chance).</p>
+"""
+_DIFFERENCES = """<p class="soft">In percentage points of balanced accuracy (NLL: nats), over pairs of equal size and
+seed, with their 95 % t interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test,
+two-sided, not corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs:
+0.0625). Pairs of several sizes share test and training images, so that p over all sizes is optimistic.</p>
+"""
+
+
+def _quality(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    tables = [table for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
+    return f"""<p class="soft">Made of training images against each arm's finished classifier, of the first seed; not
+picked for looks. Below: mutual information in nats under samples that no ascent has seen.</p>
+{_samples(place, rows, facts)}
+<p class="soft">Mean ± 95 % t interval over the seeds. MI: mutual information of the synthetic images under the arm's
 own classifier. Label kept: that classifier still predicts the source's label. Distances are root mean squared
 differences of pixels: to the source; to the nearest training image, and that in units of a real held-out image's
 distance (well below 1: close to a copy). KID and FID: distance to the {place.settings.split} images in the features of
