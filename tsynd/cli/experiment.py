@@ -47,7 +47,6 @@ _IMAGES = (
     "label_consistency",
     "ratio",
     "every",
-    "typicality",
     "adversarial_budget",
     "adversarial_steps",
 )
@@ -59,11 +58,10 @@ class _Cells:
     """What is trained.
 
     Attributes:
-        seeds: how many (0, 1, ...), or which, as 1,2,3.
+        seeds: how many, or which, as 1,2,3.
         arms: ``real``, standard, randaugment, adversarial, trades, reconstruction, random, entropy, mutual_information,
-            expected_information, loss, two in turn as trades+entropy, recipe; with own options as entropy,radius=1.0;
-            or MODULE:FUNCTION.
-        metrics: MODULE:FUNCTION of scores of your own; may be added to a finished study.
+            expected_information, loss, recipe, MODULE:FUNCTION; in turn: trades+entropy; options: entropy,radius=1.
+        metrics: scores of your own, each as MODULE:FUNCTION; may be added to a finished study.
     """
 
     seeds: str = "5"
@@ -77,7 +75,8 @@ def experiment(
     data: Data,
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
     train_size: Annotated[list[int], typer.Option(help="Labelled training images, one or more sizes.")],
-    cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms", "metrics"))],
+    cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms"))],
+    own: Annotated[dict[str, Any], Options(_Cells, ("metrics",), "Test")],
     training: Annotated[dict[str, Any], Options(StudySettings, (*_TRAINING, *_NETWORKS), "Training")],
     images: Annotated[dict[str, Any], Options(StudySettings, _IMAGES, "Extra images")],
     test: Annotated[dict[str, Any], Options(StudySettings, _TEST, "Test")],
@@ -98,7 +97,7 @@ def experiment(
     settings = StudySettings(**training, **images, **test, reading=ReadOptions(**reading))
     seeds = _seeds(cells.pop("seeds"))
     rows = study.experiment(
-        data, output, train_size, seeds, **cells, settings=settings, workers=workers, device=device, progress=not quiet
+        data, output, train_size, seeds, **cells, **own, settings=settings, workers=workers, device=device, progress=not quiet
     )
     _print_study(rows, output)
 
