@@ -74,7 +74,7 @@ def experiment(
     context: typer.Context,
     data: Data,
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
-    train_size: Annotated[list[int], typer.Option(help="Labelled training images, one or more sizes.")],
+    train_size: Annotated[list[int], typer.Option(help="Labelled images, one or more sizes.")],
     cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms"))],
     own: Annotated[dict[str, Any], Options(_Cells, ("metrics",), "Test")],
     training: Annotated[dict[str, Any], Options(StudySettings, (*_TRAINING, *_NETWORKS), "Training")],
