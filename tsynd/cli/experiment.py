@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tsynd.cli.options import Data, Device, Options, Quiet, Reading, refuse, takes_options
+from tsynd.cli.options import ClassMap, Data, Device, Options, Quiet, Reading, TestData, refuse, takes_options
+from tsynd.data.external import External
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.steps import NetworkChoice
 from tsynd.study import experiment as study
@@ -19,7 +20,7 @@ from tsynd.utils.errors import InputError
 
 __all__ = ["LISTS", "experiment"]
 
-LISTS = ("--train-size", "--arms", "--conditions", "--attacks", "--metrics")
+LISTS = ("--train-size", "--arms", "--conditions", "--attacks", "--metrics", "--test-data", "--class-map")
 """Options that take several values behind one flag."""
 
 _NETWORKS = tuple(part.name for part in fields(NetworkChoice))
@@ -84,6 +85,8 @@ def experiment(
     workers: Annotated[
         int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.", rich_help_panel="Training")
     ] = None,
+    test_data: TestData = None,
+    class_map: ClassMap = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -96,8 +99,19 @@ def experiment(
         test[name] = test[name] or None
     settings = StudySettings(**training, **images, **test, reading=ReadOptions(**reading))
     seeds = _seeds(cells.pop("seeds"))
+    elsewhere = External.of(test_data, class_map)
     rows = study.experiment(
-        data, output, train_size, seeds, **cells, **own, settings=settings, workers=workers, device=device, progress=not quiet
+        data,
+        output,
+        train_size,
+        seeds,
+        **cells,
+        **own,
+        settings=settings,
+        test_data=elsewhere,
+        workers=workers,
+        device=device,
+        progress=not quiet,
     )
     _print_study(rows, output)
 

@@ -8,7 +8,7 @@ import platform
 import shlex
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.dataset import DataSource, LabelledImages, at_once
+from tsynd.data.external import External
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.evaluate import predictions
@@ -115,6 +116,7 @@ def run(
     device: str | None = None,
     progress: bool = True,
     track: str | None = None,
+    test_data: External | None = None,
 ) -> dict[str, Any]:
     """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
 
@@ -127,6 +129,7 @@ def run(
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         progress: show bars where rich is installed.
         track: ``tensorboard``, ``wandb``, ``mlflow``, ...: log every training's losses, into the folder's ``logs``.
+        test_data: more test sets, as of other hospitals, on which the same classifiers are scored.
 
     Returns:
         The contents of ``metrics.json``.
@@ -143,17 +146,25 @@ def run(
         tracking_accelerator(Track(track, Path()))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     say(source.summary.lines(), progress)
+    elsewhere = (test_data or External()).load(source, settings.reading)
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
     settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
-        return _stages(job, str(data), source, settings, where, progress, track)
+        return _stages(job, str(data), source, elsewhere, settings, where, progress, track)
 
 
 def _stages(
-    job: Job, data: str, source: DataSource, settings: RunSettings, where: str, progress: bool, track: str | None
+    job: Job,
+    data: str,
+    source: DataSource,
+    elsewhere: Mapping[str, LabelledImages],
+    settings: RunSettings,
+    where: str,
+    progress: bool,
+    track: str | None,
 ) -> dict[str, Any]:
     def tracked(name: str) -> Track | None:
         return None if track is None else Track(track, job.folder / "logs", name)
@@ -229,7 +240,15 @@ def _stages(
     models["reconstruction"] = classifier_of("classifier_reconstruction", in_rounds(plain, "rounds_reconstruction"))
     models["targeted"] = classifier_of("classifier", in_rounds(augmentation, "rounds"))
     return _finish(
-        job, source, settings, synthesis, autoencoder, models, where, _study_command(job, data, source, settings)
+        job,
+        source,
+        elsewhere,
+        settings,
+        synthesis,
+        autoencoder,
+        models,
+        where,
+        _study_command(job, data, source, settings),
     )
 
 
@@ -311,6 +330,7 @@ def _decode(autoencoder: Any, latents: Tensor, device: str, values: int) -> Tens
 def _finish(
     job: Job,
     source: DataSource,
+    elsewhere: Mapping[str, LabelledImages],
     settings: RunSettings,
     synthesis: dict[str, Any],
     autoencoder: Any,
@@ -339,7 +359,8 @@ def _finish(
             name: {condition: scores(one, labels, source.task) for condition, one in own.items()}
             for name, own in logits.items()
         }
-        comparison = compare(logits, labels, source.task)
+        comparison = compare(logits, labels, source.task, source.test.groups)
+        others = {name: _elsewhere(models, tested, source) for name, tested in elsewhere.items()}
     # the reconstructions' classifier: the ascent did not climb on it
     judge = models["reconstruction"]
     seen = [predictions(judge, (x, result.labels), task=source.task)["clean"] for x in (reconstructions, result.images)]
@@ -371,6 +392,7 @@ def _finish(
         "reconstruction": _reconstruction(source, reconstructions),
         "evaluation": evaluation,
         "comparison": comparison,
+        "elsewhere": others,
         "study_command": command,
         "seconds": {
             **job.seconds,
@@ -397,6 +419,17 @@ def _finish(
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
+
+
+def _elsewhere(models: Mapping[str, nn.Module], tested: LabelledImages, source: DataSource) -> dict[str, Any]:
+    """What the classifiers get right of a test set from elsewhere."""
+    logits = {name: predictions(model, tested, task=source.task) for name, model in models.items()}
+    return {
+        "images": len(tested),
+        "test_counts": _counts(tested.labels, source.class_names),
+        "evaluation": {name: scores(own["clean"], tested.labels, source.task) for name, own in logits.items()},
+        "comparison": compare(logits, tested.labels, source.task, tested.groups),
+    }
 
 
 def _counts(labels: Tensor, names: Sequence[str]) -> dict[str, int]:

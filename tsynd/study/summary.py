@@ -80,14 +80,16 @@ def _measured(rows: Sequence[Row], measures: Iterable[Measure]) -> list[Measure]
 
 
 def headline(rows: Sequence[Row]) -> list[Measure]:
-    """The measures that lead, as far as there are: balanced accuracy on clean, disturbed and attacked images, NLL."""
+    """The measures that lead, as far as there are: balanced accuracy here, elsewhere, disturbed, attacked; NLL."""
     attacked = []
     for kind, title in _ATTACKS.items():
         budgets = attack_budgets(rows, kind)
         if budgets:
             middle = min(budgets, key=lambda name: abs(budgets[name] - 2 / 255))
             attacked.append(Measure(middle, f"{title}, {middle.split(':')[1]}"))
-    return _measured(rows, [_CLEAN, *_FAMILIES, *attacked, _NLL])
+    places = dict.fromkeys(name for row in rows for name in row["scores"] if name.startswith("at:"))
+    elsewhere = [Measure(name, f"At {name[3:]}") for name in places]
+    return _measured(rows, [_CLEAN, *elsewhere, *_FAMILIES, *attacked, _NLL])
 
 
 def all_measures(rows: Sequence[Row]) -> list[Measure]:
