@@ -7,14 +7,14 @@ import html
 import importlib
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsynd.data.checks import channels_first, check_images
 from tsynd.data.dataset import Batch
@@ -24,6 +24,9 @@ from tsynd.utils.atomic import save_npz
 from tsynd.utils.errors import InputError
 
 __all__ = ["Collector", "SynthesisResult", "load_result"]
+
+
+_QUALITY = "quality_"  # before its arrays in a file
 
 
 class Collector:
@@ -92,6 +95,7 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
         trajectory: [N, steps + 1], the uncertainty at every iterate.
         status: [N] int8, see :class:`tsynd.Status`.
         sample_ids: [N] int64.
+        quality: name → [N], what :meth:`judged` found of each image.
     """
 
     images: Tensor
@@ -103,6 +107,7 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
     trajectory: Tensor
     status: Tensor
     sample_ids: Tensor
+    quality: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -128,7 +133,7 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
             if index.ndim != 1 or index.is_floating_point():
                 raise InputError(f"index: got {index.dtype} {list(index.shape)}, wanted a slice, a mask or positions")
         parts: dict[str, Any] = {name: None if x is None else x[index] for name, x in self._tensors().items()}
-        return SynthesisResult(**parts)
+        return SynthesisResult(**parts, quality={name: x[index] for name, x in self.quality.items()})
 
     def __iter__(self) -> Iterator[Any]:
         return (self[position] for position in range(len(self)))
@@ -148,10 +153,36 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
                 shapes = [None if part is None else list(part.shape[1:]) for part in (x, y)]
                 raise InputError(f"{name}: of shape {shapes[0]} and {shapes[1]}, wanted results of one kind to join")
             joined[name] = None if x is None else torch.cat([x, y])
-        return SynthesisResult(**joined)
+        both = set(self.quality) & set(other.quality)
+        return SynthesisResult(
+            **joined, quality={name: torch.cat([self.quality[name], other.quality[name]]) for name in sorted(both)}
+        )
 
     def _tensors(self) -> dict[str, Tensor | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "quality"}
+
+    def judged(self, autoencoder: Any, classifier: nn.Module, sources: Any, *, task: str = "multiclass") -> Any:
+        """The same result with a ``quality`` of every image, to filter by: ``result[result.quality["label_kept"]]``.
+
+        ``label_kept``: the classifier, best one that was not climbed on, takes it for its label (bool; of several, for
+        all); ``label_probability``: the probability it gives that (of several, the least certain one's);
+        ``distance``: root mean square difference of its pixels to the source's, ``reconstruction_error``: the
+        same of the source's reconstruction; ``plausibility``: share of the sources that lie at least as far from
+        their nearest other source, in the latents, as the image does from its nearest: 1 well inside, 0 where no
+        source lies so far from all others.
+
+        Args:
+            autoencoder: as in :func:`tsynd.synthesize`.
+            classifier: images [B, C, ...] → logits; without dropout.
+            sources: the images that were given to :func:`tsynd.synthesize`: ``sample_ids`` are positions in them.
+            task: ``multiclass`` or ``multilabel``.
+
+        Raises:
+            InputError: no labels, or sources that are others.
+        """
+        from tsynd.synthesis.quality import quality_of
+
+        return replace(self, quality=quality_of(self, autoencoder, classifier, sources, task))
 
     @property
     def gain(self) -> Tensor:
@@ -210,8 +241,8 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
         """
         path = Path(path)
         if path.suffix == ".npz":
-            arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-            arrays = {name: value for name, value in arrays.items() if value is not None}
+            arrays: dict[str, Any] = {name: value for name, value in self._tensors().items() if value is not None}
+            arrays |= {_QUALITY + name: value for name, value in self.quality.items()}
             arrays["images"] = to_uint8(self.images)
             if class_names is not None:
                 arrays["class_names"] = np.array(class_names)
@@ -237,9 +268,11 @@ def load_result(path: str | Path) -> SynthesisResult:
             arrays = {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "biuf"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"path: {path} cannot be read ({type(error).__name__}), wanted an .npz of tsynd") from None
-    missing = {field.name for field in fields(SynthesisResult)} - {"labels"} - set(arrays)
+    names = [part.name for part in fields(SynthesisResult) if part.name != "quality"]
+    missing = set(names) - {"labels"} - set(arrays)
     if missing:
         raise InputError(f"path: {path} lacks {', '.join(sorted(missing))}, wanted an .npz of SynthesisResult.save")
     arrays["images"] = check_images(channels_first(arrays["images"].numpy(), f"path: {path}: images"))
     arrays.setdefault("labels", None)  # type: ignore[arg-type]
-    return SynthesisResult(**{field.name: arrays[field.name] for field in fields(SynthesisResult)})
+    quality = {key.removeprefix(_QUALITY): value for key, value in arrays.items() if key.startswith(_QUALITY)}
+    return SynthesisResult(**{name: arrays[name] for name in names}, quality=quality)
