@@ -20,6 +20,7 @@ from tsynd.data.checks import channels_first, check_images
 from tsynd.data.dataset import Batch
 from tsynd.data.formats import save_class_folders, to_uint8
 from tsynd.synthesis.ascent import Ascent, Status
+from tsynd.synthesis.publish import push_images, write_croissant
 from tsynd.utils.atomic import save_npz
 from tsynd.utils.errors import InputError
 
@@ -230,7 +231,8 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
         """Write the result: a path that ends in ``.npz`` gets one archive, any other a folder of PNG per class.
 
         The archive's ``images`` [N, H, W] or [N, H, W, 3] (volumes: [N, D, H, W]) are uint8 as in MedMNIST, so that
-        :func:`tsynd.load_data` reads it; the other fields are stored as they are.
+        :func:`tsynd.load_data` reads it; the other fields are stored as they are. A description in Croissant 1.1
+        lies beside the archive or in the folder.
 
         Args:
             path: a file name or a folder that does not exist yet.
@@ -254,7 +256,37 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
                 width = int(self.labels.max()) + 1
                 class_names = tuple(str(i) for i in range(width))
             save_class_folders(path, self.images, self.labels, class_names)
+        write_croissant(path, self, class_names)
         return path
+
+    def push_to_hub(
+        self,
+        repo: str,
+        class_names: Sequence[str] | None = None,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        private: bool = True,
+        token: str | None = None,
+    ) -> str:
+        """Put the images (no latents, which are the real images encoded) on the Hugging Face hub as a data set.
+
+        With them go a card, which marks them as synthetic and names their limits, and Croissant metadata.
+
+        Args:
+            repo: ``USER/NAME``, made where it is not there.
+            class_names: of the labels.
+            facts: of the run that made them, as its ``metrics.json``, for the card.
+            private: for a repository that is made.
+            token: of the hub; None takes the one that is logged in.
+
+        Returns:
+            Its address.
+
+        Raises:
+            InputError: the hub refuses it.
+            MissingExtraError: huggingface_hub is not installed.
+        """
+        return push_images(self, repo, class_names, facts=facts, private=private, token=token)
 
 
 def load_result(path: str | Path) -> SynthesisResult:
