@@ -64,6 +64,8 @@ def test_saved_sets_are_described(result: tsynd.SynthesisResult, tmp_path: Path)
         read = croissant.Dataset(str(path))
         assert not read.metadata.ctx.issues.errors
         assert read.metadata.name in ("set", "folder")
+    labels = [record["records/label"].decode() for record in read.records("records")]
+    assert {label: labels.count(label) for label in labels} == {"0_clear": 8, "1_small one": 8, "2_large": 7}
 
 
 def test_images_go_without_their_sources(result: tsynd.SynthesisResult, sent: dict[str, Any], tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def write_croissant(path: Path, result: SynthesisResult, class_names: Sequence[s
         "description": f"{len(result)} synthetic images of {shape}.{names} {SYNTHETIC}",
         "keywords": ["synthetic", "medical imaging", "targeted synthetic data generation"],
         "version": "1.0.0",
+        "citeAs": "Niemeijer et al. 2024, TSynD: Targeted Synthetic Data Generation, arXiv 2406.17473",
         "isLiveDataset": False,
         "prov:wasGeneratedBy": {"@type": "prov:Activity", "name": f"tsynd {__version__}"},
         "rai:dataCollection": SYNTHETIC,
