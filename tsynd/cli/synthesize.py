@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tsynd.cli.options import ASCENT, Ascent, Data, Options, Quiet, Reading, TrainSize, refuse, takes_options
+from tsynd.cli.options import ASCENT, Ascent, Data, Options, Quiet, Reading, refuse, takes_options
 from tsynd.data.dataset import DataSource
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
@@ -48,12 +48,14 @@ class _Sources:
         variants: images per source, which differ.
         balance: as many images of each class as the largest has.
         start: of an ascent: ``source``, noise, or interpolate (half way to another image of the class).
+        train_size: labelled training images; all by default.
     """
 
     most_uncertain: int | None = None
     variants: int = 1
     balance: bool = False
     start: str = "source"
+    train_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ def synthesize(
     models: Annotated[dict[str, Any], Options(_Models, ("autoencoder", "classifier", "model"))],
     basic: Annotated[dict[str, Any], Options(ShardSettings, ("split", "seed", "device"))],
     ascent: Ascent,
-    sources: Annotated[dict[str, Any], Options(_Sources, _SOURCES, "Sources")],
+    sources: Annotated[dict[str, Any], Options(_Sources, (*_SOURCES, "train_size"), "Sources")],
     memory: Annotated[dict[str, Any], Options(ShardSettings, _MEMORY, "Memory")],
     shards: Annotated[dict[str, Any], Options(ShardSettings, _SHARDS, "Shards", {"shard_size": None})],
     workers: Annotated[dict[str, Any], Options(_Workers, _WORKERS, "Shards")],
     reading: Reading,
-    train_size: TrainSize = None,
     quiet: Quiet = False,
 ) -> None:
     """Make targeted images with models saved by a run, or with an exported synthesizer."""
+    train_size = sources.pop("train_size")
     if models["model"] is not None:
         for name in ("autoencoder", "classifier", "shard_size"):
             if {**models, **shards}[name] is not None:

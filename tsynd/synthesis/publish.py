@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from tsynd.utils.atomic import atomic_path, save_npz
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.fingerprint import hash_file
 from tsynd.utils.version import __version__
-
-if TYPE_CHECKING:
-    from tsynd.synthesis.result import SynthesisResult
 
 __all__ = ["dataset_card", "push_folder", "push_images", "write_croissant"]
 
@@ -57,12 +54,12 @@ def _context() -> dict[str, Any]:
     }
 
 
-def write_croissant(path: Path, result: SynthesisResult, class_names: Sequence[str] | None = None) -> Path:
+def write_croissant(path: Path, result: Any, class_names: Sequence[str] | None = None) -> Path:
     """Describe a saved set in Croissant 1.1, as ``NAME.croissant.json`` beside an .npz, ``croissant.json`` in a folder.
 
     Args:
         path: of the saved set.
-        result: what it holds.
+        result: what it holds, a :class:`tsynd.SynthesisResult`.
         class_names: of its labels.
 
     Returns:
@@ -129,7 +126,7 @@ def _records() -> dict[str, Any]:
     return {"@type": "cr:RecordSet", "@id": "records", "name": "records", "field": fields}
 
 
-def dataset_card(result: SynthesisResult, class_names: Sequence[str] | None, facts: Mapping[str, Any]) -> str:
+def dataset_card(result: Any, class_names: Sequence[str] | None, facts: Mapping[str, Any]) -> str:
     """The body of a data set's card, in Markdown.
 
     Args:
@@ -162,7 +159,7 @@ def _settings(facts: Mapping[str, Any]) -> list[str]:
 
 
 def push_images(
-    result: SynthesisResult,
+    result: Any,
     repo: str,
     class_names: Sequence[str] | None = None,
     *,

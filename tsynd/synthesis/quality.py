@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,10 @@ from tsynd.posteriors.posterior import frozen
 from tsynd.utils.device import device_of
 from tsynd.utils.errors import InputError
 
-if TYPE_CHECKING:
-    from tsynd.synthesis.result import SynthesisResult
-
 __all__ = ["plausibility", "quality_of"]
 
 
-def quality_of(
-    result: SynthesisResult, autoencoder: Any, classifier: nn.Module, sources: Any, task: str
-) -> dict[str, Tensor]:
+def quality_of(result: Any, autoencoder: Any, classifier: nn.Module, sources: Any, task: str) -> dict[str, Tensor]:
     """See :meth:`tsynd.SynthesisResult.judged`."""
     check_task(task)
     if result.labels is None:
