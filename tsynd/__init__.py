@@ -42,7 +42,9 @@ _HOME = {
     "as_classifier": "models.classifier",
     "autoencoder": "models.named",
     "classifier": "models.named",
+    "StudySettings": "study.settings",
     "evaluate": "evaluation.evaluate",
+    "experiment": "study.experiment",
     "export_aoti": "export.aoti",
     "export_onnx": "export.onnx",
     "export_torchscript": "export.torchscript",
@@ -79,6 +81,8 @@ if TYPE_CHECKING:
     from tsynd.posteriors.last_layer import SampledHead
     from tsynd.posteriors.mc_dropout import MCDropout
     from tsynd.posteriors.posterior import Ensemble, Posterior
+    from tsynd.study.experiment import experiment
+    from tsynd.study.settings import StudySettings
     from tsynd.synthesis.api import measure_latent_std, synthesize, uncertainty
     from tsynd.synthesis.ascent import Ascent, AscentSettings, Status
     from tsynd.synthesis.result import SynthesisResult

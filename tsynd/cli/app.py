@@ -56,11 +56,12 @@ for command in (run, predict, synthesize, train, pack, evaluate, experiment, exp
 
 
 def _spread(arguments: list[str]) -> list[str]:
-    """``--arms a b`` as ``--arms a --arms b``: the parser takes one value per flag.
+    """``--arms a b`` as ``--arms a --arms b``: the parser takes one value per flag. ``--arm`` is ``--arms``.
 
     Raises:
         InputError: an option that takes one value is given twice; the parser would drop the first.
     """
+    arguments = [f"{argument}s" if f"{argument}s" in LISTS else argument for argument in arguments]
     flags = Counter(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     if twice := [flag for flag, count in flags.items() if count > 1 and flag not in LISTS]:
         hint = "; several columns are joined by commas" if twice[0] == "--label-column" else ""

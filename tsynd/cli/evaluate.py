@@ -19,13 +19,15 @@ from tsynd.models.checkpoint import load_model, read_card
 from tsynd.study.cell import plain
 from tsynd.study.settings import StudySettings
 from tsynd.utils.atomic import atomic_path, check_writable
+from tsynd.utils.calls import call_of
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.version import __version__
 
 __all__ = ["evaluate"]
 
-_CONDITIONS = "clean, noise (σ = 0.05), rotation (±15°), shifts, medmnist_c, or one, as blur:3."
-_ATTACKS = "fgsm, pgd, apgd, square, deepfool, or one budget of the range [0, 1], as pgd:2/255."
+_CONDITIONS = "clean, noise (σ = 0.05), rotation (±15°), shifts, medmnist_c, one, as blur:3, or MODULE:FUNCTION."
+_ATTACKS = "fgsm, pgd, apgd, square, deepfool, one budget of the range [0, 1], as pgd:2/255, or MODULE:FUNCTION."
+_METRICS = "MODULE:FUNCTION, (probabilities [N, K], labels) → number, beside the scores."
 
 _ATTACKED = {"attack_images": 256, "query_images": 64, "queries": 100}
 
@@ -39,6 +41,7 @@ def evaluate(
     reading: Reading,
     conditions: Annotated[list[str], typer.Option(help=_CONDITIONS, rich_help_panel="Test")] = ["clean", "shifts"],  # noqa: B006
     attacks: Annotated[list[str] | None, typer.Option(help=_ATTACKS, rich_help_panel="Test")] = None,
+    metrics: Annotated[list[str] | None, typer.Option(help=_METRICS, rich_help_panel="Test")] = None,
     samples: Annotated[int, typer.Option(help="T, posterior samples, at least 1.")] = 32,
     split: Split = "test",
     seed: Annotated[int, typer.Option(help="Of the shifts, the attacks and the posterior samples.")] = 0,
@@ -48,9 +51,8 @@ def evaluate(
     """Test a saved classifier on clean, disturbed and attacked images, and test its uncertainty."""
     evaluation.choose_conditions(conditions)
     chosen = parse_attacks(attacks or [])
-    if chosen:
-        check_robustness()
-    else:
+    check_robustness(chosen)
+    if not chosen:
         refuse(context, _ATTACKED, "without --attacks")
     check_choice("split", split, ("train", "val", "test"))
     if json_file is not None:
@@ -62,6 +64,7 @@ def evaluate(
             f"classifier: was trained for {', '.join(names)}, but the data have {', '.join(source.class_names)}"
         )
     tested = getattr(source, split)
+    own = {text.partition(":")[2]: call_of(text, "metrics") for text in metrics or []}
     scores = evaluation.evaluate(
         network,
         tested,
@@ -73,11 +76,12 @@ def evaluate(
         queries=attacked["queries"],
         seed=seed,
         device=device,
+        metrics=own,
     )
     trust = evaluation.evaluate_uncertainty(
         network, tested, task=source.task, samples=samples, seed=seed, device=device
     )
-    _print_scores(scores, trust, len(tested))
+    _print_scores(scores, trust, len(tested), [*own])
     if json_file is not None:
         facts = {"tsynd": __version__, "data": source.name, "split": split, "images": len(tested), "seed": seed}
         content = plain({**facts, "scores": scores, "uncertainty": trust})
@@ -85,11 +89,11 @@ def evaluate(
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _print_scores(scores: dict[str, dict[str, float]], trust: dict[str, Any], count: int) -> None:
+def _print_scores(scores: dict[str, dict[str, float]], trust: dict[str, Any], count: int, own: list[str]) -> None:
     console = Console()
-    table = Table("images", "number", "balanced accuracy", "accuracy", "AUROC", "ECE", "NLL")
+    table = Table("images", "number", "balanced accuracy", "accuracy", "AUROC", "ECE", "NLL", *own)
     for name, row in scores.items():
-        numbers = [row.get(key) for key in ("balanced_accuracy", "accuracy", "auroc", "ece", "nll")]
+        numbers = [row.get(key) for key in ("balanced_accuracy", "accuracy", "auroc", "ece", "nll", *own)]
         texts = ["–" if number is None else f"{number:.3f}" for number in numbers]
         table.add_row(name, str(row.get("images", count)), *texts)
     console.print(table)

@@ -15,10 +15,11 @@ from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.steps import NetworkChoice
 from tsynd.study import experiment as study
 from tsynd.study.settings import DEFAULT_ARMS, StudySettings
+from tsynd.utils.errors import InputError
 
 __all__ = ["LISTS", "experiment"]
 
-LISTS = ("--train-size", "--arms", "--conditions", "--attacks")
+LISTS = ("--train-size", "--arms", "--conditions", "--attacks", "--metrics")
 """Options that take several values behind one flag."""
 
 _NETWORKS = tuple(part.name for part in fields(NetworkChoice))
@@ -32,6 +33,7 @@ _TRAINING = (
     "learning_rate",
     "dropout",
     "dropout_rate",
+    "base",
     "augmentation_weight",
     "warmup_fraction",
 )
@@ -56,13 +58,16 @@ class _Cells:
     """What is trained.
 
     Attributes:
-        seeds: how many; they are 0, 1, ...
+        seeds: how many (0, 1, ...), or which, as 1,2,3.
         arms: ``real``, standard, randaugment, adversarial, trades, reconstruction, random, entropy, mutual_information,
-            expected_information, loss, two in turn as trades+entropy, recipe; with own options as entropy,radius=1.0.
+            expected_information, loss, two in turn as trades+entropy, recipe; with own options as entropy,radius=1.0;
+            or MODULE:FUNCTION.
+        metrics: MODULE:FUNCTION of scores of your own; may be added to a finished study.
     """
 
-    seeds: int = 5
+    seeds: str = "5"
     arms: tuple[str, ...] = DEFAULT_ARMS
+    metrics: tuple[str, ...] = ()
 
 
 @takes_options
@@ -71,7 +76,7 @@ def experiment(
     data: Data,
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
     train_size: Annotated[list[int], typer.Option(help="Labelled training images, one or more sizes.")],
-    cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms"))],
+    cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms", "metrics"))],
     training: Annotated[dict[str, Any], Options(StudySettings, (*_TRAINING, *_NETWORKS), "Training")],
     images: Annotated[dict[str, Any], Options(StudySettings, _IMAGES, "Extra images")],
     test: Annotated[dict[str, Any], Options(StudySettings, _TEST, "Test")],
@@ -90,10 +95,21 @@ def experiment(
     for name in ("attack_images", "query_images"):
         test[name] = test[name] or None
     settings = StudySettings(**training, **images, **test, reading=ReadOptions(**reading))
+    seeds = _seeds(cells.pop("seeds"))
     rows = study.experiment(
-        data, output, train_size, **cells, settings=settings, workers=workers, device=device, progress=not quiet
+        data, output, train_size, seeds, **cells, settings=settings, workers=workers, device=device, progress=not quiet
     )
     _print_study(rows, output)
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise InputError(f"seeds: got {text!r}, wanted how many, or which, as 1,2,3")
+    return numbers if "," in text else numbers[0]
 
 
 def _print_study(rows: list[dict[str, Any]], output: Path) -> None:
