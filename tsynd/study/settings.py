@@ -241,6 +241,8 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
             raise InputError(f"warmup_fraction: got {fraction!r}, wanted a number in [0, 1]")
         _at_least("iterations", arm.training.get("iterations", 1), 1)
+        if "base" in arm.training:
+            Base(arm.training["base"], 0)
         try:
             make_augmentation(arm, autoencoder, settings, source.task, 0)
         except TypeError as error:  # a word where a number belongs
