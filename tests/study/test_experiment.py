@@ -470,7 +470,10 @@ def test_every_odd_subset_has_a_report(
     latex = (tmp_path / "results.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") > 0
     assert not re.search(r"(?<!\\)[%_]", re.sub(r"^%.*$", "", latex, flags=re.MULTILINE))
-    assert "real training images" in text
+    assert (
+        re.search(r"\| real training images \| – .* \| \S+ ± \S+ \|", text) if seeds == 2 else "real training" in text
+    )
+    assert "F1" in text or not any("f1" in row["scores"]["clean"] for row in rows)
     assert ("no difference at one size can reach p = .05" in page) == (seeds < 6)
     for name in kept[1:]:
         title = {

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tsynd.cli.options import Data, Device, Options, Quiet, Reading, refuse, takes_options
+from tsynd.cli.options import ClassMap, Data, Device, Options, Quiet, Reading, TestData, refuse, takes_options
+from tsynd.data.external import External
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.steps import NetworkChoice
 from tsynd.study import experiment as study
@@ -19,7 +20,7 @@ from tsynd.utils.errors import InputError
 
 __all__ = ["LISTS", "experiment"]
 
-LISTS = ("--train-size", "--arms", "--conditions", "--attacks", "--metrics")
+LISTS = ("--train-size", "--arms", "--conditions", "--attacks", "--metrics", "--test-data", "--class-map")
 """Options that take several values behind one flag."""
 
 _NETWORKS = tuple(part.name for part in fields(NetworkChoice))
@@ -58,11 +59,10 @@ class _Cells:
     """What is trained.
 
     Attributes:
-        seeds: how many (0, 1, ...), or which, as 1,2,3.
+        seeds: how many, or which, as 1,2,3.
         arms: ``real``, standard, randaugment, adversarial, trades, reconstruction, random, entropy, mutual_information,
-            expected_information, loss, two in turn as trades+entropy, recipe; with own options as entropy,radius=1.0;
-            or MODULE:FUNCTION.
-        metrics: MODULE:FUNCTION of scores of your own; may be added to a finished study.
+            expected_information, loss, recipe, MODULE:FUNCTION; in turn: trades+entropy; options: entropy,radius=1.
+        metrics: scores of your own, each as MODULE:FUNCTION; may be added to a finished study.
     """
 
     seeds: str = "5"
@@ -75,8 +75,9 @@ def experiment(
     context: typer.Context,
     data: Data,
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
-    train_size: Annotated[list[int], typer.Option(help="Labelled training images, one or more sizes.")],
-    cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms", "metrics"))],
+    train_size: Annotated[list[int], typer.Option(help="Labelled images, one or more sizes.")],
+    cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms"))],
+    own: Annotated[dict[str, Any], Options(_Cells, ("metrics",), "Test")],
     training: Annotated[dict[str, Any], Options(StudySettings, (*_TRAINING, *_NETWORKS), "Training")],
     images: Annotated[dict[str, Any], Options(StudySettings, _IMAGES, "Extra images")],
     test: Annotated[dict[str, Any], Options(StudySettings, _TEST, "Test")],
@@ -84,6 +85,8 @@ def experiment(
     workers: Annotated[
         int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.", rich_help_panel="Training")
     ] = None,
+    test_data: TestData = None,
+    class_map: ClassMap = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -96,8 +99,19 @@ def experiment(
         test[name] = test[name] or None
     settings = StudySettings(**training, **images, **test, reading=ReadOptions(**reading))
     seeds = _seeds(cells.pop("seeds"))
+    elsewhere = External.of(test_data, class_map)
     rows = study.experiment(
-        data, output, train_size, seeds, **cells, settings=settings, workers=workers, device=device, progress=not quiet
+        data,
+        output,
+        train_size,
+        seeds,
+        **cells,
+        **own,
+        settings=settings,
+        test_data=elsewhere,
+        workers=workers,
+        device=device,
+        progress=not quiet,
     )
     _print_study(rows, output)
 

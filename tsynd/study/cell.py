@@ -148,6 +148,7 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     result: dict[str, Any] = {
         **asdict(cell),
         "data": source.name,
+        "class_names": list(source.class_names),
         "scores": scores,
         "uncertainty": trust,
         "quality": quality,

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from tsynd.data.dataset import DataSource
+from tsynd.data.dataset import DataSource, LabelledImages
+from tsynd.data.external import External
 from tsynd.data.load import load_data
 from tsynd.evaluation.attacks import check_robustness, parse_attacks
+from tsynd.evaluation.evaluate import predictions
+from tsynd.evaluation.metrics import scores
 from tsynd.jobs.job import Job
-from tsynd.models.checkpoint import read_card
+from tsynd.models.checkpoint import load_model, read_card
 from tsynd.study.arms import parse_arm
 from tsynd.study.cell import plain, run_cell, train_autoencoder
 from tsynd.study.scheduler import _Progress, _Task, _work
@@ -34,11 +40,11 @@ from tsynd.study.settings import (
     samples_path,
 )
 from tsynd.study.study_report import write_study
-from tsynd.utils.atomic import atomic_path, clear_leftovers
+from tsynd.utils.atomic import atomic_path, clear_leftovers, save_npz
 from tsynd.utils.calls import call_of, name_of
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import fingerprint, hash_file, is_sealed
+from tsynd.utils.fingerprint import fingerprint, hash_file, hash_parts, is_sealed
 from tsynd.utils.progress import progress_bar, say
 from tsynd.utils.settings import override
 from tsynd.utils.version import __version__
@@ -72,6 +78,7 @@ def experiment(
     settings: StudySettings | None = None,
     *,
     metrics: Sequence[Named] = (),
+    test_data: External | Mapping[str, Any] | None = None,
     workers: int | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -97,6 +104,8 @@ def experiment(
         settings: see :class:`StudySettings`.
         metrics: (probabilities [N, K], labels) → number, of every condition and cell, finished ones included: they are
             computed of the predictions that are kept.
+        test_data: name → more test sets, as of other hospitals (what :func:`tsynd.load_data` takes), on all of whose
+            images the classifiers of finished cells are scored; classes and shape must be the data's.
         workers: processes; by default one per core on a CPU and one on a GPU. On a CPU each has one thread: that is
             faster than fewer processes with more, and results do not depend on the number of either.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
@@ -128,6 +137,8 @@ def experiment(
     check_study(settings, source, kinds)
     whole = load_data(data, **settings.reading.given())
     say(whole.summary.lines(), progress)
+    external = test_data if isinstance(test_data, External) else External(test_data or {})
+    elsewhere = external.load(whole, settings.reading)
     content = [x for part in (whole.unlabelled, whole.val, whole.test) for x in (part.images, part.labels)]
     parts = {"kind": "experiment", **settings.content(), **({"code": code} if (code := settings.code()) else {})}
     with Job(Path(output).expanduser(), fingerprint(settings, content, **parts)) as job:
@@ -135,7 +146,8 @@ def experiment(
             clear_leftovers(folder)
         place = Workplace(str(data), job.folder, settings, where)
         _check_code(place, {arm.text: arm.code for arm in kinds if arm.own})
-        results, facts = _measure(job, place, source, cells, workers, progress, measured)
+        results, facts = _measure(job, place, source, cells, workers, progress)
+        _finish(place, results, source.task, elsewhere, measured)
         if report:
             write_study(place, results, facts)
     return results
@@ -158,6 +170,52 @@ def _check_code(place: Workplace, arms: dict[str, str | None]) -> None:
             )
 
 
+def _finish(
+    place: Workplace,
+    rows: list[dict[str, Any]],
+    task: str,
+    elsewhere: Mapping[str, LabelledImages],
+    metrics: dict[str, Callable[..., Any]],
+) -> None:
+    """Add what needs no training to all cells, and write them together."""
+    for row in rows:
+        kept: dict[str, Tensor] = {}
+        for name, tested in elsewhere.items():
+            kept[name] = _logits_elsewhere(place, row, name, tested, task)
+            row["scores"][f"at:{name}"] = plain(scores(kept[name], tested.labels, task))
+        if metrics:
+            _add_metrics(place, row, metrics)
+        for name, logits in kept.items():
+            chances = logits.softmax(1) if task == "multiclass" else logits.sigmoid()
+            row["scores"][f"at:{name}"] |= _measure_by(metrics, chances, elsewhere[name].labels)
+    with atomic_path(place.folder / "results.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _logits_elsewhere(place: Workplace, row: dict[str, Any], name: str, tested: LabelledImages, task: str) -> Tensor:
+    """Of a cell's classifier, kept beside its predictions until it or the images are others."""
+    cell = Cell(row["size"], row["seed"], row["arm"])
+    weights = classifier_path(place, cell)
+    belongs = hash_parts(hash_file(weights), tested.images.contiguous().numpy().data)
+    path = predictions_path(place, cell).with_name(f"{cell.name}@{re.sub(r'[^A-Za-z0-9_=.+-]', '_', name)}.npz")
+    arrays = read_arrays(path)
+    if arrays is not None and str(arrays.get("of")) == belongs:
+        return torch.from_numpy(arrays["logits"])
+    logits = predictions(load_model(weights, device=place.device), tested, task=task)["clean"]
+    save_npz(path, logits=logits, labels=tested.labels, of=np.array(belongs))
+    return logits
+
+
+def _measure_by(metrics: dict[str, Callable[..., Any]], chances: Tensor, labels: Tensor) -> dict[str, Any]:
+    values = {}
+    for text, metric in metrics.items():
+        try:
+            values[text.partition(":")[2]] = plain(float(metric(chances, labels)))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"metrics: {text}: {error}; wanted (probabilities, labels) → number") from error
+    return values
+
+
 def _add_metrics(place: Workplace, row: dict[str, Any], metrics: dict[str, Callable[..., Any]]) -> None:
     """Add metrics of the kept predictions to a cell's scores.
 
@@ -169,16 +227,11 @@ def _add_metrics(place: Workplace, row: dict[str, Any], metrics: dict[str, Calla
         raise InputError(f"metrics: {path} is gone or damaged; wanted its arm, size and seed among those to be run")
     kept = {name: torch.from_numpy(array) for name, array in arrays.items()}
     labels = kept.pop("labels")
-    for text, metric in metrics.items():
-        name = text.partition(":")[2]
-        if any(name in row["scores"][condition] for condition in kept):
-            raise InputError(f"metrics: got {text}, wanted another name: there is a score {name!r}")
-        for condition, chances in kept.items():
-            try:
-                value = float(metric(chances, labels))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f"metrics: {text}: {error}; wanted (probabilities, labels) → number") from error
-            row["scores"][condition][name] = plain(value)
+    for condition, chances in kept.items():
+        own = _measure_by(metrics, chances, labels)
+        if known := set(own) & set(row["scores"][condition]):
+            raise InputError(f"metrics: got {min(known)!r}, wanted another name: there is a score of it")
+        row["scores"][condition] |= own
 
 
 def _measure(
@@ -188,7 +241,6 @@ def _measure(
     cells: Sequence[Cell],
     workers: int | None,
     progress: bool,
-    metrics: dict[str, Callable[..., Any]],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Run what is left of the cells; all results, and what is to be known of data and machine."""
     where, settings = place.device, place.settings
@@ -200,10 +252,6 @@ def _measure(
         _work(tasks, min(count, max(len(tasks), 1)), threads, _Progress(report, len(cells), tasks))
     job.check_folder()
     results = read_cells(place.folder)
-    for row in results if metrics else ():
-        _add_metrics(place, row, metrics)
-    with atomic_path(place.folder / "results.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in results), encoding="utf-8")
     facts = {
         "version": __version__,
         "data": source.name,

@@ -107,11 +107,12 @@ def _quality(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> st
     return f"""<p class="soft">Made of training images against each arm's finished classifier, of the first seed; not
 picked for looks. Below: mutual information in nats under samples that no ascent has seen.</p>
 {_samples(place, rows, facts)}
-<p class="soft">Mean over the seeds. MI: mutual information of the synthetic images under the arm's own classifier.
-Label kept: that classifier still predicts the source's label. Distances are root mean squared differences of pixels: to
-the source; to the nearest training image, and that in units of a real held-out image's distance (well below 1: close to
-a copy). KID and FID: distance to the {place.settings.split} images in the features of real only; the row “real training
-images” is what real images of the same number get. Cosine: of the gradients of mutual information and entropy.</p>
+<p class="soft">Mean ± 95 % t interval over the seeds. MI: mutual information of the synthetic images under the arm's
+own classifier. Label kept: that classifier still predicts the source's label. Distances are root mean squared
+differences of pixels: to the source; to the nearest training image, and that in units of a real held-out image's
+distance (well below 1: close to a copy). KID and FID: distance to the {place.settings.split} images in the features of
+real only; the row “real training images” is what real images of the same number get. Cosine: of the gradients of mutual
+information and entropy.</p>
 {"".join(map(to_html, tables))}"""
 
 
@@ -196,7 +197,7 @@ def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "test, uncorrected; \\* is the smallest p that so many pairs can give.\n"
     ]
     lines += [to_markdown(table) for table in difference_tables(rows)]
-    lines += ["Synthetic images, mean over seeds; KID and FID in the features of the real-only classifier.\n"]
+    lines += ["Synthetic images, mean ± 95 % t interval; KID and FID in the features of the real-only classifier.\n"]
     lines += [to_markdown(table) for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
     return "\n".join(lines)
 

@@ -67,7 +67,11 @@ _OTHERS = (
     Measure("conformal_size", "Conformal set size", percent=False, up=False),
     Measure("error_auroc", "Error detection"),
     Measure("aurc", "Area under selective risk", percent=False, up=False),
+    Measure("f1", "F1"),
+    Measure("average_precision", "Average precision"),
+    Measure("sensitivity_at_90", "Sensitivity at 90 % specificity"),
 )
+_MOST_CLASSES = 12  # whose recalls a table shows; the others' are in results.csv
 _ATTACKS = {"pgd": "PGD-20", "apgd": "AutoPGD", "worst": "Worst attack"}
 
 
@@ -76,22 +80,26 @@ def _measured(rows: Sequence[Row], measures: Iterable[Measure]) -> list[Measure]
 
 
 def headline(rows: Sequence[Row]) -> list[Measure]:
-    """The measures that lead, as far as there are: balanced accuracy on clean, disturbed and attacked images, NLL."""
+    """The measures that lead, as far as there are: balanced accuracy here, elsewhere, disturbed, attacked; NLL."""
     attacked = []
     for kind, title in _ATTACKS.items():
         budgets = attack_budgets(rows, kind)
         if budgets:
             middle = min(budgets, key=lambda name: abs(budgets[name] - 2 / 255))
             attacked.append(Measure(middle, f"{title}, {middle.split(':')[1]}"))
-    return _measured(rows, [_CLEAN, *_FAMILIES, *attacked, _NLL])
+    places = dict.fromkeys(name for row in rows for name in row["scores"] if name.startswith("at:"))
+    elsewhere = [Measure(name, f"At {name[3:]}") for name in places]
+    return _measured(rows, [_CLEAN, *elsewhere, *_FAMILIES, *attacked, _NLL])
 
 
 def all_measures(rows: Sequence[Row]) -> list[Measure]:
     """The headline and the other scores of clean images, those of one's own metrics last."""
     known = {*SCORES, "images", *(measure.key for measure in _OTHERS)}
     names = dict.fromkeys(name for row in rows for name in row["scores"]["clean"] if name not in known)
-    own = [Measure(name, name.replace("_", " "), percent=False) for name in names]
-    return [*headline(rows), *_measured(rows, [*_OTHERS, *own])]
+    classes = rows[0].get("class_names", []) if rows else []
+    recalls = [Measure(f"recall:{k}", f"Recall of {name}") for k, name in enumerate(classes[:_MOST_CLASSES])]
+    own = [Measure(name, name.replace("_", " "), percent=False) for name in names if not name.startswith("recall:")]
+    return [*headline(rows), *_measured(rows, [*_OTHERS, *recalls, *own])]
 
 
 def attack_measures(rows: Sequence[Row]) -> list[Measure]:
@@ -234,9 +242,11 @@ def severity_curve(rows: Sequence[Row], arm: str, size: int, kind: str) -> list[
     return [mean_interval(list(values(rows, arm, size, name).values()))[0] for name in names]
 
 
-def quality_of(rows: Sequence[Row], arm: str, size: int) -> dict[str, float]:
-    """Image quality of a generative arm, mean over seeds; empty for the others."""
-    found = [row["quality"] for row in rows if row["arm"] == arm and row["size"] == size and row["quality"]]
-    if not found:
-        return {}
-    return {key: float(np.mean([_number(quality.get(key)) for quality in found])) for key in found[0]}
+def quality_of(rows: Sequence[Row], arm: str, size: int) -> dict[str, tuple[float, float]]:
+    """Image quality of a generative arm, mean and half of its 95 % t interval over seeds; or empty."""
+    chosen = [row["quality"] for row in rows if row["arm"] == arm and row["size"] == size and row["quality"]]
+    found: dict[str, tuple[float, float]] = {}
+    for key in chosen[0] if chosen else ():
+        numbers = [_number(quality.get(key)) for quality in chosen]
+        found[key] = mean_interval([number for number in numbers if math.isfinite(number)])
+    return found
