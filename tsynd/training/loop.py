@@ -406,14 +406,15 @@ def load_state(
     """
     if not path.exists():
         return TrainingState()
+    library = require("safetensors", "models")
     try:
-        with require("safetensors", "models").safe_open(str(path), framework="pt") as file:
+        with library.safe_open(str(path), framework="pt") as file:
             about = file.metadata()
             then, step, extra = json.loads(about["settings"]), int(about["step"]), json.loads(about["extra"])
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         if about["digest"] != _digest(held, about):
             raise ValueError("a bit has changed")
-    except (require("safetensors", "models").SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (library.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint: {path} cannot be read ({type(error).__name__}); delete it") from None
     if changes := differences(then, settings):
         raise InputError(f"checkpoint: {path} is of a training with other settings ({changes}); wanted another file")
