@@ -91,18 +91,29 @@ def test_commands_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """`evaluate --split all`, `run` and `experiment` agree on another hospital's images."""
     for package in ("accelerate", "matplotlib", "scipy"):
         pytest.importorskip(package)
+    image = pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)
-    np.savez("own.npz", **phantom(size=16, train=24, val=8, test=24))
+    own = phantom(size=16, train=48, val=8, test=24)
+    np.savez("own.npz", **own)
+    names = [str(name) for name in own["class_names"]]
+    for number, (pixels, label) in enumerate(zip(own["train_images"], own["train_labels"].ravel(), strict=True)):
+        folder = Path("own") / names[label] / f"patient{label}{number // 8}"  # of whom each has two or three images
+        folder.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).save(folder / f"{number}.png")
     far = phantom(size=16, train=2, val=2, test=30)
-    names = [str(name) for name in far["class_names"]]
     theirs = np.array([f"{name}2" for name in names])
     np.savez("far.npz", images=far["test_images"], labels=far["test_labels"], class_names=theirs)
     elsewhere = ["--test-data", "Far=far.npz", "--class-map", *(f"{name}2={name}" for name in names)]
     short = ["--iterations", "3", "--batch-size", "12", "--autoencoder-iterations", "2", "--device", "cpu", "--quiet"]
-    done = run_tsynd("run", "--data", "own.npz", "--output", "run", "--iterations", "3", *short[4:], *elsewhere)
+    folders = ["--data", "own", "--group", "folder", "--output", "run", "--iterations", "3"]
+    done = run_tsynd("run", *folders, *short[4:], *elsewhere)
     assert done.returncode == 0, done.stderr
     assert "Far" in done.stdout
-    metrics = json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))["elsewhere"]["Far"]
+    everything = json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))
+    metrics, drawn = everything["elsewhere"]["Far"], everything["comparison"]
+    tested = tsynd.load_data("own", group="folder").test.groups
+    assert drawn["groups"] == len(set(tested.tolist())) < drawn["images"]  # patients are drawn, not images
+    assert metrics["comparison"]["groups"] is None
     assert metrics["images"] == 30
     assert "The same classifiers elsewhere" in Path("run/report.html").read_text(encoding="utf-8")
     flags = ["--conditions", "clean", "--device", "cpu", "--split", "all", "--json", "scores.json", *elsewhere[2:]]

@@ -1,4 +1,4 @@
-"""The command ``tsynd``: run, predict, synthesize, train, pack, evaluate, experiment, export, info."""
+"""The command ``tsynd``: run, predict, synthesize, train, pack, evaluate, experiment, export, push, info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tsynd.cli.export import export
 from tsynd.cli.info import info
 from tsynd.cli.pack import pack
 from tsynd.cli.predict import predict
+from tsynd.cli.push import push
 from tsynd.cli.run import run
 from tsynd.cli.synthesize import synthesize
 from tsynd.cli.train import train
@@ -51,7 +52,7 @@ def _first(
     """Targeted synthetic images for small medical data sets (TSynD)."""
 
 
-for command in (run, predict, synthesize, train, pack, evaluate, experiment, export, info):
+for command in (run, predict, synthesize, train, pack, evaluate, experiment, export, push, info):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,26 +36,38 @@ _METRICS = "MODULE:FUNCTION, (probabilities [N, K], labels) → number, beside t
 _ATTACKED = {"attack_images": 256, "query_images": 64, "queries": 100}
 
 
+@dataclass(frozen=True)
+class _Tested:
+    """What is tested.
+
+    Attributes:
+        split: ``train``, val, test, or all (of data from elsewhere).
+        seed: of the shifts, the attacks and the posterior samples.
+        samples: T, posterior samples, at least 1.
+    """
+
+    split: str = "test"
+    seed: int = 0
+    samples: int = 32
+
+
 @takes_options
 def evaluate(
     context: typer.Context,
     data: Data,
     classifier: Annotated[Path, typer.Option(help="classifier.safetensors of a run or a study.")],
     attacked: Annotated[dict[str, Any], Options(StudySettings, tuple(_ATTACKED), "Test", _ATTACKED)],
+    what: Annotated[dict[str, Any], Options(_Tested, ("split", "seed", "samples"))],
     reading: Reading,
     conditions: Annotated[list[str], typer.Option(help=_CONDITIONS, rich_help_panel="Test")] = ["clean", "shifts"],  # noqa: B006
     attacks: Annotated[list[str] | None, typer.Option(help=_ATTACKS, rich_help_panel="Test")] = None,
     metrics: Annotated[list[str] | None, typer.Option(help=_METRICS, rich_help_panel="Test")] = None,
-    samples: Annotated[int, typer.Option(help="T, posterior samples, at least 1.")] = 32,
-    split: Annotated[
-        str, typer.Option(help="Which images: train, val, test or all (of data from elsewhere).")
-    ] = "test",
     class_map: ClassMap = None,
-    seed: Annotated[int, typer.Option(help="Of the shifts, the attacks and the posterior samples.")] = 0,
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")] = None,
 ) -> None:
     """Test a saved classifier on clean, disturbed and attacked images, and test its uncertainty."""
+    split, seed, samples = what["split"], what["seed"], what["samples"]
     evaluation.choose_conditions(conditions)
     chosen = parse_attacks(attacks or [])
     check_robustness(chosen)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tsynd.cli.options import ClassMap, Data, Device, Options, Quiet, Reading, TestData, refuse, takes_options
+from tsynd.cli.options import Data, Options, Quiet, Reading, refuse, takes_options
 from tsynd.data.external import External
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.steps import NetworkChoice
@@ -62,12 +62,38 @@ class _Cells:
         seeds: how many, or which, as 1,2,3.
         arms: ``real``, standard, randaugment, adversarial, trades, reconstruction, random, entropy, mutual_information,
             expected_information, loss, recipe, MODULE:FUNCTION; in turn: trades+entropy; options: entropy,radius=1.
-        metrics: scores of your own, each as MODULE:FUNCTION; may be added to a finished study.
     """
 
     seeds: str = "5"
     arms: tuple[str, ...] = DEFAULT_ARMS
+
+
+@dataclass(frozen=True)
+class _Later:
+    """What is scored without training, in finished studies too.
+
+    Attributes:
+        metrics: scores of your own, each as MODULE:FUNCTION; may be added to a finished study.
+        test_data: NAME=DATA, more test sets, as of other hospitals; may be added to a finished study.
+        class_map: THEIRS=OURS, their classes by the data's names; THEIRS= leaves one out.
+    """
+
     metrics: tuple[str, ...] = ()
+    test_data: tuple[str, ...] = ()
+    class_map: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """Where it is computed.
+
+    Attributes:
+        workers: processes; one per core on a CPU, one on a GPU.
+        device: ``cpu``, cuda, cuda:1, ...; a GPU where there is one.
+    """
+
+    workers: int | None = None
+    device: str | None = None
 
 
 @takes_options
@@ -77,17 +103,12 @@ def experiment(
     output: Annotated[Path, typer.Option(help="New or empty folder, or that of the same study.")],
     train_size: Annotated[list[int], typer.Option(help="Labelled images, one or more sizes.")],
     cells: Annotated[dict[str, Any], Options(_Cells, ("seeds", "arms"))],
-    own: Annotated[dict[str, Any], Options(_Cells, ("metrics",), "Test")],
+    later: Annotated[dict[str, Any], Options(_Later, ("metrics", "test_data", "class_map"), "Test")],
+    machine: Annotated[dict[str, Any], Options(_Machine, ("workers", "device"), "Training")],
     training: Annotated[dict[str, Any], Options(StudySettings, (*_TRAINING, *_NETWORKS), "Training")],
     images: Annotated[dict[str, Any], Options(StudySettings, _IMAGES, "Extra images")],
     test: Annotated[dict[str, Any], Options(StudySettings, _TEST, "Test")],
     reading: Reading,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; one per core on a CPU, one on a GPU.", rich_help_panel="Training")
-    ] = None,
-    test_data: TestData = None,
-    class_map: ClassMap = None,
-    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Train and test all arms with paired seeds and equal steps, and report whether targeting helped."""
@@ -99,18 +120,17 @@ def experiment(
         test[name] = test[name] or None
     settings = StudySettings(**training, **images, **test, reading=ReadOptions(**reading))
     seeds = _seeds(cells.pop("seeds"))
-    elsewhere = External.of(test_data, class_map)
+    elsewhere = External.of(later["test_data"], later["class_map"])
     rows = study.experiment(
         data,
         output,
         train_size,
         seeds,
         **cells,
-        **own,
+        metrics=later["metrics"],
         settings=settings,
         test_data=elsewhere,
-        workers=workers,
-        device=device,
+        **machine,
         progress=not quiet,
     )
     _print_study(rows, output)

@@ -27,7 +27,6 @@ __all__ = [
     "Reading",
     "TestData",
     "Track",
-    "TrainSize",
     "field_texts",
     "given_options",
     "refuse",
@@ -139,7 +138,6 @@ Data = Annotated[
         " (.csv, .tsv, .parquet); MedMNIST name (pneumoniamnist, ...), 'phantom' or 'phantom3d'.",
     ),
 ]
-TrainSize = Annotated[int | None, typer.Option(help="Labelled training images; all by default.")]
 ClassMap = Annotated[
     list[str] | None,
     typer.Option(

@@ -23,17 +23,24 @@ __all__ = ["Batch", "DataSource", "LabelledBatches", "LabelledImages", "at_once"
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, C, H, W] or [B, C, D, H, W] in [0, 1], their labels if any, and their ids [B]."""
+    """Images [B, C, H, W] or [B, C, D, H, W] in [0, 1], their labels if any, and their ids [B].
+
+    ``start`` [B, ...] are latents where ascents are to start, if not at the images' own.
+    """
 
     images: Tensor
     labels: Tensor | None
     sample_ids: Tensor
+    start: Tensor | None = None
+
+    def rows(self, chosen: Tensor | slice) -> Batch:
+        """Some of them."""
+        labels, start = (None if x is None else x[chosen] for x in (self.labels, self.start))
+        return Batch(self.images[chosen], labels, self.sample_ids[chosen], start)
 
     def padded(self, count: int) -> Batch:
         """The last image repeated until there are ``count``."""
-        index = torch.arange(count).clamp_max(len(self.images) - 1)
-        labels = None if self.labels is None else self.labels[index]
-        return Batch(self.images[index], labels, self.sample_ids[index])
+        return self.rows(torch.arange(count).clamp_max(len(self.images) - 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -237,7 +237,9 @@ class AscentStream:
             z0 = self._encode(full.images)
         y = None if full.labels is None else send(full.labels, self.device)
         jump = None
-        if self.noise is not None:
+        if full.start is not None:
+            jump = z0 + _within(send(full.start, self.device).to(z0) - z0, self._reach, self._settings.rule)
+        elif self.noise is not None:
             way = random_directions(z0, full.sample_ids, self.noise, self._settings.rule)
             jump = z0 + self._reach / 2 * way
         with self.phase("backward"):
@@ -251,7 +253,7 @@ class AscentStream:
     def _tiles(self, batch: Batch) -> list[Batch]:
         """The batch as it goes through the networks."""
         size = self._at_once(len(batch.images))
-        return [_part(batch, slice(at, at + size)) for at in range(0, len(batch.images), size)]
+        return [batch.rows(slice(at, at + size)) for at in range(0, len(batch.images), size)]
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -319,9 +321,13 @@ def _halving(work: Callable[[Batch], None], batch: Batch) -> None:
         torch.cuda.empty_cache()
     half = len(batch.images) // 2
     for part in (slice(0, half), slice(half, None)):
-        _halving(work, _part(batch, part))
+        _halving(work, batch.rows(part))
 
 
-def _part(batch: Batch, part: slice) -> Batch:
-    labels = None if batch.labels is None else batch.labels[part]
-    return Batch(batch.images[part], labels, batch.sample_ids[part])
+def _within(way: Tensor, reach: float, rule: str) -> Tensor:
+    """Offsets [B, ...] cut to the ball (box) of that radius."""
+    if rule == "linf":
+        return way.clamp(-reach, reach)
+    length = way.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(-1, *[1] * (way.dim() - 1))
+    cut: Tensor = way * (reach / length).clamp_max(1)
+    return cut
