@@ -173,7 +173,7 @@ CALLS: dict[str, Callable[[nn.Module, nn.Module, Tensor, Path], Any]] = {
     "posterior": lambda a, c, x, path: tsynd.MCDropout(c, 4).logits(x).sum().backward(),
     "ensemble": lambda a, c, x, path: tsynd.Ensemble([c, copy.deepcopy(c)]).uncertainty(x),
     "export_onnx": lambda a, c, x, path: tsynd.export_onnx(
-        c, None, path / "c.onnx", "classifier", image_shape=(1, 12, 12), samples=2
+        None, c, path / "c.onnx", "classifier", image_shape=(1, 12, 12), samples=2
     ),
 }
 

@@ -34,8 +34,8 @@ from tsynd.study.settings import (
 from tsynd.study.study_report import write_study
 from tsynd.utils.atomic import atomic_path, clear_leftovers
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import fingerprint, hash_file, is_sealed
+from tsynd.utils.errors import InputError, check_whole, require
+from tsynd.utils.fingerprint import fingerprint, hash_file, read_sealed
 from tsynd.utils.progress import progress_bar, say
 from tsynd.utils.version import __version__
 
@@ -93,8 +93,7 @@ def experiment(
         MissingExtraError: a package is not installed.
     """
     settings = settings or StudySettings()
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise InputError(f"workers: got {workers!r}, wanted an integer of 1 or more")
+    check_whole("workers", workers, optional=True)
     cells = cells_of(train_sizes, seeds, arms)
     for module, extra in _NEEDED.items():  # now, not after the training
         require(module, extra)
@@ -193,7 +192,7 @@ def _plan(place: Workplace, cells: Sequence[Cell]) -> list[_Task]:
 
 
 def _finished(place: Workplace, cell: Cell) -> bool:
-    if _read(cell_path(place, cell)) is None or not _whole(classifier_path(place, cell)):
+    if read_sealed(cell_path(place, cell)) is None or not _whole(classifier_path(place, cell)):
         return False
     return not parse_arm(cell.arm).generative or read_samples(place, cell) is not None
 
@@ -206,15 +205,8 @@ def _whole(weights: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        row = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return {key: value for key, value in row.items() if key != "digest"} if is_sealed(row) else None
-
-
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     """The results of all finished cells of a study's folder, by size, seed and arm."""
-    rows = [_read(path) for path in (folder / "cells").glob("[!.]*.json")]
-    return sorted((row for row in rows if row), key=lambda row: (row["size"], row["seed"], row["arm"]))
+    found = [read_sealed(path) for path in (folder / "cells").glob("[!.]*.json")]
+    rows = [{key: value for key, value in row.items() if key != "digest"} for row in found if row]
+    return sorted(rows, key=lambda row: (row["size"], row["seed"], row["arm"]))

@@ -19,7 +19,7 @@ from tsynd.synthesis.ascent import Ascent, AscentOptions, AscentSettings, ascent
 from tsynd.synthesis.objectives import measure_of
 from tsynd.synthesis.result import Collector, SynthesisResult
 from tsynd.synthesis.synthesizer import AscentStream, place
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 from tsynd.utils.progress import progress_bar
 from tsynd.utils.timing import Phases
 
@@ -191,8 +191,7 @@ _VARIANT = 1_000_003  # between the seeds of two variants
 def _check_choice_of_sources(
     variants: int, per_class: Mapping[int, int] | None, balance: bool, start: str, settings: AscentSettings
 ) -> None:
-    if not isinstance(variants, int) or variants < 1:
-        raise InputError(f"variants: got {variants!r}, wanted an integer of at least 1")
+    check_whole("variants", variants)
     check_choice("start", start, ("source", "noise"))
     if (start == "noise" or variants > 1) and settings.steps < 2:
         raise InputError(f"steps: got {settings.steps} with a start from noise, which takes one; wanted 2 or more")
