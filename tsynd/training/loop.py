@@ -315,7 +315,7 @@ def load_state(
     if not path.exists():
         return TrainingState()
     held = read_tensors(path)
-    if held is None or "settings" not in held:
+    if held is None or not isinstance(held.get("settings"), dict):
         raise InputError(f"checkpoint: {path} cannot be read: it is damaged, or no state of a training; delete it")
     if changes := differences(held["settings"], settings):
         raise InputError(f"checkpoint: {path} is of a training with other settings ({changes}); wanted another file")
@@ -331,7 +331,7 @@ def load_state(
         torch.set_rng_state(held["generators"]["cpu"])
         if device.type == "cuda" and "cuda" in held["generators"]:
             torch.cuda.set_rng_state(held["generators"]["cuda"], device)
+        return TrainingState(held["step"], held["losses"].tolist(), held["extra"])
     except (RuntimeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"checkpoint: {path} does not fit this model: {reason}") from error
-    return TrainingState(held["step"], held["losses"].tolist(), held["extra"])

@@ -206,7 +206,7 @@ def _describe(value: Any) -> Any:
 def _read(path: Path, key: str | None, part: Augmentation | None) -> list[ExtraImages] | None:
     """Images that were made before, None where they are not there, damaged, or of something else."""
     held = read_tensors(path)
-    if held is None or (key is not None and held["key"] != key):
+    if held is None or (key is not None and held.get("key") != key):
         return None
     if part is not None:
         part.load_state_dict(held["state"])

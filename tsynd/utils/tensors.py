@@ -38,11 +38,11 @@ def read_tensors(path: Path) -> dict[str, Any] | None:
         with library.safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (library.SafetensorError, OSError):
+        if about.get("digest") != hash_parts(about.get("content", ""), hash_tensors(held)):
+            return None
+        return dict(_take(json.loads(about["content"]), held))
+    except (library.SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    if about.get("digest") != hash_parts(about.get("content", ""), hash_tensors(held)):
-        return None
-    return dict(_take(json.loads(about["content"]), held))
 
 
 def hash_tensors(held: dict[str, Tensor]) -> str:
