@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsynd.fx.layout import Order
 from tsynd.models.classifier import ClassifierAdapter, logits_of, plain
 from tsynd.models.held import evaluating, frozen
 from tsynd.ops.reference import OBJECTIVES, TASKS
@@ -105,6 +106,15 @@ class Posterior(ABC):
         For use inside :meth:`frozen`: the weights must not change.
         """
         with self._runner.folded():
+            yield self
+
+    @contextmanager
+    def laid_out(self, order: Order) -> Iterator[Posterior]:
+        """Inside, tsynd's own posteriors work on copies of the weights in this order of memory.
+
+        For use inside :meth:`frozen` and :meth:`folded`, after a first call.
+        """
+        with self._runner.laid_out(order):
             yield self
 
     @contextmanager

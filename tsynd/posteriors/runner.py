@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from tsynd.fx.checkpointing import staged
 from tsynd.fx.folding import FoldedGraph
+from tsynd.fx.layout import LaidOut, Order
 from tsynd.models.held import evaluating
 from tsynd.ops import operators as ops
 from tsynd.utils.errors import InputError
@@ -36,6 +37,7 @@ class Runner:
     ) -> None:
         self._once, self._tail, self._keep_last, self._hidden = once, tail, keep_last, hidden
         self._folded: list[FoldedGraph] = []
+        self._laid: dict[tuple[Any, Order], LaidOut] = {}
         self._forms: dict[int, tuple[Form, Callable[..., Any] | None]] = {}
 
     @property
@@ -80,6 +82,21 @@ class Runner:
             graph.refresh()
         modules = tuple(graph.module for graph in self._folded)
         with self._as(modules[: len(self._once)], modules[-1] if self._tail is not None else None):
+            yield
+
+    @contextmanager
+    def laid_out(self, order: Order) -> Iterator[None]:
+        """Inside, copies of the networks' weights lie in this order; to be entered after :meth:`folded`."""
+
+        def laid(network: Any) -> Any:
+            if (network, order) in self._laid:
+                self._laid[network, order].refresh()
+            else:
+                self._laid[network, order] = LaidOut(network, order)
+            return self._laid[network, order].module
+
+        once, tail = self._form()
+        with self._as(tuple(laid(part) for part in once), None if tail is None else laid(tail)):
             yield
 
     @contextmanager

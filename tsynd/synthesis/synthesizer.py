@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tsynd.data.dataset import Batch
 from tsynd.fx.checkpointing import kept_per_image, staged
 from tsynd.fx.folding import folded_decoder
+from tsynd.fx.layout import LaidOut, channels_last
 from tsynd.models.autoencoder import (
     Autoencoder,
     autoencoder_of,
@@ -21,7 +22,6 @@ from tsynd.models.autoencoder import (
     check_pixel_range,
     known_latent_std,
 )
-from tsynd.models.layout import channels_last
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
@@ -101,7 +101,7 @@ class AscentStream:
             raise InputError(
                 f"targets: got {given} with objective {settings.objective!r}, wanted images for {EXPECTED!r} alone"
             )
-        self.model = autoencoder_of(autoencoder)
+        self.model = self._running = autoencoder_of(autoencoder)
         self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
@@ -162,14 +162,15 @@ class AscentStream:
 
     def prepare(self, latent_std: float, first: Tensor) -> None:
         """Make ready to run, with the latents' standard deviation and one image [1, C, H, W]."""
-        self._stack.enter_context(channels_last(*self.posterior.networks, self.model))
-        self._stack.enter_context(self.posterior.folded())  # after the layout, which the folded weights take over
+        self._stack.enter_context(self.posterior.folded())
+        self._stack.enter_context(self.posterior.laid_out(channels_last))
+        self._running = LaidOut(self.model, channels_last).module
         image = first.to(self.device)
         targets = None if self._targets is None else self._targets.to(self.device)
         measure = measure_of(self.posterior, self._settings.objective, self._settings.task, targets)
         with torch.no_grad():
-            latent = self.model.encode(image).float()
-            decode = folded_decoder(self.model, latent)
+            latent = self._running.encode(image).float()
+            decode = folded_decoder(self._running, latent)
         decode = self._fit(decode, measure, image, latent)
         if self._compile:
             self._stack.enter_context(self.posterior.compiled())
@@ -256,7 +257,7 @@ class AscentStream:
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.model.encode(send(images, self.device)).float().contiguous()
+            return self._running.encode(send(images, self.device)).float().contiguous()
 
     def encode(self, batch: Batch) -> Tensor:
         """Latents [B, ...] of a batch, on the CPU: those that its ascent starts from."""
