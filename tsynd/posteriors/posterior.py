@@ -158,7 +158,7 @@ class Ensemble(Posterior):
         with self._evaluating():
             if not self._looked:
                 for face in self._faces:
-                    face.look(images[:2].detach())
+                    face.look(images)
                 self._looked = True
             logits = [network(images) for network in self._runner.once]
         shapes = [list(one.shape) for one in logits]
