@@ -7,12 +7,11 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) $(shell find tsynd -name '*.py')
 
-.PHONY: test-all help build test test-fast test-slow test-kernels test-python fuzz sanitize gpu-check registers mutants demo docs \
+.PHONY: help build test test-fast test-slow test-kernels test-python fuzz sanitize gpu-check registers mutants demo docs \
   wheel lowest bench lint format clean
 help:
 	@echo "make demo    train, synthesise and report on phantom cells, into $(DEMO)/"
-	@echo "make test    build and run the tests; make test-all also the slow ones"
-	@echo "make test-fast  without the slow ones"
+	@echo "make test    build and run the tests; make test-fast without the slow ones"
 	@echo "make fuzz    read damaged files for some minutes: nothing but clear errors may come of it"
 	@echo "make bench   measure everything against its floor and its peers, into docs/benchmarks.md"
 	@echo "make sanitize  the operators' tests under the address and undefined-behaviour sanitizers, 1, 2 and 7 threads"
@@ -57,8 +56,6 @@ test-fast: $(VENV)/.tested $(VENV)/.torch
 	$(MAKE) --no-print-directory -j 2 test-kernels test-python
 
 test: test-fast
-
-test-all: test-fast
 	$(MAKE) --no-print-directory -j 2 test-kernels test-slow ORDERS=others
 
 # the slow ones share nothing within a file

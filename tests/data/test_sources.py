@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import tarfile
+import threading
 import zipfile
 
 import numpy as np
@@ -89,6 +91,55 @@ def test_class_folders_tars_patterns_and_addresses(tmp_path):
     for path in sorted((tmp_path / "tars").iterdir()):
         memory.pipe(f"/sets/{path.name}", path.read_bytes())
     _check(open_source("memory://sets"))
+
+
+def test_a_web_server_may_not_send_us_elsewhere_nor_fail_unclearly(monkeypatch):
+    pytest.importorskip("aiohttp")
+    buffer, hosts = io.BytesIO(), set()
+    np.savez(buffer, images=PIXELS, labels=LABELS)
+    content = buffer.getvalue()
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            hosts.add(self.headers["Host"].partition(":")[0])
+            name, status, headers, body = self.path[1:], 404, {}, b""
+            if name.startswith(("near", "away")):
+                status, there = 302, "" if name.startswith("near") else f"http://localhost:{web.server_port}"
+                headers = {"Location": f"{there}/x.npz"}
+            elif name == "x.npz":
+                first, last = self.headers.get("Range", f"bytes=0-{len(content) - 1}").removeprefix("bytes=").split("-")
+                status, body = 206, content[int(first) : int(last) + 1]
+                end = int(first) + len(body) - 1
+                headers = {"Content-Range": f"bytes {first}-{end}/{len(content)}", "Accept-Ranges": "bytes"}
+            self.send_response(status)
+            for key, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815 (their name)
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as web:
+        address = f"http://127.0.0.1:{web.server_port}"
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        _check(open_source(f"{address}/x.npz"))
+        _check(open_source(f"{address}/near.npz"))
+        for name in ("away.npz", "away/", "away/*.tar", "away-{0..1}.tar"):
+            with pytest.raises(InputError, match=r"cannot be read \(the server points to http://localhost"):
+                open_source(f"{address}/{name}")
+        with pytest.raises(InputError, match="was not found"):
+            open_source(f"{address}/none.npz")
+        web.shutdown()
+    with pytest.raises(InputError, match=r"x\.npz: cannot be read"):
+        open_source(f"{address}/x.npz")
+    assert hosts == {"127.0.0.1"}
 
 
 def test_identity_follows_the_content(tmp_path):

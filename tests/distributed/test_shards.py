@@ -23,7 +23,7 @@ from tsynd.distributed.driver import synthesize_shards
 from tsynd.distributed.pack import pack
 from tsynd.distributed.shards import ShardFolder, plan_units
 from tsynd.distributed.worker import ShardSettings
-from tsynd.models.checkpoint import load_model
+from tsynd.models.checkpoint import load_model, save_model
 from tsynd.synthesis.api import synthesize
 from tsynd.utils.errors import InputError
 from tsynd.utils.fingerprint import seal
@@ -187,6 +187,20 @@ def test_a_folder_that_is_removed_meanwhile_is_an_error(job, tmp_path, monkeypat
     monkeypatch.setattr(ShardFolder, "write", write)
     with pytest.raises(InputError, match="was removed or emptied while the job was at work"):
         _again(job, tmp_path / "out")
+
+
+def test_class_names_that_are_no_text(tmp_path):
+    job, names = make_job(tmp_path / "job", 20), ["knot\udcff", "Zyste é"]
+    save_model(load_model(job["classifier"]), job["classifier"], class_names=names)
+    with np.load(job["data"]) as file:
+        np.savez(job["data"], **file, class_names=np.array(names))
+    manifest, _ = _again(job, tmp_path / "out")
+    assert manifest["class_names"] == ["knot\\udcff", "Zyste é"]
+    ShardFolder(tmp_path / "raw", manifest["fingerprint"], {"class_names": names}).open()
+    assert json.loads((tmp_path / "raw" / "manifest.json").read_text())["class_names"] == names
+    for output, read in ("x.npz", ("knot\\udcff", "Zyste é")), ("x", ("0_knot_udcff", "1_Zyste é")):
+        pack(tmp_path / "out", tmp_path / output, progress=False)
+        assert load_data(tmp_path / output).class_names == read
 
 
 def test_packing_counts_what_it_reads(copy, tmp_path):

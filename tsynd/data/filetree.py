@@ -49,6 +49,48 @@ def _expand(text: str) -> list[str]:
     return names
 
 
+class _Guarded:
+    """A file system or file behind an address: what its client raises, whatever that is, is one clear error."""
+
+    def __init__(self, inner: Any, where: str) -> None:
+        self._inner, self._where = inner, where
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            try:
+                out = found(*arguments, **options)
+            except Exception as error:
+                reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+                raise InputError(f"{self._where}: cannot be read ({reason})") from None
+            return _Guarded(out, self._where) if name == "open" else out
+
+        return call
+
+    def __enter__(self) -> _Guarded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner.close()
+
+
+def _web_client() -> dict[str, Any]:
+    """How aiohttp asks a web server: it may not take for ever, nor send us to another host or off https."""
+    aiohttp = require("aiohttp", "big")
+
+    async def follow(session: object, context: object, asked: Any) -> None:
+        to = asked.url.join(type(asked.url)(asked.response.headers.get("Location", "")))
+        if to.host != asked.url.host or (asked.url.scheme, to.scheme) == ("https", "http"):
+            raise OSError(f"the server points to {to.origin()}; wanted no other host: give that address yourself")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(follow)
+    return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60), "trace_configs": [trace]}
+
+
 class FileTree:
     """What an address names: one file, a folder, or several tars.
 
@@ -69,11 +111,9 @@ class FileTree:
         root = text if self.remote else os.path.expanduser(text)
         if self.remote:
             try:
-                options: dict[str, Any] = {}
-                if text.startswith(("http://", "https://")):
-                    limit = require("aiohttp", "big").ClientTimeout(total=None, sock_connect=30, sock_read=60)
-                    options["client_kwargs"] = {"timeout": limit}
-                self._fs, root = require("fsspec", "big").core.url_to_fs(text, **options)
+                options = {"client_kwargs": _web_client()} if text.startswith(("http://", "https://")) else {}
+                system, root = require("fsspec", "big").core.url_to_fs(text, **options)
+                self._fs = _Guarded(system, text)
             except (ValueError, ImportError) as error:
                 raise InputError(f"source: {text!r} is an address that fsspec cannot use: {error}") from None
         self._root = root

@@ -154,8 +154,6 @@ def _write_folders(folder: Path, manifest: dict[str, Any], path: Path, done: Cal
                 raise InputError("output: the shards have no labels, wanted some for class folders; pack into an .npz")
             target = temporary / (names[label] if label < len(names) else str(label))
             target.mkdir(exist_ok=True)
-            if suffix == ".png":
-                (target / f"{row['sample_id']:012d}.png").write_bytes(content)
-            else:
-                (target / f"{row['sample_id']:012d}.png").write_bytes(image_bytes(_pixels(content, suffix), "png"))
+            png = content if suffix == ".png" else image_bytes(_pixels(content, suffix), "png")
+            (target / f"{row['sample_id']:012d}.png").write_bytes(png)
             done()

@@ -67,13 +67,7 @@ class Sample:
 
     def row(self) -> dict[str, Any]:
         """What stands in the JSON and the index."""
-        return {
-            "sample_id": self.sample_id,
-            "label": self.label,
-            "uncertainty_before": self.uncertainty_before,
-            "uncertainty": self.uncertainty,
-            "status": self.status,
-        }
+        return {name: value for name, value in vars(self).items() if name != "image"}
 
 
 def plan_units(count: int, shard_size: int) -> list[Unit]:
@@ -169,9 +163,8 @@ class ShardFolder:
         if known is not None:
             self._compare(known["fingerprint"])
         else:
-            older = [
-                r["fingerprint"] for r in map(_read_json, sorted((self.folder / "units").glob("shard-*.json"))) if r
-            ]
+            receipts = map(_read_json, sorted((self.folder / "units").glob("shard-*.json")))
+            older = [receipt["fingerprint"] for receipt in receipts if receipt]
             ours = {"units", "index"} <= set(visible) and all(map(_OURS.fullmatch, visible))
             if visible and not older and not ours:
                 raise InputError(
@@ -183,11 +176,11 @@ class ShardFolder:
             if older:
                 self.notes.append("manifest.json was missing or damaged: written again, the shards' receipts agree")
         check_writable(manifest)
+        if known is None:  # before the folders, which say less of whose they are
+            self._write_manifest(None)
         for part in ("units", "index", ""):
             (self.folder / part).mkdir(exist_ok=True)
             clear_leftovers(self.folder / part)
-        if known is None:
-            self._write_manifest(None)
 
     def _compare(self, then: dict[str, Any]) -> None:
         if changes := differences(then, self.fingerprint):
@@ -300,7 +293,7 @@ class ShardFolder:
             "shards": shards or [],
         }
         with durable(self.folder / "manifest.json") as file:
-            file.write(json.dumps(seal(content), indent=1, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(seal(content), indent=1).encode() + b"\n")
         return content
 
 

@@ -109,9 +109,9 @@ class ShardWorker:
             torch.set_num_threads(settings.threads)
         autoencoder, classifier = load_model(settings.autoencoder), load_model(settings.classifier)
         self.source = open_source(settings.data, settings.split, settings.reading)
-        names = read_card(settings.classifier).class_names or ()
+        names = tuple(map(printable, read_card(settings.classifier).class_names or ()))
         held = tuple(map(printable, self.source.class_names))
-        if names and held and tuple(names) != held:
+        if names and held and names != held:
             raise InputError(f"classifier: was trained for {', '.join(names)}, but the data have {', '.join(held)}")
         self.settings = settings = replace(settings, task=self.source.task)
         device = "cpu" if look_only else settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

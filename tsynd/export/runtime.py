@@ -206,7 +206,7 @@ def read_metadata(session: Any, path: str | Path = "model") -> dict[str, Any]:
     raw = session.get_modelmeta().custom_metadata_map
     try:
         values = {key.removeprefix("tsynd."): json.loads(text) for key, text in raw.items() if key[:6] == "tsynd."}
-    except ValueError:
+    except (ValueError, RecursionError):
         values = {}
     version = values.get("format")
     if not isinstance(version, int):

@@ -26,7 +26,7 @@ from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.synthesis.cuda import Climb, GraphedAscent, fetch, send
-from tsynd.synthesis.objectives import EXPECTED, Measure, PlausibleGoal, measure_of
+from tsynd.synthesis.objectives import EXPECTED, Measure, measure_of
 from tsynd.utils.device import out_of_memory, place
 from tsynd.utils.draws import random_directions
 from tsynd.utils.errors import InputError, check_choice
@@ -182,8 +182,7 @@ class AscentStream:
         self._reach = self._settings.lengths(latent_std, latent[0].numel())[1]
 
         def climb(z0: Tensor, ids: Tensor, y: Tensor | None, jump: Tensor | None) -> Ascent:
-            goal = PlausibleGoal(measured, z0)
-            return ascend_latents(self.posterior, decode, z0, ids, self._settings, latent_std, y, goal, jump)
+            return ascend_latents(self.posterior, decode, z0, ids, self._settings, latent_std, y, measured, jump)
 
         self._climb = GraphedAscent(climb) if self._compile and self.device.type == "cuda" else climb
 
@@ -239,7 +238,9 @@ class AscentStream:
             z0 = self._encode(full.images)
         y = None if full.labels is None else send(full.labels, self.device)
         jump = None
-        if self.noise is not None:
+        if full.start is not None:
+            jump = z0 + _within(send(full.start, self.device).to(z0) - z0, self._reach, self._settings.rule)
+        elif self.noise is not None:
             way = random_directions(z0, full.sample_ids, self.noise, self._settings.rule)
             jump = z0 + self._reach / 2 * way
         with self.phase("backward"):
@@ -253,7 +254,7 @@ class AscentStream:
     def _tiles(self, batch: Batch) -> list[Batch]:
         """The batch as it goes through the networks."""
         size = self._at_once(len(batch.images))
-        return [_part(batch, slice(at, at + size)) for at in range(0, len(batch.images), size)]
+        return [batch.rows(slice(at, at + size)) for at in range(0, len(batch.images), size)]
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -321,9 +322,13 @@ def _halving(work: Callable[[Batch], None], batch: Batch) -> None:
         torch.cuda.empty_cache()
     half = len(batch.images) // 2
     for part in (slice(0, half), slice(half, None)):
-        _halving(work, _part(batch, part))
+        _halving(work, batch.rows(part))
 
 
-def _part(batch: Batch, part: slice) -> Batch:
-    labels = None if batch.labels is None else batch.labels[part]
-    return Batch(batch.images[part], labels, batch.sample_ids[part])
+def _within(way: Tensor, reach: float, rule: str) -> Tensor:
+    """Offsets [B, ...] cut to the ball (box) of that radius."""
+    if rule == "linf":
+        return way.clamp(-reach, reach)
+    length = way.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(-1, *[1] * (way.dim() - 1))
+    cut: Tensor = way * (reach / length).clamp_max(1)
+    return cut

@@ -51,29 +51,16 @@ def progress_bar(text: str, total: int, shown: bool = True) -> Iterator[Report]:
 def _rich_bar() -> Any:
     """A bar for a terminal or a notebook; None elsewhere."""
     try:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
     except ImportError:
         return None
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
         return None
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
+    times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+    columns = "{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), *times, "{task.fields[note]}"
+    return progress.Progress(*columns, console=console)
 
 
 class _Lines:
