@@ -191,17 +191,10 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
     names = find_class_names(arrays, name, count, where)
     if len(names) < 2:
         raise InputError(f"{where}: one class only; wanted 2 or more")
-<<<<<<< HEAD
     folded = Counter(" ".join(name.casefold().split()) for name in names)
     if (alike := folded.most_common(1)[0])[1] > 1:
         note = f"classes that differ in case or spaces alone ({alike[0]!r}): are they one?"
         origin = replace(origin, notes=(*origin.notes, note))
-    parts = [
-        LabelledImages(x, check_labels(arrays[key], len(x), task, len(names), name=f"{where}: {key}"))
-        for x, (_, key) in zip(images, keys, strict=True)
-    ]
-=======
->>>>>>> main
     patients = [torch.from_numpy(arrays[key.replace("images", "groups")]) for key, _ in keys] if grouped else []
     check_apart(patients, where)
     own: list[torch.Tensor | None] = [*patients] or [None] * len(keys)
