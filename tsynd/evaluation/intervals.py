@@ -123,7 +123,8 @@ def compare(
 
     Returns:
         JSON-able: ``scores``: classifier → condition → score → [value, low, high]; ``changes``: the same of the last
-        classifier less each of the others; ``images``; ``fewest`` and ``least``: see :attr:`Bootstrap.enough`.
+        classifier less each of the others; ``images`` and ``groups`` (None: unknown), how many; ``fewest`` and
+        ``least``: see :attr:`Bootstrap.enough`.
     """
     bootstrap = Bootstrap(labels, task, groups)
     drawn = {name: {c: bootstrap.scores(one) for c, one in own.items()} for name, own in logits.items()}
@@ -142,6 +143,7 @@ def compare(
         "scores": {name: intervals(own, None) for name, own in drawn.items()},
         "changes": {name: intervals(drawn[last], own) for name, own in drawn.items() if name != last},
         "images": len(labels),
+        "groups": None if groups is None else len(set(groups.tolist())),
         "fewest": bootstrap.fewest,
         "least": LEAST,
     }

@@ -15,7 +15,7 @@ from torch import fx, nn
 from tsynd.export.check import check_results
 from tsynd.export.programs import prepare, write_path
 from tsynd.export.tracing import record
-from tsynd.models.layout import channels_last
+from tsynd.fx.layout import channels_last
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
 from tsynd.utils.atomic import atomic_path

@@ -79,7 +79,8 @@ class NetworkChoice(ClassifierChoice):
     """Which networks a job works with, and how it makes extra images.
 
     Attributes:
-        autoencoder: ``small`` (trained from scratch), ``diffusers:NAME``, ``monai-bundle:PATH``, or a model's file.
+        autoencoder: ``small`` (trained from scratch), ``diffusers:NAME``, ``monai-bundle:PATH``, MODULE:FUNCTION, or a
+            model's file.
         autoencoder_trains: of a pretrained autoencoder: ``none``, ``decoder`` or ``all``.
         rounds: offline rounds of extra images, 0 makes them anew at every step; None is 3 with a pretrained classifier.
     """

@@ -18,7 +18,7 @@ from tsynd.data.dataset import LabelledBatches
 from tsynd.models.classifier import ClassifierAdapter, logits_of, plain
 from tsynd.models.held import evaluating
 from tsynd.posteriors.posterior import Posterior
-from tsynd.posteriors.runner import Runner, heads_logits, heads_uncertainty, structure_of
+from tsynd.posteriors.runner import RESOLVING, Runner, heads_logits, heads_uncertainty, structure_of
 from tsynd.posteriors.splitting import trunk_to
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, MissingExtraError, check_whole, require
@@ -171,13 +171,13 @@ class SampledHead(Posterior):
         images, kept = plain(images), {} if self._block is None else self._block
         with self._evaluating():
             if "resolved" not in kept:
-                if self._settled is None or self._settled != structure_of(self.classifier):
-                    if self._settled is not None:
-                        self._settle()
-                    with torch.no_grad():
-                        self._network.look(images[:2].detach())
+                with RESOLVING, torch.no_grad():
+                    if self._settled != (structure := structure_of(self.classifier)):
+                        if self._settled is not None:
+                            self._settle()
+                        self._network.look(images)
                         _head_features(self._network, self._linear, self._runner, images[:2].detach(), self.layer)
-                    self._settled = structure_of(self.classifier)
+                        self._settled = structure
                 kept["resolved"] = True
             features: Tensor = self._runner.once[0](images)[0]
         return features

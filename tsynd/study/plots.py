@@ -40,6 +40,8 @@ _NAMES = {"real": "real only", "randaugment": "RandAugment", "trades": "TRADES"}
 def label_of(arm: str) -> str:
     """An arm's name for people."""
     head, *options = arm.split(",")
+    if ":" in head:
+        return f"{head.partition(':')[2]} ({', '.join(options)})" if options else head.partition(":")[2]
     name = " + ".join(_NAMES.get(kind, kind.replace("_", " ")) for kind in head.split("+"))
     return f"{name} ({', '.join(options).replace('_', ' ')})" if options else name
 

@@ -17,7 +17,6 @@ from tsynd.report.page import write_page
 from tsynd.report.pictures import centre, inline_png, nats
 from tsynd.report.run_report import STYLE
 from tsynd.report.verdict import points
-from tsynd.study.arms import parse_arm
 from tsynd.study.plots import budget_plot, dot_plot, label_of, selective_plot, severity_plot, size_plot
 from tsynd.study.score_tables import (
     RIVALS,
@@ -33,7 +32,7 @@ from tsynd.study.score_tables import (
     to_latex,
     to_markdown,
 )
-from tsynd.study.settings import Cell, Workplace, read_samples
+from tsynd.study.settings import Cell, Workplace, read_arrays, samples_path
 from tsynd.study.statistics import smallest_p
 from tsynd.study.summary import Row, arms_of, difference, headline, severities_of, sizes_of
 from tsynd.utils.atomic import atomic_path
@@ -105,14 +104,15 @@ two-sided, not corrected for the number of comparisons; * marks the smallest val
 
 def _quality(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
     tables = [table for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
-    return f"""<p class="soft">Made of training images against each arm's finished classifier, seed 0; not picked for
-looks. Below: mutual information in nats under samples that no ascent has seen.</p>
+    return f"""<p class="soft">Made of training images against each arm's finished classifier, of the first seed; not
+picked for looks. Below: mutual information in nats under samples that no ascent has seen.</p>
 {_samples(place, rows, facts)}
-<p class="soft">Mean over the seeds. MI: mutual information of the synthetic images under the arm's own classifier.
-Label kept: that classifier still predicts the source's label. Distances are root mean squared differences of pixels: to
-the source; to the nearest training image, and that in units of a real held-out image's distance (well below 1: close to
-a copy). KID and FID: distance to the {place.settings.split} images in the features of real only; the row “real training
-images” is what real images of the same number get. Cosine: of the gradients of mutual information and entropy.</p>
+<p class="soft">Mean ± 95 % t interval over the seeds. MI: mutual information of the synthetic images under the arm's
+own classifier. Label kept: that classifier still predicts the source's label. Distances are root mean squared
+differences of pixels: to the source; to the nearest training image, and that in units of a real held-out image's
+distance (well below 1: close to a copy). KID and FID: distance to the {place.settings.split} images in the features of
+real only; the row “real training images” is what real images of the same number get. Cosine: of the gradients of mutual
+information and entropy.</p>
 {"".join(map(to_html, tables))}"""
 
 
@@ -197,7 +197,7 @@ def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "test, uncorrected; \\* is the smallest p that so many pairs can give.\n"
     ]
     lines += [to_markdown(table) for table in difference_tables(rows)]
-    lines += ["Synthetic images, mean over seeds; KID and FID in the features of the real-only classifier.\n"]
+    lines += ["Synthetic images, mean ± 95 % t interval; KID and FID in the features of the real-only classifier.\n"]
     lines += [to_markdown(table) for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
     return "\n".join(lines)
 
@@ -232,9 +232,10 @@ def _rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _samples(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Source, reconstruction and each generative arm's image, of the largest size."""
     size = max(sizes_of(rows))
+    first_seed = min(row["seed"] for row in rows if row["size"] == size)
     shown = {}
     for arm in arms_of(rows):
-        samples = read_samples(place, Cell(size, 0, arm)) if parse_arm(arm).generative else None
+        samples = read_arrays(samples_path(place, Cell(size, first_seed, arm)))
         if samples is not None:
             shown[arm] = samples
     if not shown:

@@ -80,7 +80,8 @@ class Augmentation(Protocol):
     """What :func:`tsynd.fit_classifier` asks for extra images.
 
     A class that derives from this one has only ``__call__`` to write; a plain function will do too. One that gives
-    the same images several times may say so by an attribute ``repeats = True``.
+    the same images several times may say so by an attribute ``repeats = True``; one that has a method
+    ``transform(images, labels)`` changes every step's real images by it first, see :class:`tsynd.InPlace`.
     """
 
     @abstractmethod

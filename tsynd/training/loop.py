@@ -28,6 +28,7 @@ from tsynd.utils.tensors import read_tensors, write_tensors
 __all__ = [
     "Checkpoint",
     "FitReport",
+    "Track",
     "TrainingSettings",
     "TrainingState",
     "batch_order",
@@ -93,6 +94,21 @@ class FitReport:
     validation: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Track:
+    """Where the loss of every step (and scores on ``val``) are logged, by one of Accelerate's trackers.
+
+    Attributes:
+        kind: ``tensorboard``, ``wandb``, ``mlflow``, ... as Accelerate calls it.
+        folder: where it writes.
+        name: of the run; W&B's project, MLflow's experiment.
+    """
+
+    kind: str
+    folder: Path
+    name: str = "tsynd"
+
+
 def batch_order(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Endless full batches of indices [batch_size]: shuffled passes over ``count`` images, laid end to end."""
     generator = torch.Generator().manual_seed(seed)
@@ -136,6 +152,24 @@ class Checkpoint:
             raise InputError(f"checkpoint: every {self.every!r} iterations, wanted an integer of 1 or more")
 
 
+def tracking_accelerator(track: Track | None) -> Any:
+    """Accelerate's object for a training.
+
+    Raises:
+        InputError: Accelerate knows no such tracker, or its package is not installed.
+    """
+    accelerate = require("accelerate", "train")
+    if track is None:
+        return accelerate.Accelerator(device_placement=False)
+    try:
+        made = accelerate.Accelerator(device_placement=False, log_with=track.kind, project_dir=str(track.folder))
+    except ValueError as error:
+        raise InputError(f"track: got {track.kind!r}, wanted tensorboard, wandb, mlflow, ...: {error}") from None
+    if not made.log_with:
+        raise InputError(f"track: {track.kind} is not installed, wanted pip install {track.kind}")
+    return made
+
+
 class _Loop:
     """What both trainings share: device, processes, optimiser, schedule, precision, batch order."""
 
@@ -145,10 +179,12 @@ class _Loop:
         batches: LabelledBatches,
         device: torch.device | str | None,
         settings: TrainingSettings,
+        track: Track | None = None,
     ) -> None:
         if len(batches) < 2:
             raise InputError(f"{batches.name}: holds {len(batches)} image, wanted two or more")
-        self.accelerator = require("accelerate", "train").Accelerator(device_placement=False)
+        self.accelerator = tracking_accelerator(track)
+        self.tracked = track
         self.device = resolve_device(device) if device is not None else self.accelerator.device
         self.module = module.to(self.device)
         self.batches, self.settings = batches, settings
@@ -182,6 +218,14 @@ class _Loop:
             last_epoch=step - 1,
         )
 
+    def track(self, values: dict[str, float], step: int) -> None:
+        if self.tracked is not None:
+            self.accelerator.log(values, step=step)
+
+    def stop_tracking(self) -> None:
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
+            tracker.finish()
+
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
@@ -213,6 +257,9 @@ class _Loop:
         Raises:
             InputError: the loss is not finite, in any process; all raise it then.
         """
+        if self.tracked is not None:
+            known = {key: value for key, value in asdict(self.settings).items() if value is not None}
+            self.accelerator.init_trackers(self.tracked.name, config=known)
         draws = batch_order(len(self.batches), self.batch_size, self.settings.seed)
         start = time.perf_counter()
         with (
@@ -253,6 +300,7 @@ class _Loop:
                 if checkpoint is not None and due and self.rank == 0:
                     state.extra = {} if extra is None else extra.state_dict()
                     save_state(checkpoint.path, asdict(self.settings), state, self.module, self.optimizer, self.device)
+                self.track({"loss": state.losses[-1]}, state.step)
                 report(1, f"loss {state.losses[-1]:.4f}")
         self.optimizer.zero_grad(set_to_none=True)
         return tuple(state.losses), time.perf_counter() - start

@@ -40,6 +40,7 @@ def require(module: str, extra: str) -> ModuleType:
         MissingExtraError: the module is not installed.
     """
     try:
+        importlib.import_module(module.split(".")[0])  # a package that is blocked may have left its parts behind
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
