@@ -20,6 +20,7 @@ _HOME = {
     "DataSource": "data.dataset",
     "Ensemble": "posteriors.posterior",
     "ExtraImages": "training.extra_images",
+    "InPlace": "training.in_place",
     "InputError": "utils.errors",
     "LabelledImages": "data.dataset",
     "LaplaceHead": "posteriors.laplace",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from tsynd.training.autoencoder import fit_autoencoder
     from tsynd.training.classifier import fit_classifier
     from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
+    from tsynd.training.in_place import InPlace
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
     from tsynd.training.rounds import OfflineRounds

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ __all__ = ["find_class_names", "load_data", "read_source"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+_DIM = 26  # of 255: below a tenth of the range
 _PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
 
 
@@ -165,6 +168,12 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
     if missing := [key for pair in keys for key in pair if key not in arrays]:
         raise InputError(f"{where}: holds {', '.join(arrays) or 'nothing'}; missing {', '.join(missing)}")
     images = [torch.from_numpy(channels_first(arrays[key], f"{where}: {key}")).contiguous() for key, _ in keys]
+    if (brightest := max(int(x.max()) for x in images)) < _DIM:
+        warnings.warn(
+            f"no pixel is brighter than {brightest} of 255; window=(centre, width) (--window CENTRE WIDTH) says which "
+            "values of image files are black and white",
+            stacklevel=3,
+        )
     if len({x.shape[1:] for x in images}) > 1:
         raise InputError(f"{where}: images of {[shape_of(x) for x in images]}; wanted one size in all splits")
     first = arrays[keys[0][1]]
@@ -182,6 +191,10 @@ def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, see
     names = find_class_names(arrays, name, count, where)
     if len(names) < 2:
         raise InputError(f"{where}: one class only; wanted 2 or more")
+    folded = Counter(" ".join(name.casefold().split()) for name in names)
+    if (alike := folded.most_common(1)[0])[1] > 1:
+        note = f"classes that differ in case or spaces alone ({alike[0]!r}): are they one?"
+        origin = replace(origin, notes=(*origin.notes, note))
     patients = [torch.from_numpy(arrays[key.replace("images", "groups")]) for key, _ in keys] if grouped else []
     check_apart(patients, where)
     own: list[torch.Tensor | None] = [*patients] or [None] * len(keys)

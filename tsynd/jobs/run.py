@@ -48,7 +48,7 @@ from tsynd.training.rounds import OfflineRounds
 from tsynd.training.standard import FLIPS, StandardAugmentation
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, check_whole, require
 from tsynd.utils.fingerprint import fingerprint, plain_settings
 from tsynd.utils.progress import say
 from tsynd.utils.timing import Phases
@@ -277,9 +277,7 @@ def _check(settings: RunSettings) -> None:
     if settings.objective == "expected_information":
         raise InputError("objective: got 'expected_information', which needs target images; wanted another for a run")
     for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
-        value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
+        check_whole(name, getattr(settings, name))
     choices = {
         "autoencoder_data": ("train", "all"),
         "dropout": ("head", "stages"),

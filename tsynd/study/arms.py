@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -43,7 +44,7 @@ uncertainty, ``expected_information`` up what the image would tell about others,
 :func:`parse_arm`."""
 
 _GIVEN = ("autoencoder", "task", "seed")  # to a function of one's own, as far as it takes them
-_TRAINING = ("augmentation_weight", "warmup_fraction", "iterations")
+_TRAINING = ("augmentation_weight", "warmup_fraction", "iterations", "base")
 _FIXED = ("autoencoder", "direction", "objective", "task", "latent_std", "seed")
 _NAMES = [*inspect.signature(TargetedAugmentation.__init__).parameters, *(f.name for f in fields(AscentSettings))]
 _OPTIONS = tuple(name for name in _NAMES if name not in ("self", "settings", "targets", "ascent", *_FIXED))
@@ -64,7 +65,7 @@ class Arm:
         text: as it was written.
         kinds: of :data:`ARMS`, in turn where there are several; or one MODULE:FUNCTION.
         options: for each kind what it sets otherwise than the study.
-        training: its own ``augmentation_weight``, ``warmup_fraction`` and ``iterations``.
+        training: its own ``augmentation_weight``, ``warmup_fraction``, ``iterations`` and ``base``.
     """
 
     text: str
@@ -116,9 +117,10 @@ def parse_arm(text: str) -> Arm:
     Options are those of :class:`tsynd.TargetedAugmentation`; ``budget``, ``steps`` and ``persistent`` of
     ``adversarial`` and ``trades``, ``weight`` of ``trades``, ``flip`` (``none``, ``horizontal`` or ``both``) of
     ``standard`` and ``recipe``;
-    ``augmentation_weight``, ``warmup_fraction`` and ``iterations`` of :func:`tsynd.fit_classifier`. A pair is written
-    ``radius=0.2:0.8``; ``trades.steps=3`` means one of several kinds that know the option. ``real,iterations=750`` is
-    real only with as much time as a dearer arm.
+    ``augmentation_weight``, ``warmup_fraction`` and ``iterations`` of :func:`tsynd.fit_classifier`; ``base``, what is
+    done to the real images, ``standard`` or ``standard:horizontal`` with those flips, as :class:`Base` reads it. A pair
+    is written ``radius=0.2:0.8``, a number also ``3/255``; ``trades.steps=3`` means one of several kinds that know the
+    option. ``real,iterations=750`` is real only with as much time as a dearer arm.
 
     Raises:
         InputError: an unknown kind or option, or a value that is no number or word.
@@ -137,7 +139,7 @@ def parse_arm(text: str) -> Arm:
     if is_call(head):
         _OWN[head] = tuple(name for name in _parameters(head) if name not in _GIVEN)
     known = [_OPTIONS if kind in _LATENT else _OWN.get(kind, ()) for kind in kinds]
-    training = ("iterations",) if kinds == ("real",) else _TRAINING
+    training = ("iterations", "base") if kinds == ("real",) else _TRAINING
     options: tuple[dict[str, Any], ...] = tuple({} for _ in kinds)
     own: dict[str, Any] = {}
     for setting in settings:
@@ -157,6 +159,8 @@ def parse_arm(text: str) -> Arm:
 def _value(text: str) -> Any:
     if ":" in text:
         return tuple(_value(part) for part in text.split(":"))
+    if re.fullmatch(r"\d+/[1-9]\d*", text):
+        return int(text.split("/")[0]) / int(text.split("/")[1])
     try:
         return json.loads({"None": "null"}.get(text, text))
     except ValueError:
@@ -228,15 +232,18 @@ class Base:
 
     Args:
         text: ``standard`` or ``randaugment``, with options as an arm's; or MODULE:FUNCTION, (images, labels) →
-            (images, labels), as ``transform`` of :func:`tsynd.fit_classifier`.
+            (images, labels), as ``transform`` of :func:`tsynd.fit_classifier`. Of an arm also a pair of a kind and
+            its flips.
         seed: call n draws from seed + n; torch's global state is left as it was.
 
     Raises:
         InputError: another text, or options that cannot be used.
     """
 
-    def __init__(self, text: str, seed: int) -> None:
+    def __init__(self, text: str | tuple[str, str], seed: int) -> None:
         self.seed, self.calls = seed, 0
+        if not isinstance(text, str):
+            text = f"{text[0]},flip={text[1]}"
         self.function: Callable[..., Any]
         if is_call(text):
             self.function = call_of(text, "base")

@@ -34,6 +34,7 @@ from tsynd.evaluation.image_quality import (
     penultimate_features,
     reconstruction_error,
 )
+from tsynd.evaluation.metrics import errors
 from tsynd.evaluation.shifts import Condition
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model
@@ -53,6 +54,7 @@ from tsynd.study.settings import (
 )
 from tsynd.training.extra_images import as_parts
 from tsynd.training.loop import FitReport
+from tsynd.training.recipe import IN_PLACE
 from tsynd.training.rounds import OfflineRounds
 from tsynd.utils.atomic import atomic_path, save_npz
 from tsynd.utils.calls import is_call
@@ -65,7 +67,6 @@ _COSINE_IMAGES = 64
 _MOST_IMAGES = 500  # of the synthetic set whose quality is measured
 _REMEMBERED_BYTES = 2**29
 _SPACING = 10_007  # between the augmentation's seeds: its call n uses seed + n
-_BASE = 5_003  # between the augmentation's seeds, as long as a training has fewer steps
 _FRESH = 1_000_003  # far from the augmentation's seeds, so that its images are not judged by samples they climbed
 
 
@@ -165,12 +166,13 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
 
 def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource) -> tuple[nn.Module, FitReport]:
     settings = place.settings
-    training = {
+    training: dict[str, Any] = {
         "iterations": settings.iterations,
         "augmentation_weight": settings.augmentation_weight,
         "warmup_fraction": settings.warmup_fraction,
         **arm.training,
     }
+    base = training.pop("base", settings.base)
     augmentation = make_augmentation(arm, autoencoder, settings, source.task, _SPACING * cell.seed)
     rounds, folder = settings.rounds_of_training(), place.folder / "rounds" / cell.name
     if rounds and augmentation is not None:
@@ -184,7 +186,7 @@ def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: Dat
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         augmentation=augmentation,
-        transform=None if settings.base is None else Base(settings.base, _SPACING * cell.seed + _BASE),
+        transform=None if base is None else Base(base, _SPACING * cell.seed + IN_PLACE),
         device=place.device,
         progress=False,
         **training,
@@ -313,5 +315,4 @@ def _quality(
 
 def _predicts(model: nn.Module, images: Tensor, labels: Tensor, task: str) -> float:
     logits = torch.cat([model(part) for part in parts(images)])
-    right = logits.argmax(1) == labels if task == "multiclass" else ((logits > 0) == (labels > 0.5)).all(1)
-    return float(right.double().mean())
+    return float((~errors(logits, labels, task)).double().mean())

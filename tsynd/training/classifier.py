@@ -194,16 +194,18 @@ def fit_classifier(
     if extra_images is not None:
         extra_images.check(classifier, iterations - start_at)
         extra_images.prepare(_Images(batches, loop.device))
+    changes = (transform, getattr(extra_images, "transform", None))
+    transforms: list[Transform] = [change for change in changes if change is not None]
     encoder = None
     if isinstance(classifier, PretrainedClassifier) and classifier.frozen:
-        same = None if transform is not None else _Images(batches, loop.device)
+        same = None if transforms else _Images(batches, loop.device)
         encoder = _FrozenEncoder(classifier, same, bool(getattr(extra_images, "repeats", False)))
 
     def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
         assert labels is not None  # batches.labels has seen them
-        if transform is not None:
-            images, labels = _transformed(transform, images, labels, loop)
+        for change in transforms:
+            images, labels = _transformed(change, images, labels, loop)
         count, everything = len(images), [images]
         share = [torch.full([count], 1 / loop.batch_size, device=loop.device)]
         rows, total, parts = loop.rows, loop.batch_size, []
