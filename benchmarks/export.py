@@ -13,7 +13,7 @@ from benchmarks.harness import Row, label, measure
 from tsynd.export.onnx import export_onnx
 from tsynd.export.runtime import OnnxSynthesizer
 from tsynd.export.torchscript import export_torchscript
-from tsynd.models.layout import contiguous
+from tsynd.fx.layout import LaidOut, contiguous
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import frozen
@@ -29,9 +29,10 @@ FLOOR = "torch eager, tsynd.synthesize (channels-last)"
 
 def _contiguous(autoencoder: SmallAutoencoder, classifier: SmallResNet, images: Tensor) -> Tensor:
     """The same work with the weights in torch's plain order."""
+    autoencoder, classifier = (LaidOut(network, contiguous).module for network in (autoencoder, classifier))
     posterior = MCDropout(classifier)
     ids = torch.arange(len(images))
-    with frozen(autoencoder), posterior.frozen(), contiguous(autoencoder, classifier):
+    with frozen(autoencoder), posterior.frozen():
         with torch.no_grad():
             source = autoencoder.encode(images)
         return ascend_latents(posterior, autoencoder.decode, source, ids, AscentSettings(), 0.4).images

@@ -20,8 +20,8 @@ from benchmarks import peers
 from benchmarks.harness import Row, describe_machine, label, measure, peak_bytes
 from benchmarks.pretrained_study import encoder
 from tsynd.fx.folding import folded_decoder
+from tsynd.fx.layout import LaidOut, channels_last
 from tsynd.models.features import KeptFeatures
-from tsynd.models.layout import channels_last
 from tsynd.models.named import classifier
 from tsynd.models.networks import SmallAutoencoder
 from tsynd.models.pretrained import PretrainedClassifier
@@ -79,11 +79,11 @@ def _ascent(name: str, device: str, seconds: float) -> list[Row]:
     torch.manual_seed(0)
     network = _network(name).to(device).eval()
     autoencoder = SmallAutoencoder(1).to(device).eval()
+    network, autoencoder = (LaidOut(model, channels_last).module for model in (network, autoencoder))
     images, ids = torch.rand(count, 1, side, side, device=device), torch.arange(count, device=device)
     ours = MCDropout(network, samples)
     with ExitStack() as stack:
         stack.enter_context(frozen(network, autoencoder))
-        stack.enter_context(channels_last(network, autoencoder))
         stack.enter_context(ours.frozen())
         stack.enter_context(ours.folded())
         with torch.no_grad():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,33 +31,35 @@ __all__ = ["ARMS", "RECIPE", "SETS", "SETTINGS", "against", "draw", "merge", "na
 SETS = {"pneumoniamnist": "none", "busi_64": "horizontal", "braintumor3_64": "horizontal", "papsmear7_64": "horizontal"}
 """File names of the sets, and which flips their modality allows."""
 
-_CHEAP = "steps=1,persistent=true"
-RECIPE = f"trades+expected_information+standard,{_CHEAP}"
+_CHEAP, _BASE = "steps=1,trades.budget=3/255", "base=standard"
+RECIPE = f"trades+expected_information,{_CHEAP},{_BASE}"
 ARMS = (
     "real",
     "standard",
     "randaugment",
     "adversarial",
     "trades",
+    f"real,{_BASE}",
+    f"trades,{_BASE}",
     RECIPE,
-    f"trades+standard,{_CHEAP}",
-    f"trades+expected_information,{_CHEAP}",
-    f"trades+mutual_information+standard,{_CHEAP}",
-    f"trades+entropy+standard,{_CHEAP}",
-    "trades+random+standard,trades.steps=1,trades.persistent=true",
+    f"trades,steps=1,budget=3/255,{_BASE}",
+    f"trades+random,trades.{_CHEAP},{_BASE}",
+    f"trades+mutual_information,{_CHEAP},{_BASE}",
+    f"trades+entropy,{_CHEAP},{_BASE}",
 )
 _NAMES = {
     "real": "real only",
-    "standard": "standard augmentation",
+    "standard": "standard augmentation, beside",
     "randaugment": "RandAugment",
     "adversarial": "adversarial training",
     "trades": "TRADES",
-    ARMS[5]: "**recipe**: TRADES, targeted (expected information), standard in turn",
-    ARMS[6]: "the recipe without targeted images",
-    ARMS[7]: "the recipe without standard augmentation",
-    ARMS[8]: "the recipe with mutual information",
-    ARMS[9]: "the recipe with entropy",
-    ARMS[10]: "the recipe with random latents",
+    ARMS[5]: "standard augmentation, in place",
+    ARMS[6]: "TRADES on standard images, five steps",
+    ARMS[7]: "**recipe**: TRADES and targeted (expected information) in turn, on standard images",
+    ARMS[8]: "the recipe without targeted images",
+    ARMS[9]: "the recipe with random latents",
+    ARMS[10]: "the recipe with mutual information",
+    ARMS[11]: "the recipe with entropy",
 }
 SETTINGS = StudySettings(
     iterations=250,
@@ -88,6 +91,7 @@ def shrink(source: Path, target: Path, size: int = 28) -> None:
 def name_of(arm: str) -> str:
     """An arm in words, whichever flips its set allows."""
     plain = ",".join(part for part in arm.split(",") if not part.startswith("flip="))
+    plain = re.sub("base=standard:[a-z]+", _BASE, plain)
     return _NAMES.get(plain, plain)
 
 
@@ -224,7 +228,9 @@ def main() -> None:
     for seeds in range(1, options.seeds + 1):
         for name, flip in SETS.items():
             short = name.split("_")[0]
-            arms = [f"{arm},flip={flip}" if "standard" in arm.split(",")[0].split("+") else arm for arm in ARMS]
+            arms = [
+                f"standard,flip={flip}" if arm == "standard" else arm.replace(_BASE, f"{_BASE}:{flip}") for arm in ARMS
+            ]
             small, place = options.output / "data" / f"{short}.npz", options.output / short
             experiment(small, place, options.sizes, seeds, arms, SETTINGS, workers=options.workers, report=False)
         print(f"{seeds} seeds: {merge(options.output, Path('docs/study.jsonl'))} cells in docs/study.jsonl", flush=True)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from benchmarks import peers
 from benchmarks.harness import Row, check, describe_machine, measure
 from tsynd.fx.folding import FoldedGraph, folded_decoder
-from tsynd.models.layout import channels_last
+from tsynd.fx.layout import LaidOut, channels_last
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
 from tsynd.ops import reference
 from tsynd.posteriors.mc_dropout import MCDropout
@@ -84,6 +84,7 @@ def _rows(name: str, device: str, seconds: float) -> list[Row]:
     torch.manual_seed(0)
     network = SmallResNet(1, _CLASSES, dropout=dropout).to(device).eval()
     autoencoder = SmallAutoencoder(1).to(device).eval()
+    network, autoencoder = (LaidOut(model, channels_last).module for model in (network, autoencoder))
     images = torch.rand(count, 1, _PIXELS, _PIXELS, device=device)
     ids = torch.arange(count, device=device)
     ours: dict[str, MCDropout] = {
@@ -95,7 +96,6 @@ def _rows(name: str, device: str, seconds: float) -> list[Row]:
         usual[_BATCH] = peers.PassesPosterior(network, samples, batched=True)
     with ExitStack() as stack:
         stack.enter_context(frozen(network, autoencoder))
-        stack.enter_context(channels_last(network, autoencoder))
         for posterior in ours.values():
             stack.enter_context(posterior.frozen())
             stack.enter_context(posterior.folded())

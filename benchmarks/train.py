@@ -77,9 +77,8 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
     robust.prepare([images])
 
     def part(number: int) -> ExtraImages:
-        robust.calls = number  # its turn
-        robust.set_ids(torch.arange(count))
-        return as_parts(robust(network, images, labels))[0]
+        robust.extra.calls = number  # its turn
+        return as_parts(robust(network, *robust.transform(images, labels)))[0]
 
     makers |= {CONSISTENCY: partial(part, 0), EXPECTED: partial(part, 1)}
     methods: dict[str, Callable[[], object]] = {FLOOR: lambda: step(None)}

@@ -55,6 +55,8 @@ def test_every_block_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch
     monkeypatch.setitem(data._PHANTOMS, "phantom", lambda size: phantom(size, 200, 40, 80))
     if page.name == "pretrained.md":
         local_networks(tmp_path, monkeypatch)
+    if page.name == "recipes.md":
+        monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # Lightning sets it
     own = re.search(r"tsynd run .*--output out\b", page.read_text(encoding="utf-8")) is not None
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("out") if own else None)
     torch.manual_seed(0)  # pages take the first weights as they come

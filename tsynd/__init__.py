@@ -20,6 +20,7 @@ _HOME = {
     "DataSource": "data.dataset",
     "Ensemble": "posteriors.posterior",
     "ExtraImages": "training.extra_images",
+    "InPlace": "training.in_place",
     "InputError": "utils.errors",
     "LabelledImages": "data.dataset",
     "LaplaceHead": "posteriors.laplace",
@@ -42,7 +43,9 @@ _HOME = {
     "as_classifier": "models.classifier",
     "autoencoder": "models.named",
     "classifier": "models.named",
+    "StudySettings": "study.settings",
     "evaluate": "evaluation.evaluate",
+    "experiment": "study.experiment",
     "export_aoti": "export.aoti",
     "export_onnx": "export.onnx",
     "export_torchscript": "export.torchscript",
@@ -79,6 +82,8 @@ if TYPE_CHECKING:
     from tsynd.posteriors.last_layer import SampledHead
     from tsynd.posteriors.mc_dropout import MCDropout
     from tsynd.posteriors.posterior import Ensemble, Posterior
+    from tsynd.study.experiment import experiment
+    from tsynd.study.settings import StudySettings
     from tsynd.synthesis.api import measure_latent_std, synthesize, uncertainty
     from tsynd.synthesis.ascent import Ascent, AscentSettings, Status
     from tsynd.synthesis.result import SynthesisResult
@@ -86,6 +91,7 @@ if TYPE_CHECKING:
     from tsynd.training.autoencoder import fit_autoencoder
     from tsynd.training.classifier import fit_classifier
     from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
+    from tsynd.training.in_place import InPlace
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
     from tsynd.training.rounds import OfflineRounds

@@ -79,6 +79,21 @@ def test_known_multilabel_scores():
     assert result["auroc"] == pytest.approx((1 + 2 / 3) / 2)
 
 
+def test_scores_that_clinics_ask_for():
+    """F1, average precision, sensitivity at 90 % specificity and recalls, by hand for the cases above."""
+    labels, logits = torch.tensor([0, 0, 0, 1]), torch.tensor([[2.0, 0], [1, 0], [0, 1], [0, 3]])
+    result, worse = scores(logits, labels), scores(logits[[0, 1, 3, 2]], labels)
+    names = ("f1", "average_precision", "sensitivity_at_90", "recall:0", "recall:1")
+    assert [result[name] for name in names] == pytest.approx([(0.8 + 2 / 3) / 2, 1, 1, 2 / 3, 1])
+    assert [worse[name] for name in names] == pytest.approx([(0.8 + 2 / 3) / 2, 1 / 2, 0, 2 / 3, 1])
+    several = torch.tensor([[1, 0], [1, 0], [0, 0], [0, 1]])
+    result = scores(torch.tensor([[3.0, -1], [-1, 2], [-2, -3], [-3, 1]]), several, "multilabel")
+    assert [result[name] for name in names] == pytest.approx([2 / 3, (1 + 1 / 2) / 2, 1 / 2, 1 / 2, 1])
+    three = scores(torch.eye(3)[[0, 2, 1, 0]], torch.tensor([0, 2, 2, 0]))
+    assert "recall:1" not in three
+    assert three["average_precision"] == pytest.approx((1 + (1 + 2 / 4) / 2) / 2)  # three of four tie for class 2
+
+
 def test_absent_classes_do_not_count():
     labels = torch.tensor([0, 2, 2, 0])
     logits = torch.eye(3)[[0, 2, 1, 0]]

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import tsynd
 from tsynd.fx.folding import FoldedGraph, folded_decoder
-from tsynd.models.layout import channels_last
+from tsynd.fx.layout import channels_last
 from tsynd.posteriors.mc_dropout import MCDropout
 
 
@@ -99,7 +99,7 @@ def test_posterior_folds_and_follows_the_weights(early: bool) -> None:
         with posterior.frozen():
             plain = posterior.uncertainty(x)
             calls: list[nn.Module] = []  # of batch norms: a folded one is not called
-            with channels_last(network), posterior.folded(), counted(calls):
+            with posterior.folded(), posterior.laid_out(channels_last), counted(calls):
                 torch.testing.assert_close(posterior.uncertainty(x), plain, rtol=1e-4, atol=1e-6)
             assert not calls
             with counted(calls):

@@ -125,24 +125,53 @@ def test_threads_give_what_one_gives(kind: str, share: str, images: Tensor) -> N
     for found in in_threads(work):
         for one in found[::2]:
             assert torch.equal(one, wanted.images)
-        for one in found[1::2]:  # of shared weights, whose layout another thread may have changed: to rounding
-            torch.testing.assert_close(
-                one, values, rtol=0 if share == "nothing" else 1e-4, atol=0 if share == "nothing" else 1e-6
-            )
+        for one in found[1::2]:
+            assert torch.equal(one, values)
     assert state(autoencoder, classifier) == before
 
 
-def test_a_network_can_be_used_while_others_work_on_it(images: Tensor) -> None:
-    classifier = made("hooked").eval()
-    wanted = classifier(images).detach()
+@pytest.mark.parametrize("kind", ["fused head", "hooked"])
+def test_networks_can_be_used_while_others_work_on_them(kind: str, images: Tensor) -> None:
+    autoencoder, classifier = TinyAutoencoder().eval(), made(kind).eval()
+    wanted = classifier(images).detach(), autoencoder.decode(autoencoder.encode(images)).detach()
 
-    def work(number: int) -> list[Tensor]:
+    def work(number: int) -> list[tuple[Tensor, Tensor]]:
         if number % 2:
-            return [tsynd.uncertainty(classifier, images, samples=4) for _ in range(5)]
-        return [classifier(images).detach() for _ in range(40)]
+            tsynd.synthesize(autoencoder, classifier, images, **QUIET)
+            tsynd.uncertainty(classifier, images, samples=4)
+            return []
+        return [
+            (classifier(images).detach(), autoencoder.decode(autoencoder.encode(images)).detach()) for _ in range(40)
+        ]
 
     for found in in_threads(work)[::2]:
-        assert all(torch.equal(one, wanted) for one in found)
+        for one in found:
+            assert all(map(torch.equal, one, wanted))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in KINDS for name in ("synthesize", "checkpointing", "uncertainty")),
+        *((kind, name) for kind in ("fused head", "batched tail") for name in ("export_torchscript", "export_onnx")),
+    ],
+)
+def test_weights_stay_in_their_memory_during_calls(kind: str, name: str, images: Tensor, tmp_path: Path) -> None:
+    if name == "export_onnx":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    autoencoder, classifier = TinyAutoencoder(), made(kind)
+    weights = [*autoencoder.parameters(), *classifier.parameters()]
+    seen: list[list[Any]] = []
+
+    def look(*_: object) -> None:
+        seen.append([(p.data_ptr(), p.stride(), p._version) for p in weights])
+
+    look()
+    classifier.register_forward_pre_hook(look)
+    autoencoder.up.register_forward_pre_hook(look)
+    CALLS[name](autoencoder, classifier, images, tmp_path)
+    assert len(seen) > 1
+    assert all(one == seen[0] for one in seen)
 
 
 class StopError(Exception):
@@ -172,8 +201,11 @@ CALLS: dict[str, Callable[[nn.Module, nn.Module, Tensor, Path], Any]] = {
     "evaluate": lambda a, c, x, path: tsynd.evaluate(c, (x, torch.arange(len(x)) % 3), conditions=("clean",)),
     "posterior": lambda a, c, x, path: tsynd.MCDropout(c, 4).logits(x).sum().backward(),
     "ensemble": lambda a, c, x, path: tsynd.Ensemble([c, copy.deepcopy(c)]).uncertainty(x),
+    "export_torchscript": lambda a, c, x, path: tsynd.export_torchscript(
+        a, c, path / "c.pt", "synthesizer", image_shape=(1, 12, 12), samples=2, latent_std=0.4
+    ),
     "export_onnx": lambda a, c, x, path: tsynd.export_onnx(
-        c, None, path / "c.onnx", "classifier", image_shape=(1, 12, 12), samples=2
+        None, c, path / "c.onnx", "classifier", image_shape=(1, 12, 12), samples=2
     ),
 }
 

@@ -386,6 +386,8 @@ def test_arms_in_turn() -> None:
     assert parse_arm("recipe").generative
     augmentation_of(parse_arm("recipe,flip=both"), autoencoder, {}, **common)
     assert parse_arm("real,iterations=9").training == {"iterations": 9}
+    assert parse_arm("trades,budget=3/255").options == ({"budget": 3 / 255},)
+    assert parse_arm("real,base=standard:both").training == {"base": ("standard", "both")}
     for bad in (
         "real+entropy",
         "recipe+entropy",
@@ -399,10 +401,18 @@ def test_arms_in_turn() -> None:
             augmentation_of(parse_arm(bad), autoencoder, {}, **common)
 
 
+def test_an_arms_own_base_is_that_of_the_study(data: Path, tmp_path: Path, no_report: None) -> None:
+    own = study(data, tmp_path / "own", ("real", "real,base=standard:both"), settings=TINY)
+    all_of_them = study(data, tmp_path / "all", ("real",), settings=replace(TINY, base="standard,flip=both"))
+    assert own[1]["scores"] == all_of_them[0]["scores"] != own[0]["scores"]
+    with pytest.raises(tsynd.InputError, match="base: got 'trades', wanted"):
+        study(data, tmp_path / "bad", ("real,base=trades",), settings=TINY)
+
+
 def test_a_recipe_written_out_is_the_recipe(data: Path, tmp_path: Path, no_report: None) -> None:
-    """Also: images that are followed from visit to visit are named to an augmentation outside the training too."""
+    """Also: what is done to the real images is drawn alike."""
     settings = replace(TINY, samples=8)
-    long = "trades+expected_information+standard,steps=1,persistent=true"
+    long = "trades+expected_information,steps=1,trades.budget=3/255,base=standard:none"
     rows = study(data, tmp_path / "study", ("real", "recipe", long), settings=settings)
     scores = {row["arm"]: row["scores"] for row in rows}
     assert scores["recipe"] == scores[long] != scores["real"]
@@ -470,7 +480,10 @@ def test_every_odd_subset_has_a_report(
     latex = (tmp_path / "results.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") > 0
     assert not re.search(r"(?<!\\)[%_]", re.sub(r"^%.*$", "", latex, flags=re.MULTILINE))
-    assert "real training images" in text
+    assert (
+        re.search(r"\| real training images \| – .* \| \S+ ± \S+ \|", text) if seeds == 2 else "real training" in text
+    )
+    assert "F1" in text or not any("f1" in row["scores"]["clean"] for row in rows)
     assert ("no difference at one size can reach p = .05" in page) == (seeds < 6)
     for name in kept[1:]:
         title = {

@@ -9,19 +9,23 @@ import torch
 from conftest import TinyAutoencoder, TinyClassifier
 
 import tsynd
-from tsynd.models.layout import channels_last
+from tsynd.fx.layout import LaidOut, channels_last
 
 
-def test_channels_last_gives_the_weights_back() -> None:
-    module = torch.nn.Conv2d(3, 5, 3)
-    own, values = module.weight, module.weight.detach().clone()
-    pointer = own.data_ptr()
-    with channels_last(module):
-        assert module.weight is own
-        assert own.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(own, values)
-    assert own.data_ptr() == pointer
-    assert own.is_contiguous()
+def test_channels_last_leaves_the_weights_where_they_are() -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5))
+    own, pointer = module[0].weight, module[0].weight.data_ptr()
+    laid = LaidOut(module, channels_last)
+    for _ in range(2):
+        assert laid.module[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(laid.module[0].weight, own)
+        assert laid.module[1].weight is module[1].weight
+        assert module[0].weight is own
+        assert own.data_ptr() == pointer
+        assert own.is_contiguous()
+        with torch.no_grad():
+            own.mul_(2)
+        laid.refresh()
 
 
 @pytest.mark.parametrize("batch_size", [None, 16, 48])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,41 @@ def test_latent_std_is_measured_as_synthesize_does(
         tsynd.measure_latent_std(autoencoder, images[:1])
     with pytest.raises(tsynd.InputError, match="images: "):
         tsynd.measure_latent_std(autoencoder, "there")
+
+
+def test_quality_of_each_image(autoencoder: nn.Module, classifier: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """By hand for every image; kept by parts, joins and files, and something to filter by."""
+    labels = torch.arange(23) % 3
+    options: dict[str, Any] = {"samples": 8, "steps": 2, "latent_std": 0.4, "progress": False}
+    plain = tsynd.synthesize(autoencoder, classifier, images, labels, variants=2, **options)
+    result = plain.judged(autoencoder, classifier, images)
+    quality = result.quality
+    assert not plain.quality
+    with torch.no_grad():
+        logits = classifier.eval()(result.images)
+        back = autoencoder.decode(autoencoder.encode(images)).repeat(2, 1, 1, 1)
+    sources = images.repeat(2, 1, 1, 1)
+    torch.testing.assert_close(quality["label_kept"], logits.argmax(1) == labels.repeat(2))
+    torch.testing.assert_close(quality["label_probability"], logits.softmax(1)[torch.arange(46), labels.repeat(2)])
+    for name, other in (("distance", result.images), ("reconstruction_error", back)):
+        torch.testing.assert_close(quality[name], (other - sources).square().mean((1, 2, 3)).sqrt())
+    z, z0 = result.latents.flatten(1), result.source_latents[:23].flatten(1)
+    gaps = (torch.cdist(z0, z0) + torch.eye(23) * 1e9).amin(1)
+    wanted = torch.stack([(gaps >= (one - z0).norm(dim=1).amin()).float().mean() for one in z])
+    torch.testing.assert_close(quality["plausibility"], wanted)
+    far = replace(plain, latents=plain.latents + 1e3).judged(autoencoder, classifier, images)
+    assert far.quality["plausibility"].max() == 0
+    kept = result[quality["label_kept"]]
+    assert 0 < len(kept) < len(result)
+    assert bool(kept.quality["label_kept"].all())
+    assert torch.equal((kept + result).quality["distance"], torch.cat([kept.quality["distance"], quality["distance"]]))
+    assert not (kept + plain).quality
+    again = load_result(kept.save(tmp_path / "kept.npz"))
+    assert {name: x.tolist() for name, x in again.quality.items()} == {n: x.tolist() for n, x in kept.quality.items()}
+    with pytest.raises(tsynd.InputError, match="sources: got 3 images"):
+        result.judged(autoencoder, classifier, images[:3])
+    several = torch.stack([labels > 0, labels > 1, labels == 0], 1).float()
+    plain = replace(plain, labels=several.repeat(2, 1))
+    found = plain.judged(autoencoder, classifier, images, task="multilabel").quality
+    assert torch.equal(found["label_kept"], ((logits > 0) == (several.repeat(2, 1) > 0.5)).all(1))
+    assert torch.equal(found["label_kept"], found["label_probability"] > 0.5)

@@ -18,7 +18,16 @@ from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.synthesis.objectives import ExpectedInformation
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.classifier import fit_classifier
-from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture, as_parts, image_losses
+from tsynd.training.extra_images import (
+    Alternation,
+    Augmentation,
+    BatchAugmentation,
+    ExtraImages,
+    Mixture,
+    as_parts,
+    image_losses,
+)
+from tsynd.training.in_place import InPlace
 from tsynd.training.loop import Checkpoint, batch_order
 from tsynd.training.pixels import PixelAdversarial, PixelConsistency
 from tsynd.training.recipe import recipe
@@ -452,6 +461,8 @@ def test_a_loop_of_ones_own_gets_the_same_batches(kind: str) -> None:
         augmentation.set_progress(step / 4)
         augmentation.set_ids(draw)
         x, y = images[draw], labels[draw]
+        if hasattr(augmentation, "transform"):
+            x, y = augmentation.transform(x, y)
         parts = as_parts(augmentation(plain, x, y))
         plain.train()
         logits = plain(torch.cat([x, *(part.images for part in parts)]))
@@ -477,12 +488,47 @@ def test_the_recipe_keeps_predictions_and_moves_towards_targets() -> None:
     for _ in range(6):
         robust.set_ids(torch.arange(20))
         found += as_parts(robust(model, images, labels))
-    assert [part.loss for part in found] == ["consistency", "label", "label"] * 2
-    assert [part.weight for part in found] == [3.0, 1.0, 1.0] * 2
-    assert float((found[0].images - images).abs().max()) <= BUDGET + 1e-6
-    assert (found[4].images - found[1].images).abs().max() > 1e-4  # it goes on
+    assert [part.loss for part in found] == ["consistency", "label"] * 3
+    assert [part.weight for part in found] == [3.0, 1.0] * 3
+    assert float((found[0].images - images).abs().max()) <= 3 / 255 + 1e-6
+    offline = recipe("robust", _coder(0.4), offline=True)
+    assert isinstance(offline, Alternation)
+    assert len(offline.parts) == 3
     with pytest.raises(InputError, match="recipe: got 'best', wanted one of 'robust'"):
         recipe("best", _coder(0.4))
+
+
+def test_real_images_are_changed_in_place() -> None:
+    """From the first step on; what is learnt and what extra images are made of is the changed image."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def extra(classifier: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((x.clone(), y.clone()))
+        return x[:1], y[:1]
+
+    class Halved(BatchAugmentation):
+        def make(self, classifier: Any, images: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+            return images / 2
+
+    class Noted(TinyClassifier):
+        def forward(self, images: Tensor) -> Tensor:
+            largest.append(float(images.amax()))
+            return super().forward(images)
+
+    images, labels = _data()
+    largest: list[float] = []
+    model = Noted(classes=2)
+    change = Halved()
+    options = {"iterations": 6, "batch_size": 20, "warmup_fraction": 0.5, **QUIET}
+    fit_classifier(model, (images, labels), augmentation=InPlace(change, extra), **options)
+    assert change.calls == 6
+    assert len(seen) == 3
+    assert all(torch.equal(x.flatten(1).amax(1).sort().values, images.flatten(1).amax(1).sort().values / 2)
+               for x, _ in seen)  # fmt: skip
+    assert max(largest[1:]) <= images.amax() / 2  # behind the look at one image that is no step
+    for bad in (Halved(ratio=0.5), Halved(every=2), lambda x, y: (x, y)):
+        with pytest.raises(InputError, match="change: wanted"):
+            InPlace(bad, extra)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 12, 12), (1, 4, 12, 12)])

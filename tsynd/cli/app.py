@@ -1,4 +1,4 @@
-"""The command ``tsynd``: run, predict, synthesize, train, pack, evaluate, experiment, export, info."""
+"""The command ``tsynd``: run, predict, synthesize, train, pack, evaluate, experiment, export, push, info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tsynd.cli.export import export
 from tsynd.cli.info import info
 from tsynd.cli.pack import pack
 from tsynd.cli.predict import predict
+from tsynd.cli.push import push
 from tsynd.cli.run import run
 from tsynd.cli.synthesize import synthesize
 from tsynd.cli.train import train
@@ -51,16 +52,17 @@ def _first(
     """Targeted synthetic images for small medical data sets (TSynD)."""
 
 
-for command in (run, predict, synthesize, train, pack, evaluate, experiment, export, info):
+for command in (run, predict, synthesize, train, pack, evaluate, experiment, export, push, info):
     app.command()(command)
 
 
 def _spread(arguments: list[str]) -> list[str]:
-    """``--arms a b`` as ``--arms a --arms b``: the parser takes one value per flag.
+    """``--arms a b`` as ``--arms a --arms b``: the parser takes one value per flag. ``--arm`` is ``--arms``.
 
     Raises:
         InputError: an option that takes one value is given twice; the parser would drop the first.
     """
+    arguments = [f"{argument}s" if f"{argument}s" in LISTS else argument for argument in arguments]
     flags = Counter(argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     if twice := [flag for flag, count in flags.items() if count > 1 and flag not in LISTS]:
         hint = "; several columns are joined by commas" if twice[0] == "--label-column" else ""

@@ -19,13 +19,14 @@ from tsynd.utils.errors import InputError
 __all__ = [
     "ASCENT",
     "Ascent",
+    "ClassMap",
     "Data",
     "Device",
     "Options",
     "Quiet",
     "Reading",
-    "Split",
-    "TrainSize",
+    "TestData",
+    "Track",
     "field_texts",
     "given_options",
     "refuse",
@@ -137,10 +138,23 @@ Data = Annotated[
         " (.csv, .tsv, .parquet); MedMNIST name (pneumoniamnist, ...), 'phantom' or 'phantom3d'.",
     ),
 ]
-TrainSize = Annotated[int | None, typer.Option(help="Labelled training images; all by default.")]
-Split = Annotated[str, typer.Option(help="Which images: train, val or test.")]
+ClassMap = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="THEIRS=OURS: classes of the tested data by the classifier's names; THEIRS= leaves one out.",
+        rich_help_panel="Test",
+    ),
+]
+TestData = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=DATA: more test sets, as of other hospitals, all their images.", rich_help_panel="Test"),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Track = Annotated[
+    str | None,
+    typer.Option(help="Log losses by tensorboard, wandb, mlflow, ... into OUTPUT/logs.", rich_help_panel="Training"),
+]
 Ascent = Annotated[dict[str, Any], Options(AscentSettings, ASCENT, "Ascent")]
 Reading = Annotated[
     dict[str, Any], Options(ReadOptions, tuple(part.name for part in fields(ReadOptions)), "Reading files")

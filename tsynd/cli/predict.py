@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from tsynd.cli.options import Device, Reading, takes_options
+from tsynd.data.external import as_trained
 from tsynd.data.readers.options import ReadOptions
 from tsynd.data.unlabelled import read_unlabelled
 from tsynd.evaluation.predict import Prediction
 from tsynd.evaluation.predict import predict as predict_images
-from tsynd.models.checkpoint import ModelCard, load_model, read_card
+from tsynd.models.checkpoint import load_model, read_card
 from tsynd.utils.atomic import atomic_path, check_writable
 from tsynd.utils.errors import InputError
 
@@ -45,7 +45,7 @@ def predict(
             raise InputError(f"output: got {output}, wanted a name that ends in .csv")
         check_writable(output)
     network, card = load_model(classifier), read_card(classifier)
-    names, images, ignored = read_unlabelled(data, _as_trained(ReadOptions(**reading), card))
+    names, images, ignored = read_unlabelled(data, as_trained(ReadOptions(**reading), card.image_shape))
     if ignored:
         found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(ignored.items()))
         print(f"tsynd: ignored: {found}", file=sys.stderr)
@@ -67,21 +67,6 @@ def predict(
     Console().print(shown)
     if len(rows) > _SHOWN:
         typer.echo(f"the first {_SHOWN} of {len(rows)} images; --output takes all")
-
-
-def _as_trained(options: ReadOptions, card: ModelCard) -> ReadOptions:
-    """Size and colour of the training images where the caller asks for no others."""
-    if card.image_shape is None:
-        return options
-    channels, *sizes = card.image_shape
-    changes: dict[str, Any] = {}
-    if options.image_size is None and len(set(sizes)) == 1:
-        changes["image_size"] = sizes[0]
-    if options.channels is None and channels in (1, 3):
-        changes["channels"] = channels
-    if len(sizes) == 3:
-        changes["volumes"] = True
-    return replace(options, **changes)
 
 
 def _rows(names: list[str], made: Prediction, classes: list[str], task: str) -> list[tuple[str, str, float, float]]:

@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tsynd.cli.options import ASCENT, Data, Device, Options, Quiet, Reading, takes_options
+from tsynd.cli.options import ASCENT, ClassMap, Data, Device, Options, Quiet, Reading, TestData, Track, takes_options
+from tsynd.data.external import External
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs import run as job
 from tsynd.jobs.steps import NetworkChoice
-from tsynd.report.verdict import verdict
+from tsynd.report.verdict import elsewhere, verdict
 
 __all__ = ["run"]
 
@@ -42,14 +43,18 @@ def run(
     ascent: _Ascent,
     networks: _Networks,
     reading: Reading,
+    test_data: TestData = None,
+    class_map: ClassMap = None,
     device: Device = None,
+    track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Train, synthesise, train again with extra images, test both, write a report."""
     settings = job.RunSettings(**basic, **training, **ascent, **networks, reading=ReadOptions(**reading))
-    metrics = job.run(data, output, settings, device=device, progress=not quiet)
+    others = External.of(test_data, class_map)
+    metrics = job.run(data, output, settings, test_data=others, device=device, progress=not quiet, track=track)
     console = Console()
-    for text in verdict(metrics["comparison"]):
+    for text in [*verdict(metrics["comparison"]), *elsewhere(metrics["elsewhere"])]:
         console.print(text)
     table = Table("balanced accuracy", *metrics["evaluation"])
     for condition in metrics["evaluation"]["real"]:

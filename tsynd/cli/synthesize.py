@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tsynd.cli.options import ASCENT, Ascent, Data, Options, Quiet, Reading, TrainSize, refuse, takes_options
+from tsynd.cli.options import ASCENT, Ascent, Data, Options, Quiet, Reading, refuse, takes_options
 from tsynd.data.dataset import DataSource
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
@@ -40,6 +40,25 @@ class _Models:
 
 
 @dataclass(frozen=True)
+class _Sources:
+    """Which sources, and how often.
+
+    Attributes:
+        most_uncertain: only so many sources, those of which the classifier is most uncertain.
+        variants: images per source, which differ.
+        balance: as many images of each class as the largest has.
+        start: of an ascent: ``source``, noise, or interpolate (half way to another image of the class).
+        train_size: labelled training images; all by default.
+    """
+
+    most_uncertain: int | None = None
+    variants: int = 1
+    balance: bool = False
+    start: str = "source"
+    train_size: int | None = None
+
+
+@dataclass(frozen=True)
 class _Workers:
     """Who makes the shards.
 
@@ -54,6 +73,7 @@ class _Workers:
     verify: str = "checksum"
 
 
+_SOURCES = ("most_uncertain", "variants", "balance", "start")
 _MEMORY = ("batch_size", "checkpointing", "memory_limit")
 _SHARDS = ("shard_size", "image_format", "threads")
 _WORKERS = ("workers", "ray", "verify")
@@ -67,25 +87,31 @@ def synthesize(
     models: Annotated[dict[str, Any], Options(_Models, ("autoencoder", "classifier", "model"))],
     basic: Annotated[dict[str, Any], Options(ShardSettings, ("split", "seed", "device"))],
     ascent: Ascent,
+    sources: Annotated[dict[str, Any], Options(_Sources, (*_SOURCES, "train_size"), "Sources")],
     memory: Annotated[dict[str, Any], Options(ShardSettings, _MEMORY, "Memory")],
     shards: Annotated[dict[str, Any], Options(ShardSettings, _SHARDS, "Shards", {"shard_size": None})],
     workers: Annotated[dict[str, Any], Options(_Workers, _WORKERS, "Shards")],
     reading: Reading,
-    train_size: TrainSize = None,
     quiet: Quiet = False,
 ) -> None:
     """Make targeted images with models saved by a run, or with an exported synthesizer."""
+    train_size = sources.pop("train_size")
     if models["model"] is not None:
         for name in ("autoencoder", "classifier", "shard_size"):
             if {**models, **shards}[name] is not None:
                 raise InputError(f"model: got --{name.replace('_', '-')} beside it, wanted the one or the other")
-        refuse(context, (*ASCENT, *_MEMORY[1:], *_SHARDS, *_WORKERS), "with --model, whose file holds its settings")
+        refuse(
+            context,
+            (*ASCENT, *_SOURCES, *_MEMORY[1:], *_SHARDS, *_WORKERS),
+            "with --model, whose file holds its settings",
+        )
     for name in ("autoencoder", "classifier"):
         if models["model"] is None and models[name] is None:
             raise InputError(f"{name}: got none, wanted --autoencoder and --classifier, or --model")
     files: dict[str, Any] = {name: str(models[name]) for name in ("autoencoder", "classifier")}
     options = ReadOptions(**reading)
     if shards["shard_size"] is not None:
+        refuse(context, _SOURCES, "with --shard-size, which makes one image of every source")
         if train_size is not None:
             raise InputError("train_size: not with shard_size, which takes the whole split; wanted a smaller data set")
         settings = ShardSettings(
@@ -120,7 +146,7 @@ def synthesize(
         if source.spatial_dims == 3 and output.suffix != ".npz":
             raise InputError(f"output: got {output} for volumes, wanted an .npz file: folders of PNG hold pictures")
         place = {"seed": basic["seed"], "device": basic["device"], "progress": not quiet}
-        result = api.synthesize(encoder, network, part, task=source.task, **ascent, **memory, **place)
+        result = api.synthesize(encoder, network, part, task=source.task, **ascent, **sources, **memory, **place)
         result.save(output, class_names=source.class_names)
         text = _summary(result, "")
     typer.echo(f"{text}, in {output}")

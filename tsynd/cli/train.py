@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tsynd.cli.options import Data, Device, Options, Quiet, Reading, refuse, takes_options
+from tsynd.cli.options import Data, Device, Options, Quiet, Reading, Track, refuse, takes_options
 from tsynd.data.readers.options import ReadOptions
 from tsynd.jobs.steps import ClassifierChoice
 from tsynd.jobs.train import TrainSettings, train_model
@@ -36,6 +36,7 @@ def train(
     reading: Reading,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     device: Device = None,
+    track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Train one model, alone or as one process of torchrun; the same command goes on after an interruption."""
@@ -43,7 +44,7 @@ def train(
         refuse(context, _ASCENT, "without --autoencoder, which makes the targeted images")
     settings = TrainSettings(**training, **ascent, **networks, reading=ReadOptions(**reading))
     path, loss = train_model(
-        data, output, settings, device=device, checkpoint_every=checkpoint_every, progress=not quiet
+        data, output, settings, device=device, checkpoint_every=checkpoint_every, progress=not quiet, track=track
     )
     if path is not None:
         typer.echo(f"{settings.iterations} steps, last loss {loss:.4f}, in {path}")

@@ -124,8 +124,9 @@ def channels_first(array: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, A
         InputError: another dtype or shape.
     """
     x = array if array.ndim in (4, 5) and array.shape[-1] in (1, 3) else array[..., None]
-    # [N, 3, H, W] is not taken for volumes of three slices
-    strange = array.ndim == 4 and x.ndim == 5 and array.shape[1] in (1, 3)
+    # [N, 3, H, W] is not taken for volumes of three slices, nor [N, H, W, 4] with transparency for four columns
+    alpha = array.shape[-1] in (2, 4) and min(array.shape[1:3], default=0) >= 16
+    strange = array.ndim == 4 and x.ndim == 5 and (array.shape[1] in (1, 3) or alpha)
     if array.dtype != np.uint8 or x.ndim not in (4, 5) or x.shape[-1] not in (1, 3) or x.size == 0 or strange:
         raise InputError(
             f"{where}: {array.dtype} {list(array.shape)}; wanted uint8 [N, H, W] or [N, H, W, 3], or volumes"

@@ -23,17 +23,24 @@ __all__ = ["Batch", "DataSource", "LabelledBatches", "LabelledImages", "at_once"
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, C, H, W] or [B, C, D, H, W] in [0, 1], their labels if any, and their ids [B]."""
+    """Images [B, C, H, W] or [B, C, D, H, W] in [0, 1], their labels if any, and their ids [B].
+
+    ``start`` [B, ...] are latents where ascents are to start, if not at the images' own.
+    """
 
     images: Tensor
     labels: Tensor | None
     sample_ids: Tensor
+    start: Tensor | None = None
+
+    def rows(self, chosen: Tensor | slice) -> Batch:
+        """Some of them."""
+        labels, start = (None if x is None else x[chosen] for x in (self.labels, self.start))
+        return Batch(self.images[chosen], labels, self.sample_ids[chosen], start)
 
     def padded(self, count: int) -> Batch:
         """The last image repeated until there are ``count``."""
-        index = torch.arange(count).clamp_max(len(self.images) - 1)
-        labels = None if self.labels is None else self.labels[index]
-        return Batch(self.images[index], labels, self.sample_ids[index])
+        return self.rows(torch.arange(count).clamp_max(len(self.images) - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     Attributes:
         images: [N, C, H, W] or, for volumes, [N, C, D, H, W], uint8 or float in [0, 1].
         labels: int64 [N] (multiclass) or float32 [N, L] of 0 and 1 (multilabel).
+        groups: int64 [N], numbers that images of one patient share; None where the source does not tell.
 
     Raises:
         InputError: the shapes or the dtype are others than these.
@@ -50,6 +58,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     images: Tensor
     labels: Tensor
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         x = self.images
@@ -57,6 +66,8 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             raise InputError(f"images: {shape_of(x)} {x.dtype}; wanted [N, C, H, W] or [N, C, D, H, W], uint8 or float")
         if len(x) != len(self.labels):
             raise InputError(f"labels: {len(self.labels)} for {len(x)} images; wanted one each")
+        if self.groups is not None and self.groups.shape != (len(x),):
+            raise InputError(f"groups: {shape_of(self.groups)} for {len(x)} images; wanted one number each")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,8 +81,9 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return unit_pixels(self.images[indices]), self.labels[indices]
 
     def subset(self, indices: Tensor) -> LabelledImages:
-        """A copy of the images and labels at int64 `indices` [n], in that order."""
-        return LabelledImages(self.images[indices], self.labels[indices])
+        """A copy of the images, labels and groups at int64 `indices` [n], in that order."""
+        groups = None if self.groups is None else self.groups[indices]
+        return LabelledImages(self.images[indices], self.labels[indices], groups)
 
     def pixels(self) -> Tensor:
         """All images as float32 [N, C, ...] in [0, 1]."""

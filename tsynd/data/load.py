@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,11 @@ from tsynd.data.splits import check_apart, split, stratified_order
 from tsynd.data.summary import Origin
 from tsynd.utils.errors import InputError
 
-__all__ = ["find_class_names", "load_data"]
+__all__ = ["find_class_names", "load_data", "read_source"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+_DIM = 26  # of 255: below a tenth of the range
 _PHANTOMS = {"phantom": phantom, "phantom3d": phantom3d}
 
 
@@ -74,13 +77,24 @@ def load_data(
     """
     if unknown := set(reading) - set(ReadOptions.__dataclass_fields__):
         raise TypeError(f"load_data() got an unexpected keyword argument {min(unknown)!r}")
-    options = ReadOptions(**reading)
     if seed < 0:
         raise InputError(f"seed: {seed}; wanted 0 or more")
+    arrays, name, where, origin = read_source(source, ReadOptions(**reading))
+    return _assemble(arrays, name, where, train_size, seed, origin)
+
+
+def read_source(source: str | Path | Any, options: ReadOptions, whole: bool = True) -> tuple[Arrays, str, str, Origin]:
+    """The arrays of a source as those of a MedMNIST-style file, its name, where it lies and what reading left behind.
+
+    Args:
+        source: see :func:`load_data`.
+        options: how files are read.
+        whole: ask for what a data set to train on needs: two classes, and the splits train and test or none.
+    """
     if is_dataset(source):
         read, names, name = read_dataset(source, options)
         arrays, grouping = gather(read, names, options)
-        return _assemble(arrays, name, "source", train_size, seed, Origin(grouping=grouping))
+        return arrays, name, "source", Origin(grouping=grouping)
     text = str(source)
     known, path = text.lower(), Path(source).expanduser()
     kind, _, size = known.partition(":")
@@ -92,19 +106,20 @@ def load_data(
     if is_name and kind in _PHANTOMS:
         if size and not size.isdecimal():
             raise InputError(f"source: {text!r}; wanted '{kind}' or '{kind}:SIZE', such as '{kind}:64'")
-        return _assemble(_PHANTOMS[kind](int(size or 28)), text, text, train_size, seed)
+        return _PHANTOMS[kind](int(size or 28)), text, text, Origin()
     if is_name and known in medmnist.MD5:
         path = medmnist.download(known)
-        return _assemble(_read_npz(path), known, str(path), train_size, seed)
+        return _read_npz(path), known, str(path), Origin()
     if listed:
         listing = list_folder(FileTree(str(path), tars=False), options) if path.is_dir() else list_table(path, options)
-        _check_listing(listing, text)
+        if whole:
+            _check_listing(listing, text)
         read = read_entries(listing, options)
         arrays, grouping = gather(read, listing.class_names, options, listing.by_folder)
         name = path.resolve().name if path.is_dir() else path.stem
-        return _assemble(arrays, name, text, train_size, seed, Origin(dict(listing.ignored), grouping, _notes(listing)))
+        return arrays, name, text, Origin(dict(listing.ignored), grouping, _notes(listing))
     if path.is_file():
-        return _assemble(_read_npz(path), path.stem, text, train_size, seed)
+        return _read_npz(path), path.stem, text, Origin()
     close = difflib.get_close_matches(known, [*_PHANTOMS, *medmnist.MD5], n=3)
     raise InputError(
         f"source: {text!r} is no file, folder or known name"
@@ -142,11 +157,8 @@ def _notes(listing: Listing) -> tuple[str, ...]:
     )
 
 
-def _assemble(
-    arrays: Arrays, name: str, where: str, train_size: int | None, seed: int, origin: Origin | None = None
-) -> DataSource:
+def _assemble(arrays: Arrays, name: str, where: str, train_size: int | None, seed: int, origin: Origin) -> DataSource:
     """Check the arrays of a MedMNIST-style file and make the splits."""
-    origin = origin or Origin()
     held = set(arrays)
     splits = [s for s in SPLITS if s != "val" or {"val_images", "val_labels"} & held]
     if {"images", "labels"} & held and not {"train_images", "train_labels"} & held:
@@ -156,6 +168,12 @@ def _assemble(
     if missing := [key for pair in keys for key in pair if key not in arrays]:
         raise InputError(f"{where}: holds {', '.join(arrays) or 'nothing'}; missing {', '.join(missing)}")
     images = [torch.from_numpy(channels_first(arrays[key], f"{where}: {key}")).contiguous() for key, _ in keys]
+    if (brightest := max(int(x.max()) for x in images)) < _DIM:
+        warnings.warn(
+            f"no pixel is brighter than {brightest} of 255; window=(centre, width) (--window CENTRE WIDTH) says which "
+            "values of image files are black and white",
+            stacklevel=3,
+        )
     if len({x.shape[1:] for x in images}) > 1:
         raise InputError(f"{where}: images of {[shape_of(x) for x in images]}; wanted one size in all splits")
     first = arrays[keys[0][1]]
@@ -173,24 +191,27 @@ def _assemble(
     names = find_class_names(arrays, name, count, where)
     if len(names) < 2:
         raise InputError(f"{where}: one class only; wanted 2 or more")
-    parts = [
-        LabelledImages(x, check_labels(arrays[key], len(x), task, len(names), name=f"{where}: {key}"))
-        for x, (_, key) in zip(images, keys, strict=True)
-    ]
+    folded = Counter(" ".join(name.casefold().split()) for name in names)
+    if (alike := folded.most_common(1)[0])[1] > 1:
+        note = f"classes that differ in case or spaces alone ({alike[0]!r}): are they one?"
+        origin = replace(origin, notes=(*origin.notes, note))
     patients = [torch.from_numpy(arrays[key.replace("images", "groups")]) for key, _ in keys] if grouped else []
     check_apart(patients, where)
-    first_patients = patients[0] if grouped else None
+    own: list[torch.Tensor | None] = [*patients] or [None] * len(keys)
+    parts = [
+        LabelledImages(x, check_labels(arrays[key], len(x), task, len(names), name=f"{where}: {key}"), groups)
+        for x, (_, key), groups in zip(images, keys, own, strict=True)
+    ]
     if len(parts) < 3:  # val and, where missing, test are cut from train
-        pieces = split(parts[0].labels, seed, 4 - len(parts), where, first_patients)
+        pieces = split(parts[0].labels, seed, 4 - len(parts), where, parts[0].groups)
         parts = [parts[0].subset(piece) for piece in pieces] + parts[1:]
-        first_patients = first_patients[pieces[0]] if first_patients is not None else None
     train, val, test = parts
     if train_size is None:
         return DataSource(name, task, names, train, train, val, test, torch.arange(len(train)), origin)
     least = len(names) if task == "multiclass" else 1
     if not least <= train_size <= len(train):
         raise InputError(f"train_size: {train_size}; wanted {least} (one per class) to {len(train)} (all)")
-    chosen = stratified_order(train.labels, seed, first_patients)[:train_size].msort()
+    chosen = stratified_order(train.labels, seed, train.groups)[:train_size].msort()
     return DataSource(name, task, names, train.subset(chosen), train, val, test, chosen, origin)
 
 

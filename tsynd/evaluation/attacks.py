@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from tsynd.data.dataset import at_once, parts
 from tsynd.posteriors.posterior import frozen
+from tsynd.utils.calls import call_of, is_call
 from tsynd.utils.errors import InputError, require
 
 __all__ = ["BUDGETS", "KINDS", "STEPS", "Attack", "check_robustness", "parse_attacks", "perturb"]
@@ -41,11 +42,14 @@ class Attack:
             ``square`` (Andriushchenko et al. 2020: up to 100 queries, no gradient; in volumes its squares go through
             all slices, with a sign for each); or ``deepfool`` (Moosavi-Dezfooli et al. 2016: 50 steps towards the
             nearest boundary, of about the smallest Euclidean length).
-        budget: in units of the intensity range [0, 1]; infinite for DeepFool.
+        budget: in units of the intensity range [0, 1]; infinite for DeepFool and for functions.
+        function: yours, instead of these: (classifier, images [B, C, H, W], labels, seed) → attacked images; ``kind``
+            is its name.
     """
 
     kind: str
     budget: float = math.inf
+    function: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -60,14 +64,23 @@ class Attack:
 def parse_attacks(texts: Sequence[str]) -> list[Attack]:
     """Attacks from ``KIND:BUDGET`` (as ``pgd:2/255`` or ``pgd:0.01``), or ``KIND`` for its default budgets.
 
+    ``MODULE:FUNCTION`` is a function of yours, see :class:`Attack`.
+
     Raises:
         InputError: an unknown kind, or a budget outside (0, 1].
     """
-    found = []
+    found: list[Attack] = []
     for text in texts:
         kind, _, budget = str(text).partition(":")
+        if kind not in KINDS and is_call(str(text)):
+            if budget in (*KINDS, *(attack.kind for attack in found)):
+                raise InputError(f"attacks: got {text!r}, wanted another name: there is an attack {budget!r}")
+            found.append(Attack(budget, function=call_of(str(text), "attacks")))
+            continue
         if kind not in KINDS:
-            raise InputError(f"attacks: got {text!r}, wanted KIND or KIND:BUDGET with KIND one of {', '.join(KINDS)}")
+            raise InputError(
+                f"attacks: got {text!r}, wanted KIND, KIND:BUDGET or MODULE:FUNCTION, KIND one of {', '.join(KINDS)}"
+            )
         if kind == "deepfool":
             if budget:
                 raise InputError(f"attacks: got {text!r}, wanted deepfool without a budget: it looks for the smallest")
@@ -84,13 +97,14 @@ def parse_attacks(texts: Sequence[str]) -> list[Attack]:
     return list(dict.fromkeys(found))
 
 
-def check_robustness() -> None:
-    """Ask for what attacks need before work starts.
+def check_robustness(attacks: Sequence[Attack]) -> None:
+    """Ask for what these attacks need before work starts.
 
     Raises:
         MissingExtraError: the toolbox is not installed.
     """
-    require("art.attacks.evasion", "robustness")
+    if any(attack.function is None for attack in attacks):
+        require("art.attacks.evasion", "robustness")
 
 
 @contextmanager
@@ -130,6 +144,27 @@ def _any_label_wrong(logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any])
     return np.asarray(((logits > 0) != (labels > 0.5)).any(1))
 
 
+def _by_function(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    name: str,
+    function: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
+    seed: int,
+    batch_size: int,
+) -> Tensor:
+    """What somebody's own attack makes of the images."""
+    made = []
+    for x, y in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
+        with frozen(classifier), _seeded(seed):
+            torch.manual_seed(seed)
+            one = function(classifier, x, y, seed)
+        if not isinstance(one, Tensor) or one.shape != x.shape or not bool(one.isfinite().all()):
+            raise InputError(f"attacks: {name} gave something else than finite images {list(x.shape)}")
+        made.append(one.detach().to(x).clamp(0, 1))
+    return torch.cat(made)
+
+
 def perturb(
     classifier: nn.Module,
     images: Tensor,
@@ -164,8 +199,10 @@ def perturb(
         MissingExtraError: the toolbox is not installed.
         InputError: one logit only, Square on images that are far from square, or AutoPGD or DeepFool on several labels.
     """
-    check_robustness()
+    check_robustness([attack])
     batch_size = at_once(images[:1].numel() or 1, batch_size)
+    if attack.function is not None:
+        return _by_function(classifier, images, labels, attack.kind, attack.function, seed, batch_size)
     evasion = require("art.attacks.evasion", "robustness")
     projected = require(
         "art.attacks.evasion.projected_gradient_descent.projected_gradient_descent_pytorch", "robustness"

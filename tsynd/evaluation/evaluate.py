@@ -26,8 +26,9 @@ from tsynd.evaluation.shifts import SEVERITIES, SHIFTS, Condition, gaussian_nois
 from tsynd.models.classifier import ClassifierAdapter, logits_of
 from tsynd.models.held import evaluating
 from tsynd.posteriors.mc_dropout import MCDropout
+from tsynd.utils.calls import call_of, is_call
 from tsynd.utils.device import device_of, place
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, check_whole
 
 __all__ = [
     "CONDITIONS",
@@ -41,6 +42,7 @@ __all__ = [
     "gaussian_noise",
     "predictions",
     "rotation",
+    "score_predictions",
     "scores",
 ]
 
@@ -80,6 +82,8 @@ CONDITIONS: Mapping[str, Condition] = {
 def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[str, Condition]:
     """Conditions by their names; a family's name stands for all of its kinds and severities, ``FAMILY:3`` for one.
 
+    ``MODULE:FUNCTION`` is a function of yours, as :data:`Condition`; the function's name is the condition's.
+
     Raises:
         InputError: an unknown name.
     """
@@ -93,12 +97,17 @@ def choose_conditions(names: Sequence[str] | Mapping[str, Condition]) -> dict[st
             chosen |= found
         elif name in CONDITIONS:
             chosen[name] = CONDITIONS[name]
+        elif is_call(str(name)):
+            own = str(name).partition(":")[2]
+            if own in CONDITIONS or own in chosen:
+                raise InputError(f"conditions: got {name!r}, wanted another name: there is a condition {own!r}")
+            chosen[own] = call_of(str(name), "conditions")
         else:
             plain = [known for known in CONDITIONS if ":" not in known]
             kinds = [kind for kinds in FAMILIES.values() for kind in kinds]
             raise InputError(
                 f"conditions: got {name!r}, wanted some of {', '.join([*plain, *FAMILIES])}, FAMILY:SEVERITY, or"
-                f" KIND:SEVERITY with KIND one of {', '.join(kinds)}"
+                f" KIND:SEVERITY with KIND one of {', '.join(kinds)}; or MODULE:FUNCTION"
             )
     return chosen
 
@@ -152,22 +161,16 @@ def evaluate(
     check_task(task)
     counts = {"batch_size": batch_size, "queries": queries, "attack_images": attack_images}
     for name, value in {**counts, "query_images": query_images}.items():
-        if not (value is None and name.endswith("_images")) and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name}: got {value!r}, wanted an integer of 1 or more")
+        check_whole(name, value, optional=name.endswith("_images"))
     chosen, wanted = choose_conditions(conditions), parse_attacks(attacks)
-    if wanted:
-        check_robustness()
+    check_robustness(wanted)
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
     classifier = logits_of(classifier)
     target = place(device, classifier)
-    results: dict[str, dict[str, float]] = {}
     with evaluating(classifier):
         classes, found = _logits(classifier, batches, chosen, seed, batch_size, target)
         labels = batches.labels(classes)
-        for name, logits in found.items():
-            results[name] = scores(logits, labels, task)
-            chances = logits.softmax(1) if task == "multiclass" else logits.sigmoid()
-            results[name] |= {own: float(metric(chances, labels)) for own, metric in (metrics or {}).items()}
+        results = score_predictions(found, labels, task, metrics)
         if wanted:
             pool = spread_indices(labels, attack_images)
             subsets = {"square": pool[spread_indices(labels[pool], query_images)]}
@@ -218,6 +221,18 @@ def predictions(
         return _logits(network, batches, choose_conditions(conditions), seed, batch_size, target)[1]
 
 
+def score_predictions(
+    logits: Mapping[str, Tensor], labels: Tensor, task: str, metrics: Mapping[str, Metric] | None = None
+) -> dict[str, dict[str, float]]:
+    """What :func:`evaluate` says of the conditions, from what :func:`predictions` gave and the labels."""
+    results = {}
+    for name, one in logits.items():
+        chances = one.softmax(1) if task == "multiclass" else one.sigmoid()
+        own = {key: float(metric(chances, labels)) for key, metric in (metrics or {}).items()}
+        results[name] = scores(one, labels, task) | own
+    return results
+
+
 def spread_indices(labels: Tensor, count: int | None) -> Tensor:
     """``count`` indices, evenly spaced in the order of the classes, so that these keep their shares; all if None."""
     order = labels.argsort(stable=True) if labels.ndim == 1 else torch.arange(len(labels))
@@ -238,12 +253,10 @@ def conformal_metrics(classifier: nn.Module, data: Any, *, batch_size: int = 512
     Returns:
         ``conformal_coverage`` and ``conformal_size``, see :func:`tsynd.evaluation.metrics.conformal_limit`.
     """
-    batches, network, target = LabelledBatches(data, by_index=True), logits_of(classifier), device_of(classifier)
-    with evaluating(network), torch.no_grad():
-        network.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
-        logits = [network(batches.at(part).images.to(target)).float().cpu() for part in batches.chunks(batch_size)]
-    chances = torch.cat(logits).softmax(1)
-    limit = conformal_limit(chances, batches.labels(chances.shape[1]))
+    batches, network = LabelledBatches(data, by_index=True), logits_of(classifier)
+    with evaluating(network):
+        classes, found = _logits(network, batches, {"clean": _clean}, 0, batch_size, device_of(classifier))
+    limit = conformal_limit(found["clean"].softmax(1), batches.labels(classes))
     return {
         "conformal_coverage": partial(conformal_coverage, limit=limit),
         "conformal_size": partial(conformal_size, limit=limit),
@@ -283,7 +296,7 @@ class _Attacked:
         """What survives all attacks of a budget, where there are several."""
         found: dict[str, dict[str, float]] = {}
         for budget, attacks in self._right.items():
-            if len(attacks) > 1:
+            if len(attacks) > 1 and math.isfinite(budget):
                 images = sorted(set.intersection(*(set(right) for _, right in attacks)))
                 right = torch.tensor([all(one[index] for _, one in attacks) for index in images])
                 found[Attack("worst", budget).name] = survival(right, self.labels[images], self.task)

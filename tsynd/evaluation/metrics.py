@@ -24,17 +24,18 @@ __all__ = [
     "uncertainty_scores",
 ]
 
-SCORES = ("balanced_accuracy", "accuracy", "auroc", "ece", "nll")
-"""The keys of :func:`scores`."""
+SCORES = ("balanced_accuracy", "accuracy", "auroc", "ece", "nll", "f1", "average_precision", "sensitivity_at_90")
+"""The keys of :func:`scores`, besides ``recall:0``, ``recall:1``, ... of the classes."""
 
 COVERAGE = tuple(round(0.05 * k, 2) for k in range(1, 21))
 """Shares of the images, the least uncertain first, at which selective accuracy is given."""
 
 _BINS = 15
+_SPECIFICITY = 0.9
 
 
 def scores(logits: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str, float]:
-    """Balanced accuracy, accuracy, area under the ROC curve, calibration error and negative log-likelihood.
+    """Scores of predictions: how many are right, how well they rank, and how far their probabilities can be believed.
 
     Multiclass: balanced accuracy is the mean recall and ``auroc`` the mean one-vs-rest area over the classes
     that occur; ``ece`` is the expected calibration error of the predicted class's probability (15 bins of equal
@@ -43,6 +44,10 @@ def scores(logits: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str
     accuracy the share of right 0/1 answers, ``auroc`` the mean area over the labels; labels with one value only
     are left out of both. ``ece`` is that of the probability of "present" over all answers, ``nll`` the mean binary
     one over all answers. A score that is defined nowhere is NaN.
+
+    Of the same classes or labels: ``f1`` is the mean F1; ``average_precision`` the mean area under the precision-recall
+    curve and ``sensitivity_at_90`` the mean largest sensitivity at a specificity of 90 % or more, one class against the
+    rest, but class 1 alone where there are two; ``recall:K`` the share of class K that is found.
 
     Args:
         logits: [N, C].
@@ -57,7 +62,10 @@ def scores(logits: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str
             chances = logits.softmax(1)
             present = torch.bincount(labels, minlength=count) > 0
             judged = present & (present.sum() > 1)  # an area needs images outside the class too
-            recalls = metrics.multiclass_accuracy(logits, labels, num_classes=count, average=None)
+            recalls = found = metrics.multiclass_accuracy(logits, labels, num_classes=count, average=None)
+            f1 = metrics.multiclass_f1_score(logits, labels, num_classes=count, average=None)
+            precision = metrics.multiclass_average_precision(chances, labels, num_classes=count, average=None)
+            sensitivity, _ = metrics.multiclass_sensitivity_at_specificity(chances, labels, count, _SPECIFICITY)
             areas = metrics.multiclass_auroc(chances, labels, num_classes=count, average=None)
             accuracy = metrics.multiclass_accuracy(logits, labels, num_classes=count, average="micro")
             ece = metrics.multiclass_calibration_error(chances, labels, num_classes=count, n_bins=_BINS)
@@ -65,19 +73,31 @@ def scores(logits: Tensor, labels: Tensor, task: str = "multiclass") -> dict[str
         else:
             truth, chances = labels.long(), logits.sigmoid()
             present = judged = truth.amin(0) != truth.amax(0)
-            recalls = metrics.multilabel_recall(chances, truth, num_labels=count, average=None)
-            recalls = (recalls + metrics.multilabel_specificity(chances, truth, count, average=None)) / 2
+            found = metrics.multilabel_recall(chances, truth, num_labels=count, average=None)
+            f1 = metrics.multilabel_f1_score(chances, truth, num_labels=count, average=None)
+            precision = metrics.multilabel_average_precision(chances, truth, num_labels=count, average=None)
+            sensitivity, _ = metrics.multilabel_sensitivity_at_specificity(chances, truth, count, _SPECIFICITY)
+            recalls = (found + metrics.multilabel_specificity(chances, truth, count, average=None)) / 2
             areas = metrics.multilabel_auroc(chances, truth, num_labels=count, average=None)
             accuracy = metrics.multilabel_accuracy(chances, truth, num_labels=count, average="micro")
             ece = metrics.binary_calibration_error(chances.flatten(), truth.flatten(), n_bins=_BINS)
             nll = functional.binary_cross_entropy_with_logits(logits, truth.float())
+    ranked = judged & (torch.arange(count) == 1) if task == "multiclass" and count == 2 else judged
     return {
         "balanced_accuracy": float(recalls.reshape(-1)[present].mean()),
         "accuracy": float(accuracy),
-        "auroc": float(areas.reshape(-1)[judged].mean()) if bool(judged.any()) else math.nan,
+        "auroc": _mean(areas, judged),
         "ece": float(ece),
         "nll": float(nll),
+        "f1": _mean(f1, present),
+        "average_precision": _mean(precision, ranked),
+        "sensitivity_at_90": _mean(torch.as_tensor(sensitivity), ranked),
+        **{f"recall:{k}": float(found.reshape(-1)[k]) for k in range(count) if bool(present[k])},
     }
+
+
+def _mean(values: Tensor, chosen: Tensor) -> float:
+    return float(values.reshape(-1)[chosen].mean()) if bool(chosen.any()) else math.nan
 
 
 def errors(logits: Tensor, labels: Tensor, task: str = "multiclass") -> Tensor:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from torch import Tensor, nn
 
 from tsynd.export.runtime import FORMAT_VERSION, KINDS
 from tsynd.fx.folding import folded_decoder
+from tsynd.fx.layout import LaidOut, Order, contiguous
 from tsynd.models.autoencoder import Autoencoder, autoencoder_of, check_autoencoder, known_latent_std
-from tsynd.models.layout import contiguous
 from tsynd.ops import operators as ops
 from tsynd.ops import reference
 from tsynd.posteriors.mc_dropout import MCDropout, as_posterior
@@ -25,10 +23,10 @@ from tsynd.posteriors.passes import undivided
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents
 from tsynd.synthesis.objectives import EXPECTED
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, first_line
 from tsynd.utils.version import __version__
 
-__all__ = ["Program", "in_order", "prepare", "write_path"]
+__all__ = ["Program", "prepare", "write_path"]
 
 _NEEDS_POSTERIOR = ("classifier", "features", "step", "synthesizer")
 _NEEDS_AUTOENCODER = ("encoder", "decoder", "step", "synthesizer")
@@ -91,7 +89,7 @@ def prepare(
     seed: int,
     class_names: Sequence[str] | None,
     kinds: Sequence[str] = KINDS,
-    layout: Callable[..., AbstractContextManager[None]] = contiguous,
+    layout: Order = contiguous,
 ) -> Iterator[Program]:
     """Check the arguments and yield the program; inside, its networks are frozen.
 
@@ -121,16 +119,19 @@ def prepare(
     _check_parameters(modules)
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(*modules))
-        stack.enter_context(layout(*modules))
+        probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
         if posterior is not None:
             stack.enter_context(undivided())
             stack.enter_context(posterior.frozen())
-            stack.enter_context(posterior.folded())  # as tsynd.synthesize does, after the layout
-        probe = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+            with _named(probe), torch.no_grad():
+                posterior.logits(probe)
+            stack.enter_context(posterior.folded())  # as tsynd.synthesize does
+            stack.enter_context(posterior.laid_out(layout))
         latent: list[int] = []
         decode: Callable[[Tensor], Tensor] | None = None
         if model is not None:
             check_autoencoder(model, probe)
+            model = LaidOut(model, layout).module
             with torch.no_grad():
                 latents = model.encode(probe).float()
             latent, decode = list(latents.shape[1:]), folded_decoder(model, latents)
@@ -141,13 +142,17 @@ def prepare(
                 if posterior is not None:
                     posterior.logits(images)
 
-        try:
+        with _named(probe):
             warm()  # what is worked out and cached at the first call must not be recorded
-        except (RuntimeError, TypeError) as error:
-            raise InputError(
-                f"classifier: failed on images {list(probe.shape)}: {str(error).splitlines()[0]}"
-            ) from None
         yield _program(kind, posterior, model, decode, settings, shape, latent, class_names, modules, warm)
+
+
+@contextlib.contextmanager
+def _named(images: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"classifier: failed on images {list(images.shape)}: {first_line(error)}") from None
 
 
 def _program(
@@ -294,29 +299,6 @@ def _deviation(model: Autoencoder, given: float | None) -> float:
             "above 0, for instance from tsynd.fit_autoencoder"
         )
     return value
-
-
-def in_order(autoencoder: Any, classifier: Any) -> tuple[Any, Any]:
-    """Autoencoder and classifier, told apart where they came the other way round, as once was right."""
-
-    def encodes(model: Any) -> bool:
-        pair = isinstance(model, tuple) and len(model) == 2
-        return pair or (hasattr(model, "encode") and hasattr(model, "decode"))
-
-    swapped = isinstance(autoencoder, Posterior) or (encodes(classifier) and not encodes(autoencoder))
-    if not swapped and classifier is None and isinstance(autoencoder, nn.Module) and not encodes(autoencoder):
-        try:
-            autoencoder_of(autoencoder)
-        except InputError:
-            swapped = True
-    if not swapped:
-        return autoencoder, classifier
-    warnings.warn(
-        "the classifier came before the autoencoder: the order is (autoencoder, classifier, path, kind) now",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return classifier, autoencoder
 
 
 def write_path(path: str | Path, suffix: str) -> Path:

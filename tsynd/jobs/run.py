@@ -8,7 +8,7 @@ import platform
 import shlex
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.dataset import DataSource, LabelledImages, at_once
+from tsynd.data.external import External
 from tsynd.data.load import load_data
 from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.evaluate import predictions
@@ -41,13 +42,13 @@ from tsynd.synthesis.ascent import AscentSettings, Status
 from tsynd.synthesis.result import SynthesisResult, load_result
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.extra_images import Alternation, Augmentation
-from tsynd.training.loop import Checkpoint
+from tsynd.training.loop import Checkpoint, Track, tracking_accelerator
 from tsynd.training.recipe import RECIPES, recipe
 from tsynd.training.rounds import OfflineRounds
 from tsynd.training.standard import FLIPS, StandardAugmentation
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, check_whole, require
 from tsynd.utils.fingerprint import fingerprint, plain_settings
 from tsynd.utils.progress import say
 from tsynd.utils.timing import Phases
@@ -114,6 +115,8 @@ def run(
     *,
     device: str | None = None,
     progress: bool = True,
+    track: str | None = None,
+    test_data: External | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
 
@@ -125,6 +128,8 @@ def run(
         settings: see :class:`RunSettings`.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         progress: show bars where rich is installed.
+        track: ``tensorboard``, ``wandb``, ``mlflow``, ...: log every training's losses, into the folder's ``logs``.
+        test_data: name → more test sets, as of other hospitals, on which the same classifiers are scored.
 
     Returns:
         The contents of ``metrics.json``.
@@ -137,20 +142,34 @@ def run(
     for module in _NEEDED:  # now, not after the training
         require(module, "cli")
     where = str(resolve_device(device))
+    if track is not None:
+        tracking_accelerator(Track(track, Path()))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     say(source.summary.lines(), progress)
+    external = test_data if isinstance(test_data, External) else External(test_data or {})
+    elsewhere = external.load(source, settings.reading)
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
     settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
-        return _stages(job, str(data), source, settings, where, progress)
+        return _stages(job, str(data), source, elsewhere, settings, where, progress, track)
 
 
 def _stages(
-    job: Job, data: str, source: DataSource, settings: RunSettings, where: str, progress: bool
+    job: Job,
+    data: str,
+    source: DataSource,
+    elsewhere: Mapping[str, LabelledImages],
+    settings: RunSettings,
+    where: str,
+    progress: bool,
+    track: str | None,
 ) -> dict[str, Any]:
+    def tracked(name: str) -> Track | None:
+        return None if track is None else Track(track, job.folder / "logs", name)
+
     def train_autoencoder(path: Path) -> dict[str, Any]:
         fit_autoencoder_step(
             source,
@@ -161,6 +180,7 @@ def _stages(
             iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
+            track=tracked("autoencoder"),
         )
         return {}
 
@@ -182,6 +202,7 @@ def _stages(
             device=where,
             progress=progress,
             checkpoint=checkpoint,
+            track=tracked(path.stem),
         )
         if checkpoint is not None:  # of this classifier's training alone
             checkpoint.path.unlink(missing_ok=True)
@@ -220,7 +241,15 @@ def _stages(
     models["reconstruction"] = classifier_of("classifier_reconstruction", in_rounds(plain, "rounds_reconstruction"))
     models["targeted"] = classifier_of("classifier", in_rounds(augmentation, "rounds"))
     return _finish(
-        job, source, settings, synthesis, autoencoder, models, where, _study_command(job, data, source, settings)
+        job,
+        source,
+        elsewhere,
+        settings,
+        synthesis,
+        autoencoder,
+        models,
+        where,
+        _study_command(job, data, source, settings),
     )
 
 
@@ -248,9 +277,7 @@ def _check(settings: RunSettings) -> None:
     if settings.objective == "expected_information":
         raise InputError("objective: got 'expected_information', which needs target images; wanted another for a run")
     for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
-        value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
+        check_whole(name, getattr(settings, name))
     choices = {
         "autoencoder_data": ("train", "all"),
         "dropout": ("head", "stages"),
@@ -302,6 +329,7 @@ def _decode(autoencoder: Any, latents: Tensor, device: str, values: int) -> Tens
 def _finish(
     job: Job,
     source: DataSource,
+    elsewhere: Mapping[str, LabelledImages],
     settings: RunSettings,
     synthesis: dict[str, Any],
     autoencoder: Any,
@@ -330,7 +358,8 @@ def _finish(
             name: {condition: scores(one, labels, source.task) for condition, one in own.items()}
             for name, own in logits.items()
         }
-        comparison = compare(logits, labels, source.task)
+        comparison = compare(logits, labels, source.task, source.test.groups)
+        others = {name: _elsewhere(models, tested, source) for name, tested in elsewhere.items()}
     # the reconstructions' classifier: the ascent did not climb on it
     judge = models["reconstruction"]
     seen = [predictions(judge, (x, result.labels), task=source.task)["clean"] for x in (reconstructions, result.images)]
@@ -362,6 +391,7 @@ def _finish(
         "reconstruction": _reconstruction(source, reconstructions),
         "evaluation": evaluation,
         "comparison": comparison,
+        "elsewhere": others,
         "study_command": command,
         "seconds": {
             **job.seconds,
@@ -388,6 +418,17 @@ def _finish(
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
+
+
+def _elsewhere(models: Mapping[str, nn.Module], tested: LabelledImages, source: DataSource) -> dict[str, Any]:
+    """What the classifiers get right of a test set from elsewhere."""
+    logits = {name: predictions(model, tested, task=source.task) for name, model in models.items()}
+    return {
+        "images": len(tested),
+        "test_counts": _counts(tested.labels, source.class_names),
+        "evaluation": {name: scores(own["clean"], tested.labels, source.task) for name, own in logits.items()},
+        "comparison": compare(logits, tested.labels, source.task, tested.groups),
+    }
 
 
 def _counts(labels: Tensor, names: Sequence[str]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from tsynd.models.pretrained import PretrainedClassifier
 from tsynd.training.autoencoder import fit_autoencoder
 from tsynd.training.classifier import fit_classifier
 from tsynd.training.loop import FitReport
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, check_whole
 from tsynd.utils.fingerprint import hash_file
 
 __all__ = [
@@ -79,7 +79,8 @@ class NetworkChoice(ClassifierChoice):
     """Which networks a job works with, and how it makes extra images.
 
     Attributes:
-        autoencoder: ``small`` (trained from scratch), ``diffusers:NAME``, ``monai-bundle:PATH``, or a model's file.
+        autoencoder: ``small`` (trained from scratch), ``diffusers:NAME``, ``monai-bundle:PATH``, MODULE:FUNCTION, or a
+            model's file.
         autoencoder_trains: of a pretrained autoencoder: ``none``, ``decoder`` or ``all``.
         rounds: offline rounds of extra images, 0 makes them anew at every step; None is 3 with a pretrained classifier.
     """
@@ -108,8 +109,7 @@ class NetworkChoice(ClassifierChoice):
         Raises:
             InputError: a number that cannot be one.
         """
-        if self.rounds is not None and (not isinstance(self.rounds, int) or self.rounds < 0):
-            raise InputError(f"rounds: got {self.rounds!r}, wanted an integer of 0 or more, or None")
+        check_whole("rounds", self.rounds, 0, optional=True)
         usual = 0 if self.classifier == "small" else 3
         return usual if self.rounds is None else self.rounds
 

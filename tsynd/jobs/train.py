@@ -17,7 +17,7 @@ from tsynd.jobs.steps import ClassifierChoice, fit_autoencoder_step, fit_classif
 from tsynd.models.checkpoint import load_model, read_card
 from tsynd.synthesis.ascent import AscentSettings
 from tsynd.training.augmentation import TargetedAugmentation
-from tsynd.training.loop import Checkpoint, FitReport
+from tsynd.training.loop import Checkpoint, FitReport, Track, tracking_accelerator
 from tsynd.utils.errors import InputError, check_choice, require
 from tsynd.utils.fingerprint import fingerprint
 from tsynd.utils.progress import say
@@ -60,6 +60,7 @@ def train_model(
     device: str | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
+    track: str | None = None,
 ) -> tuple[Path | None, float]:
     """Train a model and save it in ``output``, beside ``training.safetensors``, the state to go on from.
 
@@ -70,6 +71,7 @@ def train_model(
         device: of every process; None takes GPUs where there are any, each process its own.
         checkpoint_every: steps between two states.
         progress: show a bar where rich is installed.
+        track: ``tensorboard``, ``wandb``, ``mlflow``, ...: log the losses, into the folder's ``logs``.
 
     Returns:
         The model's file (None in all processes but the first) and the last loss.
@@ -84,6 +86,8 @@ def train_model(
     state = require("accelerate", "train").PartialState(cpu=device == "cpu")
     if state.num_processes > 1 and device == "cuda":
         device = None
+    if track is not None:
+        tracking_accelerator(Track(track, Path()))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     say(source.summary.lines(), progress and state.is_main_process)
     settings, folder = replace(settings, task=source.task), Path(output).expanduser()
@@ -106,6 +110,7 @@ def train_model(
             folder / "features",
             device=device,
             progress=progress,
+            track=None if track is None else Track(track, folder / "logs", settings.model),
             checkpoint=Checkpoint(folder / "training.safetensors", checkpoint_every),
         )
         job.check_folder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,16 @@ from torch.overrides import TorchFunctionMode
 from tsynd.models.pixel_range import Numbers, PixelMap, make_pixel_map
 from tsynd.utils.errors import InputError
 
-__all__ = ["ClassifierAdapter", "Endings", "as_classifier", "ending_note", "logits_of", "plain", "take_logits"]
+__all__ = [
+    "ClassifierAdapter",
+    "Endings",
+    "as_classifier",
+    "ending_note",
+    "logits_of",
+    "plain",
+    "take_logits",
+    "two_images",
+]
 
 
 class ClassifierAdapter(nn.Module):
@@ -56,14 +66,23 @@ class ClassifierAdapter(nn.Module):
         Warns:
             RuntimeWarning: it does.
         """
-        if self.ending is None:
-            with torch.no_grad(), Endings() as seen:
-                found = self(images)
-            self.ending = seen.of(found)
+        with _LOOKING:  # or another thread would see probabilities that are logits by now
             if self.ending is not None:
-                warnings.warn(f"{type(self.model).__name__} {ending_note(self.ending)}", RuntimeWarning, stacklevel=3)
+                return
+            with torch.no_grad(), Endings() as seen:
+                found = self(two_images(images))
+            self.ending = seen.of(found)
+        if self.ending is not None:
+            warnings.warn(f"{type(self.model).__name__} {ending_note(self.ending)}", RuntimeWarning, stacklevel=3)
 
 
+def two_images(images: Tensor) -> Tensor:
+    """Two of them that differ, [2, C, ...]: the second is the first one's negative where there is no other."""
+    few = images[:2].detach()
+    return few if len(few) == 2 and not torch.equal(few[0], few[1]) else torch.cat([few[:1], 1 - few[:1]])
+
+
+_LOOKING = threading.RLock()
 _TINY, _EPSILON = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).eps
 
 
@@ -77,7 +96,7 @@ class Endings(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[int, tuple[Tensor, str]] = {}
+        self._seen: list[tuple[Tensor, str]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -86,15 +105,16 @@ class Endings(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         kind = {"softmax": "softmax", "sigmoid": "sigmoid", "expit": "sigmoid"}.get(getattr(func, "__name__", ""))
         if kind is not None and isinstance(out, Tensor):
-            self._seen[id(out)] = out, kind
+            self._seen.append((out, kind))
         return out
 
     def of(self, logits: Any) -> str | None:
-        """What the logits are, if they are none: by where they come from, or since all rows sum to 1."""
+        """What the logits are, if they are none: what a call of those gave, or since all rows sum to 1."""
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             return None
-        if id(logits) in self._seen:
-            return self._seen[id(logits)][1]
+        for out, kind in self._seen:  # in another shape or dtype maybe
+            if out.numel() == logits.numel() and torch.equal(out.flatten().to(logits), logits.flatten()):
+                return kind
         if len(logits) < 2 or logits.shape[1] < 2 or not bool((logits >= 0).all()):
             return None
         return "softmax" if float((logits.float().sum(1) - 1).abs().max()) < 1e-4 else None

@@ -35,9 +35,9 @@ def classifier(
 
     Args:
         name: ``timm:NAME`` (a model of timm), ``hf:NAME`` (on the Hugging Face hub, or the folder of a saved model),
-            ``MODULE:FUNCTION`` (anything installed that gives a network), ``small`` (:class:`tsynd.SmallResNet`, from
-            scratch), or the file of a model that :func:`tsynd.save_model` wrote. The first three take
-            ``,option=value,...`` for what makes the network.
+            ``MODULE:FUNCTION`` (installed or in the current folder, gives a network), ``small``
+            (:class:`tsynd.SmallResNet`, from scratch), or the file of a model that :func:`tsynd.save_model` wrote. The
+            first three take ``,option=value,...`` for what makes the network.
         classes: number of logits.
         pretrained: load the library's own weights; False starts from random ones.
         weights: a file of the network's weights (.safetensors, or .pth, .pt, .bin without pickled code) instead of
@@ -98,9 +98,10 @@ def autoencoder(
 
     Args:
         name: ``diffusers:NAME`` (on the Hugging Face hub, or the folder of a saved model), ``monai-bundle:PATH`` (the
-            folder of a bundle), ``small`` (:class:`tsynd.SmallAutoencoder`, from scratch), or the file of a model
-            that :func:`tsynd.save_model` wrote. The first two take ``,option=value,...``: ``subfolder`` of diffusers,
-            ``key`` and ``weights`` of a bundle.
+            folder of a bundle), ``MODULE:FUNCTION`` (installed or in the current folder, gives a network that
+            :func:`tsynd.as_autoencoder` knows), ``small`` (:class:`tsynd.SmallAutoencoder`, from scratch), or the file
+            of a model that :func:`tsynd.save_model` wrote. The first three take ``,option=value,...``: ``subfolder``
+            of diffusers, ``key`` and ``weights`` of a bundle, the function's own.
         channels: of the images; an autoencoder of three channels takes grey images too.
         trains: ``none`` (frozen), ``decoder`` or ``all``.
         pixel_range: what 0 and 1 are to a bundle's autoencoder.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.models.autoencoder import as_autoencoder
-from tsynd.models.sources import Source, first_line, parse_source
+from tsynd.models.sources import Source, parse_source, trusted
 from tsynd.models.weights import load_weights
-from tsynd.utils.errors import InputError, check_choice, require
+from tsynd.utils.errors import InputError, check_choice, first_line, require
 
 __all__ = ["AUTOENCODER_TRAINS", "PretrainedAutoencoder", "build_autoencoder"]
 
@@ -112,7 +112,10 @@ def build_autoencoder(
     """What :func:`tsynd.autoencoder` gives for another library's model; see there."""
     source = parse_source(text)
     if source.kind not in _DOORS:
-        raise InputError(f"autoencoder: got {text!r}, wanted diffusers:NAME, monai-bundle:PATH, small, or a file")
+        raise InputError(
+            f"autoencoder: got {text!r}, wanted diffusers:NAME, monai-bundle:PATH, MODULE:FUNCTION, small, or a file"
+        )
+    trusted(source)
     model, blueprint = _DOORS[source.kind](source, None)
     config: dict[str, Any] = {"source": text, "blueprint": blueprint, "channels": channels, "trains": trains}
     config["pixel_range"] = None if pixel_range is None else list(pixel_range)
@@ -214,7 +217,21 @@ def _resolved(value: Any, config: Mapping[str, Any], path: Path, depth: int) -> 
     return _resolved(found, config, path, depth + 1)
 
 
-_DOORS = {"diffusers": _diffusers, "monai-bundle": _monai_bundle}
+def _called(source: Source, blueprint: Mapping[str, Any] | None) -> tuple[nn.Module, dict[str, Any]]:
+    """``MODULE:FUNCTION``; rebuilt from a file only where it was named in this process."""
+    make = source.function(known=blueprint is None, what="autoencoder")
+    try:
+        model = make(**source.options)
+    except Exception as error:  # anything: it is another's code
+        raise InputError(
+            f"autoencoder: {source.text} cannot be had ({first_line(error)}); wanted MODULE:FUNCTION,option=value,..."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"autoencoder: {source.text} gave {type(model).__name__}, wanted an nn.Module")
+    return model, {}
+
+
+_DOORS = {"diffusers": _diffusers, "monai-bundle": _monai_bundle, "call": _called}
 
 
 def _channels(model: nn.Module) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tsynd.utils.calls import call_of, is_call
 from tsynd.utils.errors import InputError
 
-__all__ = ["Source", "first_line", "parse_source", "trusted"]
+__all__ = ["Source", "parse_source", "trusted"]
 
 _TRUST = "TSYND_TRUSTED_MODULES"
 _trusted: set[str] = set()
@@ -33,31 +33,24 @@ class Source:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def function(self, known: bool) -> Callable[..., Any]:
+    def function(self, known: bool, what: str = "classifier") -> Callable[..., Any]:
         """What ``MODULE:FUNCTION`` names.
 
         Args:
             known: the caller's own words name it. A file's words may name a class of networks (or its class methods)
                 alone, or what is trusted: a file must not be able to call anything that is installed.
+            what: the argument, for messages.
 
         Raises:
             InputError: there is no such thing, or a file names what is not trusted.
         """
-        module, _, path = self.name.partition(":")
+        module = self.name.partition(":")[0]
         if not known and module not in _trusted | set(os.environ.get(_TRUST, "").split(",")):
             raise InputError(
-                f"classifier: its file says to call {self.name}, which a file may not; if you trust it, set "
-                f"{_TRUST}={module}, or name it in tsynd.classifier first"
+                f"{what}: its file says to call {self.name}, which a file may not; if you trust it, set "
+                f"{_TRUST}={module}, or name it in tsynd.{what} first"
             )
-        try:
-            found: Any = importlib.import_module(module)
-        except ImportError as error:
-            raise InputError(f"classifier: {self.name}: {error}; wanted MODULE:FUNCTION that is installed") from error
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        if not callable(found):
-            raise InputError(f"classifier: {self.name}: {module} has no {path}, wanted a function that gives a network")
-        return found  # type: ignore[no-any-return]
+        return call_of(self.name, what)
 
 
 def parse_source(text: str) -> Source:
@@ -85,14 +78,9 @@ def parse_source(text: str) -> Source:
             options[key] = value
     if kind in ("timm", "hf", "diffusers", "monai-bundle"):
         return Source(text, kind, rest, options)
-    if not all(part.isidentifier() for part in (*kind.split("."), *rest.split("."))):
+    if not is_call(name):
         raise InputError(f"classifier: got {text!r}, wanted timm:NAME, hf:NAME or MODULE:FUNCTION")
     return Source(text, "call", name, options)
-
-
-def first_line(error: BaseException) -> str:
-    """What another library said, short enough for one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def trusted(source: Source) -> None:

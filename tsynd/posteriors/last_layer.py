@@ -19,10 +19,10 @@ from tsynd.data.dataset import LabelledBatches
 from tsynd.models.classifier import ClassifierAdapter, logits_of, plain
 from tsynd.models.held import evaluating
 from tsynd.posteriors.posterior import Posterior
-from tsynd.posteriors.runner import Runner, heads_logits, heads_uncertainty, structure_of
+from tsynd.posteriors.runner import RESOLVING, Runner, heads_logits, heads_uncertainty, structure_of
 from tsynd.posteriors.splitting import trunk_to
 from tsynd.utils.atomic import atomic_path
-from tsynd.utils.errors import InputError, MissingExtraError, require
+from tsynd.utils.errors import InputError, MissingExtraError, check_whole, require
 from tsynd.utils.fingerprint import is_sealed, seal
 
 __all__ = ["HeadGaussian", "SampledHead", "find_layer", "training_features"]
@@ -131,8 +131,7 @@ class SampledHead(Posterior):
     ) -> None:
         self._network = logits_of(classifier)
         self._faces = (self._network,)
-        if not isinstance(samples, int) or samples < 1:
-            raise InputError(f"samples: got {samples!r}, wanted an integer of at least 1")
+        check_whole("samples", samples)
         self.classifier, self.gaussian, self.samples, self.seed = classifier, gaussian, samples, int(seed)
         self.layer, self._linear = find_layer(classifier, layer)
         self.networks = (classifier,)
@@ -168,13 +167,13 @@ class SampledHead(Posterior):
         images, kept = plain(images), {} if self._block is None else self._block
         with self._evaluating():
             if "resolved" not in kept:
-                if self._settled is None or self._settled != structure_of(self.classifier):
-                    if self._settled is not None:
-                        self._settle()
-                    with torch.no_grad():
-                        self._network.look(images[:2].detach())
+                with RESOLVING, torch.no_grad():
+                    if self._settled != (structure := structure_of(self.classifier)):
+                        if self._settled is not None:
+                            self._settle()
+                        self._network.look(images)
                         _head_features(self._network, self._linear, self._runner, images[:2].detach(), self.layer)
-                    self._settled = structure_of(self.classifier)
+                        self._settled = structure
                 kept["resolved"] = True
             features: Tensor = self._runner.once[0](images)[0]
         return features
@@ -275,8 +274,7 @@ def training_features(
         InputError: data or a layer that do not fit.
     """
     network, batches = logits_of(classifier), LabelledBatches(data, name="data", by_index=True)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1")
+    check_whole("batch_size", batch_size)
     name, linear = find_layer(classifier, layer)
     device = linear.weight.device
     labels = batches.labels(linear.out_features).to(device)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from threading import RLock
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tsynd.fx.tracing import private_copy
-from tsynd.models.classifier import ending_note, logits_of, plain
+from tsynd.models.classifier import ending_note, logits_of, plain, two_images
 from tsynd.models.held import evaluating
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import keep_count
 from tsynd.posteriors.dropout import MaskSource, addressing
 from tsynd.posteriors.passes import Passes, images_at_once, passes_logits, passes_uncertainty
 from tsynd.posteriors.posterior import Posterior
-from tsynd.posteriors.runner import Runner, check_classes, heads_logits, heads_uncertainty, measured, structure_of
+from tsynd.posteriors.runner import (
+    RESOLVING,
+    Runner,
+    check_classes,
+    heads_logits,
+    heads_uncertainty,
+    measured,
+    structure_of,
+)
 from tsynd.posteriors.splitting import NoDropoutError, Split, may_have_head, split_at_dropout, split_at_hook
 from tsynd.posteriors.whole_network import PassLoop, WholeNetwork, agrees, set_training
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole, first_line
 
 __all__ = ["MCDropout", "as_posterior"]
 
@@ -104,7 +111,6 @@ class FusedHead(BatchedTail):
         return heads
 
 
-_RESOLVING = RLock()
 Plan: TypeAlias = BatchedTail | WholeNetwork | PassLoop
 
 
@@ -144,8 +150,7 @@ class MCDropout(Posterior):
     ) -> None:
         if not isinstance(classifier, nn.Module):
             raise InputError(f"classifier: got {type(classifier).__name__}, wanted an nn.Module")
-        if not isinstance(samples, int) or samples < 1:
-            raise InputError(f"samples: got {samples!r}, wanted an integer of at least 1")
+        check_whole("samples", samples)
         check_choice("masks", masks, ("shared", "independent"))
         self.classifier, self.samples, self.masks, self.seed = classifier, samples, masks, int(seed)
         self.networks = (classifier,)
@@ -170,7 +175,7 @@ class MCDropout(Posterior):
                     raise InputError(_NO_DROPOUT) from None
                 self._reason = "its dropout is there in training alone"
             except Exception as error:  # whatever the network's own code raises under tracing
-                self._reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self._reason = first_line(error)
                 if not may_have_head(self._network):  # else one may be found by running the network
                     self._note_whole(self._reason)
 
@@ -248,19 +253,18 @@ class MCDropout(Posterior):
         if "resolved" not in kept:
             structure = structure_of(self.classifier)
             if structure != self._settled:
-                with _RESOLVING, torch.no_grad():
+                with RESOLVING, torch.no_grad():
                     if structure != self._settled:
                         if self._settled is not None:
                             self._network.ending = None
                             self._begin()
-                        self._resolve(images[:2].detach())
+                        self._resolve(two_images(images))
                         self._settled = structure
                 self._say(6)
             kept["resolved"] = True
         return self._plan
 
     def _resolve(self, few: Tensor) -> None:
-        few = few if len(few) == 2 and not torch.equal(few[0], few[1]) else torch.cat([few[:1], 1 - few[:1]])
         learnt = self._whole.learn(few)
         logits = learnt.logits
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -289,10 +293,11 @@ class MCDropout(Posterior):
     def _mixes(self, few: Tensor, logits: Tensor) -> bool:
         """Whether an image's logits depend on those beside it."""
         try:
-            alone = self._whole.learn_logits(few[:1])
+            alone = [self._whole.learn_logits(one).reshape(1, -1) for one in torch.split(few, 1)]
         except (RuntimeError, ValueError):  # batch statistics of one value
             return True
-        return not agrees(alone, self._whole.learn_logits(few)[:1] if self._network.ending else logits[:1])
+        together = self._whole.learn_logits(few) if self._network.ending else logits
+        return not all(map(agrees, alone, torch.split(together, 1)))
 
     def _fastest(self, few: Tensor, loop: PassLoop, changed: bool, calls: int) -> Plan:
         """The fastest way that gives what the loop gives, for two images and a few passes."""
@@ -315,7 +320,7 @@ class MCDropout(Posterior):
             try:
                 plan, reason = _plan_of(split_at_dropout(self._whole.network, self._depth)), ""
             except Exception as error:  # whatever the network's own code raises under tracing
-                plan, reason = self._whole, reason or str(error).splitlines()[0]
+                plan, reason = self._whole, reason or first_line(error)
         found = isinstance(self._plan, BatchedTail)
         if isinstance(plan, BatchedTail):
             if plan.dropouts == calls and right(plan):

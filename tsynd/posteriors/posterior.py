@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsynd.fx.layout import Order
 from tsynd.models.classifier import ClassifierAdapter, logits_of, plain
 from tsynd.models.held import evaluating, frozen
 from tsynd.ops.reference import OBJECTIVES, TASKS
@@ -108,6 +109,15 @@ class Posterior(ABC):
             yield self
 
     @contextmanager
+    def laid_out(self, order: Order) -> Iterator[Posterior]:
+        """Inside, tsynd's own posteriors work on copies of the weights in this order of memory.
+
+        For use inside :meth:`frozen` and :meth:`folded`, after a first call.
+        """
+        with self._runner.laid_out(order):
+            yield self
+
+    @contextmanager
     def compiled(self) -> Iterator[Posterior]:
         """Inside, what runs once per image goes through ``torch.compile`` where the posterior can tell it apart."""
         with self._runner.compiled():
@@ -148,7 +158,7 @@ class Ensemble(Posterior):
         with self._evaluating():
             if not self._looked:
                 for face in self._faces:
-                    face.look(images[:2].detach())
+                    face.look(images)
                 self._looked = True
             logits = [network(images) for network in self._runner.once]
         shapes = [list(one.shape) for one in logits]

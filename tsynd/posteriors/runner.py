@@ -12,11 +12,15 @@ from torch import Tensor, fx, nn
 
 from tsynd.fx.checkpointing import staged
 from tsynd.fx.folding import FoldedGraph
+from tsynd.fx.layout import LaidOut, Order
 from tsynd.models.held import evaluating
 from tsynd.ops import operators as ops
 from tsynd.utils.errors import InputError
 
-__all__ = ["Runner", "check_classes", "heads_logits", "heads_uncertainty", "measured", "structure_of"]
+__all__ = ["RESOLVING", "Runner", "check_classes", "heads_logits", "heads_uncertainty", "measured", "structure_of"]
+
+RESOLVING = threading.RLock()
+"""Held while a posterior finds out how to run its network."""
 
 Form = tuple[Callable[..., Any], ...]
 
@@ -36,6 +40,7 @@ class Runner:
     ) -> None:
         self._once, self._tail, self._keep_last, self._hidden = once, tail, keep_last, hidden
         self._folded: list[FoldedGraph] = []
+        self._laid: dict[tuple[Any, Order], LaidOut] = {}
         self._forms: dict[int, tuple[Form, Callable[..., Any] | None]] = {}
 
     @property
@@ -83,6 +88,23 @@ class Runner:
             yield
 
     @contextmanager
+    def laid_out(self, order: Order) -> Iterator[None]:
+        """Inside, copies of the networks' weights lie in this order; to be entered after :meth:`folded`."""
+
+        def laid(network: Any) -> Any:
+            made = self._laid.get((network, order))
+            if made is None:
+                made = LaidOut(network, order)
+                if isinstance(network, fx.GraphModule):  # others may be changed by their owner
+                    self._laid[network, order] = made
+            made.refresh()
+            return made.module
+
+        once, tail = self._form()
+        with self._as(tuple(laid(part) for part in once), None if tail is None else laid(tail)):
+            yield
+
+    @contextmanager
     def compiled(self) -> Iterator[None]:
         """Inside, what runs once per image goes through ``torch.compile``."""
         once, tail = self._form()
@@ -99,13 +121,33 @@ class Runner:
 
 
 def structure_of(network: nn.Module) -> list[Any]:
-    """What a plan is made from: modules, hooks and rates, not weights."""
+    """What a plan is made from: modules, hooks and settings such as rates, not weights."""
     found: list[Any] = [next((p.dtype for p in network.parameters() if p.is_floating_point()), None)]
     for module in network.modules():
         own = vars(module)
-        rates = own.get("p"), own.get("drop_prob"), id(own.get("forward"))
-        found.append((id(module), type(module), *own["_forward_hooks"], 0, *own["_forward_pre_hooks"], *rates))
+        found.append((id(module), type(module), *own["_forward_hooks"], 0, *own["_forward_pre_hooks"]))
+        found += [one for name, value in own.items() if name not in _INTERNAL for one in _settings(value)]
     return found
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _settings(value: Any, inner: bool = True) -> Iterator[Any]:
+    """What a module's code may read from an attribute: numbers and texts themselves, other things by which they are."""
+    if isinstance(value, (int, float, str, type(None))):
+        yield value
+    elif isinstance(value, Tensor):
+        if not value.requires_grad and not isinstance(value, nn.Parameter):  # else kept from a pass
+            yield id(value)
+    elif inner and not callable(value) and (isinstance(value, (list, tuple, dict)) or hasattr(value, "__dict__")):
+        held = (
+            value if isinstance(value, (list, tuple)) else (value if isinstance(value, dict) else vars(value)).values()
+        )
+        for one in held:
+            yield from _settings(one, False)
+    else:
+        yield id(value)
 
 
 def check_classes(classes: int, task: str) -> None:

@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 from collections import Counter
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -272,7 +273,8 @@ class WholeNetwork:
     name = "whole network"
 
     def __init__(self, network: nn.Module, stochastic_depth: bool) -> None:
-        self.network, self.runner, self._depth = private_copy(network), Runner(), stochastic_depth
+        self.network, self._depth = private_copy(network), stochastic_depth
+        self.runner = Runner(tail=self.network)
         _silence(self.network)
         for module in self._own():
             module.training = False
@@ -326,7 +328,7 @@ class WholeNetwork:
     def _observe(self, images: Tensor) -> tuple[Any, _Observer]:
         observer = _Observer(self._strict)
         with observer.watching(self.network):
-            return self.record(images, observer), observer
+            return self.record(images, observer, self.network), observer
 
     def _in_training(self, images: Tensor) -> _Observer | None:
         """One pass in training mode, on buffers of its own; None where that fails."""
@@ -352,7 +354,7 @@ class WholeNetwork:
         for name, module in self.network.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 module.training = name in names and not settles(module)
-        self._strict = strict
+        self._strict, self.runner = strict, Runner(tail=self.network)
         try:
             found, observer = self._observe(images)
         except Exception:  # as above
@@ -381,16 +383,17 @@ class WholeNetwork:
             own = source.part(part)
             repeated = images.repeat(own.passes, *[1] * (images.dim() - 1))
             mode = AddressedDropoutMode(own, repeated.shape[0], self.axes(images), self._strict)
-            return self.record(repeated, mode).reshape(own.passes, images.shape[0], -1)
+            return self.record(repeated, mode, self.runner.tail).reshape(own.passes, images.shape[0], -1)
 
         return run
 
-    def record(self, images: Tensor, mode: AddressedDropoutMode) -> Tensor:
+    @staticmethod
+    def record(images: Tensor, mode: AddressedDropoutMode, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits [B, C], with every dropout of the network caught by the mode."""
         token = _mode.set(mode)
         try:
             with mode:
-                logits: Tensor = self.network(images)
+                logits = network(images)
         finally:
             _mode.reset(token)
         return logits
@@ -398,17 +401,19 @@ class WholeNetwork:
     def axes(self, images: Tensor) -> list[Axis]:
         """Found once for images of one size: the axis that grows with the number of images."""
         size = tuple(images.shape[1:])
-        if self._axes is None or self._axes[0] != size:
+        known = self._axes
+        if known is None or known[0] != size:
             off = MaskSource(1, 0, torch.zeros(1, dtype=torch.int64, device=images.device), active=False)
             modes = [AddressedDropoutMode(off, count, strict=self._strict) for count in (2, 3)]
             with torch.no_grad():
                 for mode in modes:
-                    self.record(images[:1].detach().expand(mode.rows, *images.shape[1:]).contiguous(), mode)
+                    copies = images[:1].detach().expand(mode.rows, *images.shape[1:]).contiguous()
+                    self.record(copies, mode, self.runner.tail)
             two, three = (mode.shapes for mode in modes)
             if len(two) != len(three):
                 raise InputError("classifier: calls dropout more often for more images, wanted always as often")
-            self._axes = size, [_axis(a, b) for a, b in zip(two, three, strict=True)]
-        return self._axes[1]
+            self._axes = known = size, [_axis(a, b) for a, b in zip(two, three, strict=True)]
+        return known[1]
 
 
 class PassLoop:
@@ -417,7 +422,7 @@ class PassLoop:
     name = "pass by pass"
 
     def __init__(self, whole: WholeNetwork) -> None:
-        self.whole, self.runner = whole, Runner()
+        self.whole, self.runner = whole, whole.runner
 
     def logits(self, images: Tensor, source: MaskSource) -> Tensor:
         """Logits [T, B, C]; backward runs each pass again."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from tsynd.report.page import write_page
 from tsynd.report.pictures import COLUMNS, check_counts, difference_scale, inline_png, nats, spread, strip, views
 from tsynd.report.plots import curves, histogram
-from tsynd.report.verdict import ARMS, Interval, points, range_text, verdict
+from tsynd.report.verdict import ARMS, Interval, elsewhere, points, range_text, verdict
 from tsynd.synthesis.result import SynthesisResult
 from tsynd.utils.errors import InputError
 
@@ -148,6 +148,7 @@ def write_report(
         f'<p class="soft scale">Difference, targeted − reconstruction: <span>−{limit:.2f}<i></i>+{limit:.2f}</span> of '
         f'the intensity range{colours}</p><div class="pair">{"".join(examples)}</div>'
     )
+    others = metrics.get("elsewhere", {})
     plots = histogram(before, after, short), curves(result.trajectory.detach().cpu(), short)
     write_page(
         path,
@@ -155,9 +156,10 @@ def write_report(
         heading=f"Do extra images help on {name}?",
         style=STYLE,
         facts=_facts(metrics),
-        lead=verdict(metrics["comparison"]) if "comparison" in metrics else [],
+        lead=[*verdict(metrics["comparison"]), *elsewhere(others)] if "comparison" in metrics else [],
         sections=[
             *([("Scores on test images", _scores(metrics))] if "comparison" in metrics else []),
+            *([("The same classifiers elsewhere", _elsewhere(metrics))] if others else []),
             ("Examples", shown),
             ("Do the pictures still show their class?", _pictures(metrics)),
             ("Uncertainty", f'<div class="pair">{"".join(plots)}</div>{_status_list(metrics["synthesis"])}'),
@@ -239,16 +241,16 @@ def _scores(metrics: dict[str, Any]) -> str:
     """A table for each condition: every classifier's scores with intervals and their change against real only."""
     comparison, data = metrics["comparison"], metrics.get("data", {})
     read = "<br>".join(html.escape(str(line)) for line in data.get("summary", ()))
-    counts = ", ".join(f"{html.escape(str(name))} {n}" for name, n in data.get("test_counts", {}).items())
+    counts = ", ".join(f"{n} of {html.escape(str(name))}" for name, n in data.get("test_counts", {}).items())
+    drawn = f"the {comparison['groups']} patients" if comparison.get("groups") else "the test images"
     note = (
         f'<p class="soft">Test images: {counts or comparison["images"]}. In percent, with 95 % intervals by bootstrap '
-        "over the test images; changes are of the last classifier less the other, in percentage points, over the same "
+        f"over {drawn}; changes are of the last classifier less the other, in percentage points, over the same "
         "draws. Bold and coloured where an interval leaves out 0. Intervals say what other test images would change, "
         "not what another training would: this is one run with one seed.</p>"
     )
-    sure = comparison["fewest"] >= comparison["least"]
     conditions = next(iter(comparison["scores"].values()))
-    tables = "".join(_condition_table(condition, comparison, sure) for condition in conditions)
+    tables = "".join(_condition_table(condition, comparison) for condition in conditions)
     command = metrics.get("study_command")
     settle = (
         ""
@@ -258,26 +260,55 @@ def _scores(metrics: dict[str, Any]) -> str:
     return f'<p class="soft">{read}</p>{note}{tables}{settle}'
 
 
-def _condition_table(condition: str, comparison: dict[str, Any], sure: bool) -> str:
+def _cells(comparison: dict[str, Any], name: str, condition: str, key: str) -> str:
+    """A classifier's score with its interval, and the last one's change to it."""
+    value = Interval(*comparison["scores"][name][condition][key])
+    cell = f"<td>{_percent(value.value)} <small>{_percent(value.low)}–{_percent(value.high)}</small></td>"
+    if name not in comparison["changes"]:
+        return cell + "<td></td>"
+    change, sure = Interval(*comparison["changes"][name][condition][key]), comparison["fewest"] >= comparison["least"]
+    mark = ("up" if change.value > 0 else "down") if sure and change.clear else "plain"
+    text = f"{points(change.value)} <small>{range_text(change)}</small>" if math.isfinite(change.value) else "–"
+    return f'{cell}<td class="{mark}">{text}</td>'
+
+
+def _condition_table(condition: str, comparison: dict[str, Any]) -> str:
     head = "".join(f'<th scope="col">{title}</th><th scope="col">change to it</th>' for title in _SCORES.values())
     rows = []
-    for name, own in comparison["scores"].items():
+    for name in comparison["scores"]:
         cells = f'<th scope="row">{html.escape(ARMS.get(name, name))}</th>'
-        for key in _SCORES:
-            value = Interval(*own[condition][key])
-            cells += f"<td>{_percent(value.value)} <small>{_percent(value.low)}–{_percent(value.high)}</small></td>"
-            if name not in comparison["changes"]:
-                cells += "<td></td>"
-                continue
-            change = Interval(*comparison["changes"][name][condition][key])
-            mark = ("up" if change.value > 0 else "down") if sure and change.clear else "plain"
-            text = f"{points(change.value)} <small>{range_text(change)}</small>" if math.isfinite(change.value) else "–"
-            cells += f'<td class="{mark}">{text}</td>'
+        cells += "".join(_cells(comparison, name, condition, key) for key in _SCORES)
         rows.append(f"<tr>{cells}</tr>")
     return (
         f'<figure class="card wide"><figcaption><b>{html.escape(condition.capitalize())}</b></figcaption>'
         f'<table class="scores"><thead><tr><th scope="col">Trained with</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></figure>"
+    )
+
+
+def _elsewhere(metrics: dict[str, Any]) -> str:
+    """One table: the classifiers' balanced accuracy on their own test images and on every other set."""
+    own = metrics["comparison"]
+    sets = {"its own test images": own} | {name: other["comparison"] for name, other in metrics["elsewhere"].items()}
+    head = "".join(
+        f'<th scope="col">{html.escape(name)}, {one["images"]} images</th><th scope="col">change to it</th>'
+        for name, one in sets.items()
+    )
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(ARMS.get(name, name))}</th>'
+        + "".join(_cells(one, name, "clean", "balanced_accuracy") for one in sets.values())
+        + "</tr>"
+        for name in own["scores"]
+    )
+    counts = "; ".join(
+        f"{name}: " + ", ".join(f"{count} of {label}" for label, count in other["test_counts"].items())
+        for name, other in metrics["elsewhere"].items()
+    )
+    return (
+        f'<p class="soft">Balanced accuracy on clean images, over the classes that occur there, with intervals as '
+        f"above. {html.escape(counts)}. Where it falls from the first column to another, the classifier does not "
+        f'carry over to that place.</p><figure class="card wide"><table class="scores"><thead><tr>'
+        f'<th scope="col">Trained with</th>{head}</tr></thead><tbody>{rows}</tbody></table></figure>'
     )
 
 

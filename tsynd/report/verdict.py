@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-__all__ = ["ARMS", "Interval", "images_needed", "points", "range_text", "verdict"]
+__all__ = ["ARMS", "Interval", "elsewhere", "images_needed", "points", "range_text", "verdict"]
 
 ARMS = {
     "real": "real images alone",
@@ -79,11 +79,12 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
         Plain texts: what can be told of balanced accuracy on clean images, against what, and under disturbances.
     """
     images, fewest, least = (comparison[key] for key in ("images", "fewest", "least"))
+    unit = "patient" if comparison.get("groups") else "image"
     if fewest < least:
         return [
-            f"This run cannot tell whether the extra images help: a class has only {fewest} test "
-            f"image{'' if fewest == 1 else 's'} of its own, and with fewer than {least} of every class no figure below "
-            "says anything. Some hundred test images of every class would."
+            f"This run cannot tell whether the extra images help: a class has only {fewest} test {unit}"
+            f"{'' if fewest == 1 else 's'} of its own, and with fewer than {least} of every class no figure below says "
+            f"anything. Some hundred test {unit}s of every class would."
         ]
     changes = {
         name: {condition: Interval(*scores["balanced_accuracy"]) for condition, scores in own.items()}
@@ -102,5 +103,20 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
         else:
             texts.append(f"It cannot be told from {ARMS[name]} ({range_text(change)}): a gain may be theirs.")
     if others:
-        texts.append("; ".join(f"On {name} images it {_judge(change, comparison)}" for name, change in others) + ".")
+        text = "; ".join(f"on {name} images it {_judge(change, comparison)}" for name, change in others)
+        texts.append(f"O{text[1:]}.")
+    return texts
+
+
+def elsewhere(others: dict[str, Any]) -> list[str]:
+    """A sentence for each test set from elsewhere: name → what :func:`tsynd.jobs.run.run` says of it."""
+    texts = []
+    for name, other in others.items():
+        comparison = other["comparison"]
+        change = Interval(*comparison["changes"]["real"]["clean"]["balanced_accuracy"])
+        if comparison["fewest"] < comparison["least"]:
+            texts.append(f"On {name} ({other['images']} images) nothing can be told: a class has too few images there.")
+        else:
+            judged = _judge(change, comparison)
+            texts.append(f"On {name} ({other['images']} images) training with the extra images {judged}.")
     return texts

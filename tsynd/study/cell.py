@@ -23,6 +23,8 @@ from tsynd.evaluation.evaluate import (
     conformal_metrics,
     evaluate,
     evaluate_uncertainty,
+    predictions,
+    score_predictions,
     spread_indices,
 )
 from tsynd.evaluation.image_quality import (
@@ -32,11 +34,13 @@ from tsynd.evaluation.image_quality import (
     penultimate_features,
     reconstruction_error,
 )
+from tsynd.evaluation.metrics import errors
 from tsynd.evaluation.shifts import Condition
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model
+from tsynd.models.sources import parse_source, trusted
 from tsynd.posteriors.mc_dropout import MCDropout
-from tsynd.study.arms import Arm, parse_arm
+from tsynd.study.arms import Arm, Base, parse_arm
 from tsynd.study.settings import (
     Cell,
     Workplace,
@@ -45,12 +49,16 @@ from tsynd.study.settings import (
     cell_path,
     classifier_path,
     make_augmentation,
+    predictions_path,
     samples_path,
 )
+from tsynd.training.extra_images import as_parts
 from tsynd.training.loop import FitReport
+from tsynd.training.recipe import IN_PLACE
 from tsynd.training.rounds import OfflineRounds
 from tsynd.utils.atomic import atomic_path, save_npz
-from tsynd.utils.fingerprint import seal
+from tsynd.utils.calls import is_call
+from tsynd.utils.fingerprint import hash_file, seal
 
 __all__ = ["plain", "run_cell", "train_autoencoder"]
 
@@ -93,6 +101,8 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     autoencoder = None
+    if is_call(settings.autoencoder.split(",")[0]):  # the study names it, so its file may
+        trusted(parse_source(settings.autoencoder))
     if arm.generative:
         autoencoder = load_model(autoencoder_path(place, cell.size, cell.seed), device=place.device)
     model, report = _train(place, cell, arm, autoencoder, source)
@@ -101,14 +111,17 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     start = time.perf_counter()
     tested = getattr(source, settings.split)
     conformal = source.task == "multiclass" and settings.split == "test" and len(source.val) > 0
-    scores = evaluate(
+    logits = predictions(
         model,
         tested,
         task=source.task,
         conditions=_remembered(settings.conditions, tested),
-        metrics=conformal_metrics(model, source.val) if conformal else None,
         batch_size=64,  # what stays in cache is faster
     )
+    metrics = conformal_metrics(model, source.val) if conformal else None
+    scores = score_predictions(logits, tested.labels, source.task, metrics)
+    chances = {name: one.softmax(1) if source.task == "multiclass" else one.sigmoid() for name, one in logits.items()}
+    save_npz(predictions_path(place, cell), labels=tested.labels, **chances)
     seconds["conditions"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -136,11 +149,14 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
     result: dict[str, Any] = {
         **asdict(cell),
         "data": source.name,
+        "class_names": list(source.class_names),
         "scores": scores,
         "uncertainty": trust,
         "quality": quality,
         "training": _training_facts(report),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "predictions": hash_file(predictions_path(place, cell)),
+        **({"code": arm.code} if arm.own else {}),
     }
     result = dict(plain(result))
     with atomic_path(cell_path(place, cell)) as temporary:
@@ -150,12 +166,13 @@ def run_cell(place: Workplace, cell: Cell) -> dict[str, Any]:
 
 def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: DataSource) -> tuple[nn.Module, FitReport]:
     settings = place.settings
-    training = {
+    training: dict[str, Any] = {
         "iterations": settings.iterations,
         "augmentation_weight": settings.augmentation_weight,
         "warmup_fraction": settings.warmup_fraction,
         **arm.training,
     }
+    base = training.pop("base", settings.base)
     augmentation = make_augmentation(arm, autoencoder, settings, source.task, _SPACING * cell.seed)
     rounds, folder = settings.rounds_of_training(), place.folder / "rounds" / cell.name
     if rounds and augmentation is not None:
@@ -169,6 +186,7 @@ def _train(place: Workplace, cell: Cell, arm: Arm, autoencoder: Any, source: Dat
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         augmentation=augmentation,
+        transform=None if base is None else Base(base, _SPACING * cell.seed + IN_PLACE),
         device=place.device,
         progress=False,
         **training,
@@ -235,8 +253,11 @@ def _quality(
     model: nn.Module,
     source: DataSource,
     tested: LabelledImages,
-) -> dict[str, Any]:
-    """Measure images made of the training images against the finished classifier, and keep a few."""
+) -> dict[str, Any] | None:
+    """Measure images made of the training images against the finished classifier, and keep a few.
+
+    None for an arm of one's own that does not give an image of every image.
+    """
     device = torch.device(place.device)
     augmentation = make_augmentation(
         arm.latent(), autoencoder, place.settings, source.task, _SPACING * cell.seed + _FRESH
@@ -248,8 +269,11 @@ def _quality(
     given = []
     for rows in torch.split(torch.arange(len(train)), place.settings.batch_size):
         augmentation.set_ids(chosen[rows])
-        given.append(augmentation(model, train[rows.to(device)], labels[rows.to(device)])[0])
-    made = torch.cat(given)
+        made_of = as_parts(augmentation(model, train[rows.to(device)], labels[rows.to(device)]))
+        given += [part.images.detach() for part in made_of]
+    made = torch.cat(given).to(train).clamp(0, 1)
+    if made.shape != train.shape:
+        return None
     with torch.no_grad():
         start = torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(0, 1) for x in parts(train)])
     posterior = MCDropout(model, place.settings.uncertainty_samples, place.settings.masks, _FRESH)
@@ -291,5 +315,4 @@ def _quality(
 
 def _predicts(model: nn.Module, images: Tensor, labels: Tensor, task: str) -> float:
     logits = torch.cat([model(part) for part in parts(images)])
-    right = logits.argmax(1) == labels if task == "multiclass" else ((logits > 0) == (labels > 0.5)).all(1)
-    return float(right.double().mean())
+    return float((~errors(logits, labels, task)).double().mean())

@@ -15,6 +15,7 @@ from tsynd.study.summary import (
     all_measures,
     arms_of,
     attack_measures,
+    clean_measures,
     condition_measures,
     difference,
     headline,
@@ -26,6 +27,7 @@ from tsynd.study.summary import (
 __all__ = [
     "Table",
     "attack_table",
+    "clean_table",
     "condition_table",
     "difference_tables",
     "masked_gradients",
@@ -94,6 +96,11 @@ def _plain_table(rows: Sequence[Row], size: int, measures: Sequence[Measure], ti
     return Table(f"{title}, {size} labelled images", head, tuple(lines) if measures else (), {})
 
 
+def clean_table(rows: Sequence[Row], size: int) -> Table:
+    """More scores of clean images; no lines where there is none."""
+    return _plain_table(rows, size, clean_measures(rows), "Clean images")
+
+
 def attack_table(rows: Sequence[Row], size: int) -> Table:
     """Balanced accuracy under every attack; no lines where there was none."""
     return _plain_table(rows, size, attack_measures(rows), "Attacks")
@@ -149,51 +156,41 @@ def _p(p: float, pairs: int) -> str:
     return f"{text}*" if p <= smallest_p(pairs) * (1 + 1e-9) and pairs > 1 else text
 
 
+_QUALITY = (
+    ("MI, nats", "uncertainty", 1, 4),
+    ("MI of recon­structions", "uncertainty_reconstruction", 1, 4),
+    ("Label kept %", "label_kept", 100, 0),
+    ("To source", "to_source", 1, 3),
+    ("To nearest", "nearest", 1, 3),
+    ("of held-out", "", 1, 2),
+    ("Source nearest %", "source_is_nearest", 100, 0),
+    ("KID", "kid", 1, 3),
+    ("FID", "fid", 1, 2),
+    ("Cosine MI, entropy", "gradient_cosine", 1, 2),
+)
+
+
 def quality_table(rows: Sequence[Row], size: int) -> Table:
-    """Synthetic images against the finished classifiers, mean over seeds."""
+    """Synthetic images against the finished classifiers, mean ± 95 % interval over the seeds."""
     lines: list[tuple[str, ...]] = []
     for arm in arms_of(rows):
-        found = quality_of(rows, arm, size)
-        if found:
-            held_out = found["nearest"] / found["nearest_held_out"] if found["nearest_held_out"] else math.nan
-            lines.append(
-                (
-                    label_of(arm),
-                    f"{found['uncertainty']:.4f}",
-                    f"{found['uncertainty_reconstruction']:.4f}",
-                    f"{100 * found['label_kept']:.0f}",
-                    f"{found['to_source']:.3f}",
-                    f"{found['nearest']:.3f}",
-                    f"{held_out:.2f}",
-                    f"{100 * found['source_is_nearest']:.0f}",
-                    _minus(f"{found['kid']:.3f}"),
-                    f"{found['fid']:.2f}",
-                    f"{found.get('gradient_cosine', math.nan):.2f}",
-                )
-            )
-    real = [row["quality"] for row in rows if row["size"] == size and row["quality"]]
-    if lines:
-        kid, fid = (_mean([one.get(key) for one in real]) for key in ("kid_train", "fid_train"))
-        lines.append(("real training images", *["–"] * 7, _minus(f"{kid:.3f}"), f"{fid:.2f}", "–"))
-    head = (
-        "Arm",
-        "MI, nats",
-        "MI of recon­structions",
-        "Label kept %",
-        "To source",
-        "To nearest",
-        "of held-out",
-        "Source nearest %",
-        "KID",
-        "FID",
-        "Cosine MI, entropy",
-    )
-    return Table(f"{size} labelled images", head, tuple(lines), {})
+        if found := quality_of(rows, arm, size):
+            held_out = found["nearest_held_out"][0]
+            found[""] = (found["nearest"][0] / held_out if held_out else math.nan, math.nan)
+            lines.append((label_of(arm), *(_quality(found.get(key), scale, n) for _, key, scale, n in _QUALITY)))
+    if lines:  # real against real: all arms of a seed have the same training images
+        first = next(arm for arm in arms_of(rows) if quality_of(rows, arm, size))
+        real = quality_of(rows, first, size)
+        texts = [_quality(real.get(f"{key}_train"), scale, digits) for _, key, scale, digits in _QUALITY]
+        lines.append(("real training images", *texts))
+    return Table(f"{size} labelled images", ("Arm", *(title for title, *_ in _QUALITY)), tuple(lines), {})
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else math.nan
+def _quality(found: tuple[float, float] | None, scale: int, digits: int) -> str:
+    if found is None or math.isnan(found[0]):
+        return "–"
+    half = "" if math.isnan(found[1]) else f" ± {scale * found[1]:.{digits}f}"
+    return _minus(f"{scale * found[0]:.{digits}f}{half}")
 
 
 def masked_gradients(rows: Sequence[Row], margin: float = 0.02) -> list[str]:

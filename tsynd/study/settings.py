@@ -17,12 +17,13 @@ from torch import Tensor
 
 from tsynd.data.dataset import DataSource
 from tsynd.data.readers.options import ReadOptions
-from tsynd.evaluation.attacks import parse_attacks
-from tsynd.evaluation.evaluate import choose_conditions
+from tsynd.evaluation.attacks import KINDS, parse_attacks
+from tsynd.evaluation.evaluate import CONDITIONS, FAMILIES, choose_conditions
 from tsynd.jobs.steps import NetworkChoice, new_autoencoder, new_classifier
 from tsynd.models.autoencoder import check_autoencoder
-from tsynd.study.arms import Arm, augmentation_of, parse_arm
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.study.arms import Arm, Base, augmentation_of, parse_arm
+from tsynd.utils.calls import call_digest, is_call
+from tsynd.utils.errors import InputError, check_choice, check_whole
 
 __all__ = [
     "DEFAULT_ARMS",
@@ -36,7 +37,8 @@ __all__ = [
     "check_study",
     "classifier_path",
     "make_augmentation",
-    "read_samples",
+    "predictions_path",
+    "read_arrays",
     "samples_path",
 ]
 
@@ -68,6 +70,8 @@ class StudySettings(NetworkChoice):
         learning_rate: of the classifiers.
         dropout: ``head`` (before the last layer) or ``stages`` (everywhere).
         dropout_rate: before the last layer.
+        base: what is done to every real image in all arms: ``standard`` (as standard,flip=both), ``randaugment``, or
+            MODULE:FUNCTION; None is nothing.
         augmentation_weight: λ, weight of the extra images' loss.
         warmup_fraction: part of the steps before extra images are added.
         samples: T in the training loop, posterior samples.
@@ -83,8 +87,9 @@ class StudySettings(NetworkChoice):
         adversarial_steps: of the same arms.
         split: what is scored: ``test``, or ``val`` to choose settings on.
         conditions: clean, noise (σ = 0.05), rotation (±15°), shifts (seven kinds) and medmnist_c (thirteen), each in
-            all severities or in one, as shifts:3, or one kind, as blur:3.
-        attacks: fgsm, pgd, apgd, square, or one budget of the range [0, 1], as pgd:2/255; deepfool; none for none.
+            all severities or in one, as shifts:3, or one kind, as blur:3; or MODULE:FUNCTION.
+        attacks: fgsm, pgd, apgd, square, or one budget of the range [0, 1], as pgd:2/255; deepfool; MODULE:FUNCTION;
+            none for none.
         attack_images: images that are attacked by gradient; None (on the command line 0) is all.
         query_images: how many of these Square attacks; None (on the command line 0) is all.
         queries: Square's for each of these images.
@@ -101,6 +106,7 @@ class StudySettings(NetworkChoice):
     learning_rate: float = 1e-3
     dropout: str = "head"
     dropout_rate: float = 0.5
+    base: str | None = None
     augmentation_weight: float = 1.0
     warmup_fraction: float = 0.3
     samples: int = 8
@@ -133,6 +139,13 @@ class StudySettings(NetworkChoice):
         own = {"latent_channels": self.latent_channels, "widths": self.autoencoder_widths}
         return self.autoencoder_network() or own
 
+    def code(self) -> dict[str, str]:
+        """MODULE:FUNCTION → digest of its source text, of all that the settings name."""
+        named = {"classifier": [self.classifier], "autoencoder": [self.autoencoder], "base": [self.base or ""]}
+        named |= {"conditions": list(self.conditions), "attacks": list(self.attacks)}
+        own = [(text.split(",")[0], what) for what, texts in named.items() for text in texts]
+        return {text: call_digest(text, what) for text, what in own if is_call(text) and not _library(text)}
+
     def classifier_options(self) -> dict[str, Any]:
         """Options of :func:`tsynd.jobs.steps.new_classifier`."""
         own = self.classifier_network(self.dropout)
@@ -159,20 +172,31 @@ class Cell:
         return f"{self.size}-{self.seed}-{re.sub(r'[^A-Za-z0-9_=.,+-]', '_', self.arm)}"
 
 
-def cells_of(sizes: Sequence[int], seeds: int, arms: Sequence[str]) -> list[Cell]:
+def _library(text: str) -> bool:
+    """Whether the text names another library's network or a known disturbance, not a function of the user's."""
+    return text.partition(":")[0] in ("timm", "hf", "diffusers", *KINDS, *CONDITIONS, *FAMILIES)
+
+
+def cells_of(sizes: Sequence[int], seeds: int | Sequence[int], arms: Sequence[str]) -> list[Cell]:
     """All cells, ``real`` before the others of its size and seed; it is always there, to compare with.
+
+    Args:
+        sizes: labelled training images.
+        seeds: how many (0, 1, ...), or which.
+        arms: see :func:`tsynd.study.arms.parse_arm`.
 
     Raises:
         InputError: no size, seed or arm, or one that cannot be used.
     """
     if not sizes or any(not isinstance(size, int) or size < 2 for size in sizes):
         raise InputError(f"train_size: got {list(sizes)}, wanted integers of 2 or more")
-    if not isinstance(seeds, int) or seeds < 1:
-        raise InputError(f"seeds: got {seeds!r}, wanted an integer of 1 or more")
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
+    if not numbers or any(not isinstance(seed, int) or not 0 <= seed < 2**31 for seed in numbers):
+        raise InputError(f"seeds: got {seeds!r}, wanted an integer of 1 or more, or several below 2^31")
     wanted = ["real", *(arm for arm in dict.fromkeys(arms) if arm != "real")]
     for arm in wanted:
         parse_arm(arm)
-    cells = [Cell(size, seed, arm) for size in dict.fromkeys(sizes) for seed in range(seeds) for arm in wanted]
+    cells = [Cell(size, seed, arm) for size in dict.fromkeys(sizes) for seed in numbers for arm in wanted]
     if len({cell.name for cell in cells}) < len(cells):
         raise InputError(f"arms: got {', '.join(wanted)}, two of which would share a file name")
     return cells
@@ -185,22 +209,26 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         InputError: a setting that cannot be used, or does not fit the data or an arm.
     """
     for name in ("autoencoder_iterations", "iterations", "adversarial_steps", "uncertainty_samples", "queries"):
-        _at_least(name, getattr(settings, name), 1)
-    _at_least("batch_size", settings.batch_size, 2)
+        check_whole(name, getattr(settings, name))
+    check_whole("batch_size", settings.batch_size, 2)
     for name in ("attack_images", "query_images"):
-        if getattr(settings, name) is not None:
-            _at_least(name, getattr(settings, name), 1)
+        check_whole(name, getattr(settings, name), optional=True)
     check_choice("autoencoder_data", settings.autoencoder_data, ("train", "all"))
     check_choice("split", settings.split, ("test", "val"))
     for name in ("learning_rate", "adversarial_budget"):
         value = getattr(settings, name)
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name}: got {value!r}, wanted a finite number above 0")
-    if source.spatial_dims == 3 and any("randaugment" in arm.kinds for arm in arms):
-        raise InputError("arms: got randaugment for volumes, wanted arms without it: its operations are for pictures")
+    pictures = any("randaugment" in arm.kinds for arm in arms) or (settings.base or "").startswith("randaugment")
+    if source.spatial_dims == 3 and pictures:
+        raise InputError("arms: got randaugment for volumes, wanted arms and base without it: it is for pictures")
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
-    parse_attacks(settings.attacks)
+    attacks = {attack.kind for attack in parse_attacks(settings.attacks)}
+    if both := attacks & set(choose_conditions(settings.conditions)):
+        raise InputError(f"attacks: got {min(both)}, which is a condition's name too, wanted another")
+    if settings.base is not None:
+        Base(settings.base, 0)
     new_classifier(source, 0, **settings.classifier_options())
     autoencoder = new_autoencoder(source, 0, **settings.autoencoder_options())
     check_autoencoder(autoencoder.eval(), source.train.batch(torch.tensor([0]))[0])
@@ -212,16 +240,13 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         fraction = arm.training.get("warmup_fraction", settings.warmup_fraction)
         if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
             raise InputError(f"warmup_fraction: got {fraction!r}, wanted a number in [0, 1]")
-        _at_least("iterations", arm.training.get("iterations", 1), 1)
+        check_whole("iterations", arm.training.get("iterations", 1))
+        if "base" in arm.training:
+            Base(arm.training["base"], 0)
         try:
             make_augmentation(arm, autoencoder, settings, source.task, 0)
         except TypeError as error:  # a word where a number belongs
             raise InputError(f"arms: got {arm.text!r}, which cannot be used ({error})") from None
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
 
 
 def make_augmentation(arm: Arm, autoencoder: Any, settings: StudySettings, task: str, seed: int) -> Any:
@@ -270,13 +295,18 @@ def samples_path(place: Workplace, cell: Cell) -> Path:
     return place.folder / "samples" / f"{cell.name}.npz"
 
 
-def read_samples(place: Workplace, cell: Cell) -> dict[str, np.ndarray[Any, Any]] | None:
-    """What that file holds; None where there is none, or a damaged one."""
+def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]] | None:
+    """What such a file holds; None where there is none, or a damaged one."""
     try:
-        with np.load(samples_path(place, cell), allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return None
+
+
+def predictions_path(place: Workplace, cell: Cell) -> Path:
+    """Of a cell's probabilities under every condition, and the labels."""
+    return place.folder / "predictions" / f"{cell.name}.npz"
 
 
 def cell_path(place: Workplace, cell: Cell) -> Path:

@@ -17,12 +17,12 @@ from tsynd.report.page import write_page
 from tsynd.report.pictures import centre, inline_png, nats
 from tsynd.report.run_report import STYLE
 from tsynd.report.verdict import points
-from tsynd.study.arms import parse_arm
 from tsynd.study.plots import budget_plot, dot_plot, label_of, selective_plot, severity_plot, size_plot
 from tsynd.study.score_tables import (
     RIVALS,
     Table,
     attack_table,
+    clean_table,
     condition_table,
     difference_tables,
     masked_gradients,
@@ -33,7 +33,7 @@ from tsynd.study.score_tables import (
     to_latex,
     to_markdown,
 )
-from tsynd.study.settings import Cell, Workplace, read_samples
+from tsynd.study.settings import Cell, Workplace, read_arrays, samples_path
 from tsynd.study.statistics import smallest_p
 from tsynd.study.summary import Row, arms_of, difference, headline, severities_of, sizes_of
 from tsynd.utils.atomic import atomic_path
@@ -46,6 +46,7 @@ body { max-width: 1120px; } .wide { overflow-x: auto; }
 .cells { font-size: .88rem; overflow-wrap: normal; } .cells th[scope=col] { vertical-align: bottom; }
 .cells td { white-space: nowrap; } .cells tbody th { font-weight: 500; white-space: nowrap; }
 figure.card { margin: 0 0 1rem; } figure.card svg { display: block; width: 100%; height: auto; margin-top: .5rem; }
+@media (max-width: 700px) { figure.card { overflow-x: auto; } figure.card svg { min-width: 620px; } }
 figure.card figcaption b { display: block; color: var(--ink); font-size: 1rem; }
 .row { display: grid; gap: .45rem; text-align: center; } .row img { display: block; width: 100%; aspect-ratio: 1;
   object-fit: contain; border: 1px solid var(--line); border-radius: 4px; }
@@ -81,7 +82,7 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
         heading=f"Does targeted synthesis help on {facts['data']}?",
         style=STYLE + _MORE_STYLE,
         facts=_facts(rows, facts, place),
-        lead=[_summary(rows), *_power(rows)],
+        lead=[*_power(rows), _summary(rows)],
         sections=[
             ("Scores by arm", "".join(figures)),
             ("All scores", _SCORES + "".join(to_html(one) for size in sizes for one in _score_tables(rows, size))),
@@ -105,14 +106,15 @@ two-sided, not corrected for the number of comparisons; * marks the smallest val
 
 def _quality(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
     tables = [table for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
-    return f"""<p class="soft">Made of training images against each arm's finished classifier, seed 0; not picked for
-looks. Below: mutual information in nats under samples that no ascent has seen.</p>
+    return f"""<p class="soft">Made of training images against each arm's finished classifier, of the first seed; not
+picked for looks. Below: mutual information in nats under samples that no ascent has seen.</p>
 {_samples(place, rows, facts)}
-<p class="soft">Mean over the seeds. MI: mutual information of the synthetic images under the arm's own classifier.
-Label kept: that classifier still predicts the source's label. Distances are root mean squared differences of pixels: to
-the source; to the nearest training image, and that in units of a real held-out image's distance (well below 1: close to
-a copy). KID and FID: distance to the {place.settings.split} images in the features of real only; the row “real training
-images” is what real images of the same number get. Cosine: of the gradients of mutual information and entropy.</p>
+<p class="soft">Mean ± 95 % t interval over the seeds. MI: mutual information of the synthetic images under the arm's
+own classifier. Label kept: that classifier still predicts the source's label. Distances are root mean squared
+differences of pixels: to the source; to the nearest training image, and that in units of a real held-out image's
+distance (well below 1: close to a copy). KID and FID: distance to the {place.settings.split} images in the features of
+real only; the row “real training images” is what real images of the same number get. Cosine: of the gradients of mutual
+information and entropy.</p>
 {"".join(map(to_html, tables))}"""
 
 
@@ -144,7 +146,7 @@ def _facts(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> list
 
 def _score_tables(rows: Sequence[Row], size: int) -> list[Table]:
     """Everything that was measured at a size."""
-    tables = [make(rows, size) for make in (score_table, condition_table, attack_table)]
+    tables = [make(rows, size) for make in (score_table, clean_table, condition_table, attack_table)]
     return [table for table in tables if table.rows]
 
 
@@ -174,14 +176,16 @@ def _summary(rows: Sequence[Row]) -> str:
             found = difference(rows, targeted, against, sizes_of(rows), measure.key)
             if found.pairs:
                 gain = points(found.mean)
-                where = f"{measure.title.lower()} images" if measure.key in ("clean", "shifts") else measure.title
+                where = f"on {measure.title.lower()} images" if measure.key in ("clean", "shifts") else None
+                where = where or (f"at {measure.title[3:]}" if measure.key[:3] == "at:" else f"on {measure.title}")
                 surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
+                surety += "" if found.half_width < abs(found.mean) else ", within noise"
                 if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
                     each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
                     surety = (
                         ", ".join(f"{n} labels: {points(one.mean)}" for n, one in each if one.pairs) + f"; {surety}"
                     )
-                texts.append(f"{gain} points on {where} ({surety})")
+                texts.append(f"{gain} points {where} ({surety})")
         sentences += [f"against {label_of(against)}: {', '.join(texts)}"] if texts else []
     return f"Balanced accuracy of {label_of(targeted)} {'; '.join(sentences)}."
 
@@ -197,7 +201,7 @@ def _markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "test, uncorrected; \\* is the smallest p that so many pairs can give.\n"
     ]
     lines += [to_markdown(table) for table in difference_tables(rows)]
-    lines += ["Synthetic images, mean over seeds; KID and FID in the features of the real-only classifier.\n"]
+    lines += ["Synthetic images, mean ± 95 % t interval; KID and FID in the features of the real-only classifier.\n"]
     lines += [to_markdown(table) for table in (quality_table(rows, size) for size in sizes_of(rows)) if table.rows]
     return "\n".join(lines)
 
@@ -232,9 +236,10 @@ def _rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _samples(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Source, reconstruction and each generative arm's image, of the largest size."""
     size = max(sizes_of(rows))
+    first_seed = min(row["seed"] for row in rows if row["size"] == size)
     shown = {}
     for arm in arms_of(rows):
-        samples = read_samples(place, Cell(size, 0, arm)) if parse_arm(arm).generative else None
+        samples = read_arrays(samples_path(place, Cell(size, first_seed, arm)))
         if samples is not None:
             shown[arm] = samples
     if not shown:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from tsynd.evaluation.attacks import KINDS
-from tsynd.evaluation.evaluate import FAMILIES
+from tsynd.evaluation.evaluate import CONDITIONS, FAMILIES
+from tsynd.evaluation.metrics import SCORES
 from tsynd.evaluation.shifts import SEVERITIES
-from tsynd.study.arms import ARMS, parse_arm
+from tsynd.study.arms import ARMS
 from tsynd.study.statistics import mean_interval, sign_flip_p
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "arms_of",
     "attack_budgets",
     "attack_measures",
+    "clean_measures",
     "condition_measures",
     "difference",
     "family_accuracy",
@@ -67,6 +69,12 @@ _OTHERS = (
     Measure("error_auroc", "Error detection"),
     Measure("aurc", "Area under selective risk", percent=False, up=False),
 )
+_MORE = (
+    Measure("f1", "F1"),
+    Measure("average_precision", "Average precision"),
+    Measure("sensitivity_at_90", "Sensitivity at 90 % specificity"),
+)
+_MOST_CLASSES = 12  # whose recalls a table shows; the others' are in results.csv
 _ATTACKS = {"pgd": "PGD-20", "apgd": "AutoPGD", "worst": "Worst attack"}
 
 
@@ -75,19 +83,31 @@ def _measured(rows: Sequence[Row], measures: Iterable[Measure]) -> list[Measure]
 
 
 def headline(rows: Sequence[Row]) -> list[Measure]:
-    """The measures that lead, as far as there are: balanced accuracy on clean, disturbed and attacked images, NLL."""
+    """The measures that lead, as far as there are: balanced accuracy here, elsewhere, disturbed, attacked; NLL."""
     attacked = []
     for kind, title in _ATTACKS.items():
         budgets = attack_budgets(rows, kind)
         if budgets:
             middle = min(budgets, key=lambda name: abs(budgets[name] - 2 / 255))
             attacked.append(Measure(middle, f"{title}, {middle.split(':')[1]}"))
-    return _measured(rows, [_CLEAN, *_FAMILIES, *attacked, _NLL])
+    places = dict.fromkeys(name for row in rows for name in row["scores"] if name.startswith("at:"))
+    elsewhere = [Measure(name, f"At {name[3:]}") for name in places]
+    return _measured(rows, [_CLEAN, *elsewhere, *_FAMILIES, *attacked, _NLL])
 
 
 def all_measures(rows: Sequence[Row]) -> list[Measure]:
-    """The headline and the other scores of clean images."""
+    """The headline, and what else says how far a classifier can be trusted on clean images."""
     return [*headline(rows), *_measured(rows, _OTHERS)]
+
+
+def clean_measures(rows: Sequence[Row]) -> list[Measure]:
+    """More scores of clean images, the recall of each class, and one's own metrics."""
+    known = {*SCORES, "images", *(measure.key for measure in _OTHERS)}
+    names = dict.fromkeys(name for row in rows for name in row["scores"]["clean"] if name not in known)
+    classes = rows[0].get("class_names", []) if rows else []
+    recalls = [Measure(f"recall:{k}", f"Recall of {name}") for k, name in enumerate(classes[:_MOST_CLASSES])]
+    own = [Measure(name, name.replace("_", " "), percent=False) for name in names if not name.startswith("recall:")]
+    return _measured(rows, [*_MORE, *recalls, *own])
 
 
 def attack_measures(rows: Sequence[Row]) -> list[Measure]:
@@ -96,15 +116,30 @@ def attack_measures(rows: Sequence[Row]) -> list[Measure]:
     names = {name for row in rows for name in row["scores"] if name.split(":")[0] in kinds and name != "deepfool"}
     order = sorted(names, key=lambda name: (kinds.index(name.split(":")[0]), _budget(name)))
     distance = Measure("distance", "DeepFool distance", percent=False)
-    return _measured(rows, [*(Measure(name, name) for name in order), distance])
+    own = [Measure(name, name) for name in _own_names(rows, attacks=True)]
+    return _measured(rows, [*(Measure(name, name) for name in order), distance, *own])
+
+
+def _own_names(rows: Sequence[Row], attacks: bool) -> list[str]:
+    """Names of the user's own conditions, or attacks: these say how many images they took."""
+    known = {"deepfool", *CONDITIONS}
+    names = {
+        name: "images" in scores
+        for row in rows
+        for name, scores in row["scores"].items()
+        if ":" not in name and name not in known
+    }
+    return [name for name, attacked in names.items() if attacked == attacks]
 
 
 def condition_measures(rows: Sequence[Row]) -> list[Measure]:
     """Balanced accuracy under every kind of disturbance that was measured, mean over its severities."""
     names = [kind for family in FAMILIES.values() for kind in family]
     alone = [name for name in ("noise", "rotation") if any(name in row["scores"] for row in rows)]
-    return _measured(rows, [Measure(f"{name}:", name.replace("_", " ")) for name in names]) + [
-        Measure(name, f"{name} (one strength)") for name in alone
+    return [
+        *_measured(rows, [Measure(f"{name}:", name.replace("_", " ")) for name in names]),
+        *(Measure(name, f"{name} (one strength)") for name in alone),
+        *(Measure(name, name.replace("_", " ")) for name in _own_names(rows, attacks=False)),
     ]
 
 
@@ -119,8 +154,8 @@ def measure_of(row: Row, key: str) -> float:
         return _number(row["uncertainty"].get(key))
     if key == "distance":
         return _number(scores.get("deepfool", {}).get(key))
-    if key in ("accuracy", "auroc", "ece", "nll", "conformal_coverage", "conformal_size"):
-        return _number(scores["clean"].get(key))
+    if key in scores["clean"]:
+        return _number(scores["clean"][key])
     return _number(scores.get(key, {}).get("balanced_accuracy"))
 
 
@@ -149,8 +184,9 @@ def arms_of(rows: Sequence[Row]) -> list[str]:
     variants behind their kind, the recipe last."""
 
     def place(arm: str) -> tuple[Any, ...]:
-        kinds = parse_arm(arm).kinds
-        return arm.startswith("recipe"), len(kinds), [ARMS.index(kind) for kind in kinds], arm
+        head = arm.split(",")[0]
+        kinds = [head] if ":" in head else head.split("+")  # whose function may be gone
+        return arm.startswith("recipe"), len(kinds), [ARMS.index(k) if k in ARMS else len(ARMS) for k in kinds], arm
 
     return sorted({row["arm"] for row in rows}, key=place)
 
@@ -214,9 +250,11 @@ def severity_curve(rows: Sequence[Row], arm: str, size: int, kind: str) -> list[
     return [mean_interval(list(values(rows, arm, size, name).values()))[0] for name in names]
 
 
-def quality_of(rows: Sequence[Row], arm: str, size: int) -> dict[str, float]:
-    """Image quality of a generative arm, mean over seeds; empty for the others."""
-    found = [row["quality"] for row in rows if row["arm"] == arm and row["size"] == size and row["quality"]]
-    if not found:
-        return {}
-    return {key: float(np.mean([_number(quality.get(key)) for quality in found])) for key in found[0]}
+def quality_of(rows: Sequence[Row], arm: str, size: int) -> dict[str, tuple[float, float]]:
+    """Image quality of a generative arm, mean and half of its 95 % t interval over seeds; or empty."""
+    chosen = [row["quality"] for row in rows if row["arm"] == arm and row["size"] == size and row["quality"]]
+    found: dict[str, tuple[float, float]] = {}
+    for key in chosen[0] if chosen else ():
+        numbers = [_number(quality.get(key)) for quality in chosen]
+        found[key] = mean_interval([number for number in numbers if math.isfinite(number)])
+    return found

@@ -19,7 +19,7 @@ from tsynd.synthesis.ascent import Ascent, AscentOptions, AscentSettings, ascent
 from tsynd.synthesis.objectives import measure_of
 from tsynd.synthesis.result import Collector, SynthesisResult
 from tsynd.synthesis.synthesizer import AscentStream, place
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 from tsynd.utils.progress import progress_bar
 from tsynd.utils.timing import Phases
 
@@ -49,7 +49,8 @@ def synthesize(
     variants: int = 1,
     per_class: Mapping[int, int] | None = None,
     balance: bool = False,
-    start: str = "source",
+    start: str | Tensor = "source",
+    most_uncertain: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     sample_ids: Any = None,
@@ -96,8 +97,11 @@ def synthesize(
         per_class: class number -> images wanted of it; classes that it does not name give none. Sources are taken in
             order, in as many rounds of variants as it takes.
         balance: as many images of each class as the largest has, likewise; with ``variants`` times as many.
-        start: ``source``, or ``noise``: the first of the K steps leads to a random point half way out, addressed by
-            seed and sample id; the best iterate is kept, the reconstruction among them.
+        start: ``source``; or where the first of the K steps leads to: ``noise``, a random point half way out,
+            addressed by seed and sample id; ``interpolate``, half way to another source of the same label; or latents
+            [N, ...] of your own, one for each source. The last two are cut to the ball, and further rounds of latents
+            start from noise. The best iterate is kept, the reconstruction among them.
+        most_uncertain: only so many sources, those of which the posterior is most uncertain, in their order.
         batch_size: images at once, on a CPU rounded up to a multiple of 16 (of fewer where 16 would keep more than
             128 MiB of activations); None picks one within ``memory_limit``. Out of memory halves it and goes on.
         seed: of the posterior samples.
@@ -135,8 +139,9 @@ def synthesize(
         label_consistency=label_consistency,
         latent_std=latent_std,
     )
-    _check_choice_of_sources(variants, per_class, balance, start, settings)
+    _check_choice_of_sources(variants, per_class, balance, start, settings, most_uncertain)
     by_class, aims = per_class is not None or balance, _pixels(targets)
+    beside = isinstance(start, Tensor) or start == "interpolate"
 
     def stream_of(variant: int) -> AscentStream:
         made = AscentStream(
@@ -153,19 +158,27 @@ def synthesize(
             targets=aims,
             phases=phases,
         )
-        if variant > 0 or start == "noise":
+        if variant > 0 or (isinstance(start, str) and start == "noise"):
             made.noise = seed + variant * _VARIANT
         return made
 
     with (phases or Phases())("prepare"):
         stream = stream_of(0)
-        source = LabelledBatches(images, labels, sample_ids, task, by_index=by_class)
+        source = LabelledBatches(
+            images, labels, sample_ids, task, by_index=by_class or beside or most_uncertain is not None
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(stream)
         with stream.phase("prepare"):
             classes = stream.check(source.first)
             source.check_labels(classes, needed=label_consistency is not None)
-            rounds = _rounds(source, classes, variants, per_class) if by_class else [None] * variants
+            rounds: list[Tensor | None] = [None] * variants
+            if by_class:
+                rounds = _rounds(source, classes, variants, per_class)
+            if most_uncertain is not None:
+                rounds = [_most_uncertain(stream, source, settings, aims, most_uncertain)] * variants
+            if beside and rounds[0] is None:
+                rounds = [torch.arange(source.count)] * variants
             settings = replace(settings, latent_std=_latent_std(stream, source))
             stream.prepare(settings.latent_std or 0.0, source.first)
         total = sum(source.count if indices is None else len(indices) for indices in rounds)
@@ -178,7 +191,12 @@ def synthesize(
                     with stream.phase("prepare"):
                         stream.check(source.first)
                         stream.prepare(settings.latent_std or 0.0, source.first)
-                for batch, latents, climbed in stream.run(_batches(source, indices, stream.size)):
+                batches = _batches(source, indices, stream.size)
+                if indices is not None and isinstance(start, Tensor) and variant == 0:
+                    batches = _from_latents(batches, start, indices, stream, source)
+                elif indices is not None and not isinstance(start, Tensor) and start == "interpolate":
+                    batches = _interpolated(batches, indices, stream, source, seed + variant * _VARIANT)
+                for batch, latents, climbed in stream.run(batches):
                     with stream.phase("collect"):
                         collector.add(batch, latents, climbed)
                     advance(len(batch.images), _mean_raise(climbed))
@@ -189,13 +207,23 @@ _VARIANT = 1_000_003  # between the seeds of two variants
 
 
 def _check_choice_of_sources(
-    variants: int, per_class: Mapping[int, int] | None, balance: bool, start: str, settings: AscentSettings
+    variants: int,
+    per_class: Mapping[int, int] | None,
+    balance: bool,
+    start: str | Tensor,
+    settings: AscentSettings,
+    most_uncertain: int | None,
 ) -> None:
-    if not isinstance(variants, int) or variants < 1:
-        raise InputError(f"variants: got {variants!r}, wanted an integer of at least 1")
-    check_choice("start", start, ("source", "noise"))
-    if (start == "noise" or variants > 1) and settings.steps < 2:
-        raise InputError(f"steps: got {settings.steps} with a start from noise, which takes one; wanted 2 or more")
+    check_whole("variants", variants)
+    if not isinstance(start, Tensor):
+        check_choice("start", start, ("source", "noise", "interpolate"))
+    kind = "latents" if isinstance(start, Tensor) else start
+    if (kind != "source" or variants > 1) and settings.steps < 2:
+        kind = "noise" if kind == "source" else kind
+        raise InputError(f"steps: got {settings.steps} with a start from {kind}, which takes one; wanted 2 or more")
+    if most_uncertain is not None and (per_class is not None or balance):
+        raise InputError("most_uncertain: got a number with per_class or balance, wanted the one or the other")
+    check_whole("most_uncertain", most_uncertain, optional=True)
     if per_class is not None and (balance or variants > 1):
         raise InputError("per_class: got numbers with balance or variants, wanted the one or the other")
     if (per_class is not None or balance) and settings.task != "multiclass":
@@ -227,6 +255,58 @@ def _rounds(
         raise InputError("per_class: got numbers that sum to 0, wanted images of a class at least")
     times = int((-(-wanted // held.clamp_min(1))).max())
     return [(number * held[labels] + place < wanted[labels]).nonzero()[:, 0] for number in range(times)]
+
+
+def _most_uncertain(
+    stream: AscentStream, source: LabelledBatches, settings: AscentSettings, aims: Tensor | None, count: int
+) -> Tensor:
+    """Positions [count] of the sources of the highest uncertainty, ascending."""
+    if count > source.count:
+        raise InputError(f"most_uncertain: got {count} of {source.count} sources")
+    aims = None if aims is None else aims.to(stream.device)
+    with torch.no_grad():
+        measure = measure_of(stream.posterior, settings.objective, settings.task, aims)
+        batches = (source.at(part) for part in source.chunks(at_once(source.first.numel())))
+        values = [
+            measure(batch.images.to(stream.device), batch.sample_ids.to(stream.device)).cpu() for batch in batches
+        ]
+    return torch.cat(values).topk(count).indices.msort()
+
+
+def _from_latents(
+    batches: Iterator[Batch], start: Tensor, indices: Tensor, stream: AscentStream, source: LabelledBatches
+) -> Iterator[Batch]:
+    """Batches with their rows of the caller's latents."""
+    wanted = [source.count, *stream.encode(source.at(torch.tensor([0]))).shape[1:]]
+    if list(start.shape) != wanted or not bool(start.isfinite().all()):
+        raise InputError(f"start: got latents {list(start.shape)}, wanted finite ones {wanted}")
+    at = 0
+    for batch in batches:
+        rows = indices[at : at + len(batch.images)]
+        at += len(rows)
+        yield replace(batch, start=start.detach().cpu()[rows])
+
+
+def _interpolated(
+    batches: Iterator[Batch], indices: Tensor, stream: AscentStream, source: LabelledBatches, seed: int
+) -> Iterator[Batch]:
+    """Batches with latents half way to those of another source of the same label; alone, to none."""
+    labels = next(iter(source.batches(1))).labels
+    kinds = torch.zeros(source.count, dtype=torch.int64)
+    if labels is not None:
+        everything = torch.cat([source.at(part).labels for part in source.chunks(256)])  # type: ignore[misc]
+        kinds = torch.unique(everything, dim=0, return_inverse=True)[1]
+    others = torch.arange(source.count)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    for kind in range(int(kinds.max()) + 1):
+        members = (kinds == kind).nonzero()[:, 0]
+        shift = int(torch.randint(1, max(len(members), 2), (), generator=generator))
+        others[members] = members.roll(shift)
+    at = 0
+    for batch in batches:
+        rows = indices[at : at + len(batch.images)]
+        at += len(rows)
+        yield replace(batch, start=(stream.encode(batch) + stream.encode(source.at(others[rows]))) / 2)
 
 
 def _batches(source: LabelledBatches, indices: Tensor | None, size: int) -> Iterator[Batch]:

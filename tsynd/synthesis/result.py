@@ -7,23 +7,27 @@ import html
 import importlib
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsynd.data.checks import channels_first, check_images
 from tsynd.data.dataset import Batch
 from tsynd.data.formats import save_class_folders, to_uint8
 from tsynd.synthesis.ascent import Ascent, Status
+from tsynd.synthesis.publish import push_images, write_croissant
 from tsynd.utils.atomic import save_npz
 from tsynd.utils.errors import InputError
 
 __all__ = ["Collector", "SynthesisResult", "load_result"]
+
+
+_QUALITY = "quality_"  # before its arrays in a file
 
 
 class Collector:
@@ -92,6 +96,7 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
         trajectory: [N, steps + 1], the uncertainty at every iterate.
         status: [N] int8, see :class:`tsynd.Status`.
         sample_ids: [N] int64.
+        quality: name → [N], what :meth:`judged` found of each image.
     """
 
     images: Tensor
@@ -103,6 +108,7 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
     trajectory: Tensor
     status: Tensor
     sample_ids: Tensor
+    quality: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -128,7 +134,7 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
             if index.ndim != 1 or index.is_floating_point():
                 raise InputError(f"index: got {index.dtype} {list(index.shape)}, wanted a slice, a mask or positions")
         parts: dict[str, Any] = {name: None if x is None else x[index] for name, x in self._tensors().items()}
-        return SynthesisResult(**parts)
+        return SynthesisResult(**parts, quality={name: x[index] for name, x in self.quality.items()})
 
     def __iter__(self) -> Iterator[Any]:
         return (self[position] for position in range(len(self)))
@@ -148,10 +154,36 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
                 shapes = [None if part is None else list(part.shape[1:]) for part in (x, y)]
                 raise InputError(f"{name}: of shape {shapes[0]} and {shapes[1]}, wanted results of one kind to join")
             joined[name] = None if x is None else torch.cat([x, y])
-        return SynthesisResult(**joined)
+        both = set(self.quality) & set(other.quality)
+        return SynthesisResult(
+            **joined, quality={name: torch.cat([self.quality[name], other.quality[name]]) for name in sorted(both)}
+        )
 
     def _tensors(self) -> dict[str, Tensor | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "quality"}
+
+    def judged(self, autoencoder: Any, classifier: nn.Module, sources: Any, *, task: str = "multiclass") -> Any:
+        """The same result with a ``quality`` of every image, to filter by: ``result[result.quality["label_kept"]]``.
+
+        ``label_kept``: the classifier, best one that was not climbed on, takes it for its label (bool; of several, for
+        all); ``label_probability``: the probability it gives that (of several, the least certain one's);
+        ``distance``: root mean square difference of its pixels to the source's, ``reconstruction_error``: the
+        same of the source's reconstruction; ``plausibility``: share of the sources that lie at least as far from
+        their nearest other source, in the latents, as the image does from its nearest: 1 well inside, 0 where no
+        source lies so far from all others.
+
+        Args:
+            autoencoder: as in :func:`tsynd.synthesize`.
+            classifier: images [B, C, ...] → logits; without dropout.
+            sources: the images that were given to :func:`tsynd.synthesize`: ``sample_ids`` are positions in them.
+            task: ``multiclass`` or ``multilabel``.
+
+        Raises:
+            InputError: no labels, or sources that are others.
+        """
+        from tsynd.synthesis.quality import quality_of
+
+        return replace(self, quality=quality_of(self, autoencoder, classifier, sources, task))
 
     @property
     def gain(self) -> Tensor:
@@ -199,7 +231,8 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
         """Write the result: a path that ends in ``.npz`` gets one archive, any other a folder of PNG per class.
 
         The archive's ``images`` [N, H, W] or [N, H, W, 3] (volumes: [N, D, H, W]) are uint8 as in MedMNIST, so that
-        :func:`tsynd.load_data` reads it; the other fields are stored as they are.
+        :func:`tsynd.load_data` reads it; the other fields are stored as they are. A description in Croissant 1.1
+        lies beside the archive or in the folder.
 
         Args:
             path: a file name or a folder that does not exist yet.
@@ -210,8 +243,8 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
         """
         path = Path(path)
         if path.suffix == ".npz":
-            arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-            arrays = {name: value for name, value in arrays.items() if value is not None}
+            arrays: dict[str, Any] = {name: value for name, value in self._tensors().items() if value is not None}
+            arrays |= {_QUALITY + name: value for name, value in self.quality.items()}
             arrays["images"] = to_uint8(self.images)
             if class_names is not None:
                 arrays["class_names"] = np.array(class_names)
@@ -223,7 +256,37 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
                 width = int(self.labels.max()) + 1
                 class_names = tuple(str(i) for i in range(width))
             save_class_folders(path, self.images, self.labels, class_names)
+        write_croissant(path, self, class_names)
         return path
+
+    def push_to_hub(
+        self,
+        repo: str,
+        class_names: Sequence[str] | None = None,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        private: bool = True,
+        token: str | None = None,
+    ) -> str:
+        """Put the images (no latents, which are the real images encoded) on the Hugging Face hub as a data set.
+
+        With them go a card, which marks them as synthetic and names their limits, and Croissant metadata.
+
+        Args:
+            repo: ``USER/NAME``, made where it is not there.
+            class_names: of the labels.
+            facts: of the run that made them, as its ``metrics.json``, for the card.
+            private: for a repository that is made.
+            token: of the hub; None takes the one that is logged in.
+
+        Returns:
+            Its address.
+
+        Raises:
+            InputError: the hub refuses it.
+            MissingExtraError: huggingface_hub is not installed.
+        """
+        return push_images(self, repo, class_names, facts=facts, private=private, token=token)
 
 
 def load_result(path: str | Path) -> SynthesisResult:
@@ -237,9 +300,11 @@ def load_result(path: str | Path) -> SynthesisResult:
             arrays = {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "biuf"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"path: {path} cannot be read ({type(error).__name__}), wanted an .npz of tsynd") from None
-    missing = {field.name for field in fields(SynthesisResult)} - {"labels"} - set(arrays)
+    names = [part.name for part in fields(SynthesisResult) if part.name != "quality"]
+    missing = set(names) - {"labels"} - set(arrays)
     if missing:
         raise InputError(f"path: {path} lacks {', '.join(sorted(missing))}, wanted an .npz of SynthesisResult.save")
     arrays["images"] = check_images(channels_first(arrays["images"].numpy(), f"path: {path}: images"))
     arrays.setdefault("labels", None)  # type: ignore[arg-type]
-    return SynthesisResult(**{field.name: arrays[field.name] for field in fields(SynthesisResult)})
+    quality = {key.removeprefix(_QUALITY): value for key, value in arrays.items() if key.startswith(_QUALITY)}
+    return SynthesisResult(**{name: arrays[name] for name in names}, quality=quality)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tsynd.data.dataset import Batch
 from tsynd.fx.checkpointing import kept_per_image, staged
 from tsynd.fx.folding import folded_decoder
+from tsynd.fx.layout import LaidOut, channels_last
 from tsynd.models.autoencoder import (
     Autoencoder,
     autoencoder_of,
@@ -21,15 +22,14 @@ from tsynd.models.autoencoder import (
     check_pixel_range,
     known_latent_std,
 )
-from tsynd.models.layout import channels_last
 from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.synthesis.cuda import Climb, GraphedAscent, fetch, send
-from tsynd.synthesis.objectives import EXPECTED, Measure, measure_of
+from tsynd.synthesis.objectives import Measure, check_targets, measure_of
 from tsynd.utils.device import out_of_memory, place
 from tsynd.utils.draws import random_directions
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole, first_line
 from tsynd.utils.timing import Phases
 
 __all__ = ["CPU_BYTES", "AscentStream", "Part", "place"]
@@ -93,15 +93,10 @@ class AscentStream:
             raise InputError(f"memory_limit: got {memory_limit!r}, wanted a number of GiB above 0, or None")
         if checkpointing and compile:
             raise InputError("checkpointing: got True with compile=True, wanted one of the two")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
+        check_whole("batch_size", batch_size, optional=True)
         self.posterior = as_posterior(classifier, settings.samples, settings.masks, seed)
-        if (settings.objective == EXPECTED) != (targets is not None):
-            given = "none" if targets is None else "images"
-            raise InputError(
-                f"targets: got {given} with objective {settings.objective!r}, wanted images for {EXPECTED!r} alone"
-            )
-        self.model = autoencoder_of(autoencoder)
+        check_targets(settings.objective, targets)
+        self.model = self._running = autoencoder_of(autoencoder)
         self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
             raise InputError("precision: got 'float16' on a CPU, wanted 'float32' or 'bfloat16' there")
@@ -162,14 +157,15 @@ class AscentStream:
 
     def prepare(self, latent_std: float, first: Tensor) -> None:
         """Make ready to run, with the latents' standard deviation and one image [1, C, H, W]."""
-        self._stack.enter_context(channels_last(*self.posterior.networks, self.model))
-        self._stack.enter_context(self.posterior.folded())  # after the layout, which the folded weights take over
+        self._stack.enter_context(self.posterior.folded())
+        self._stack.enter_context(self.posterior.laid_out(channels_last))
+        self._running = LaidOut(self.model, channels_last).module
         image = first.to(self.device)
         targets = None if self._targets is None else self._targets.to(self.device)
         measure = measure_of(self.posterior, self._settings.objective, self._settings.task, targets)
         with torch.no_grad():
-            latent = self.model.encode(image).float()
-            decode = folded_decoder(self.model, latent)
+            latent = self._running.encode(image).float()
+            decode = folded_decoder(self._running, latent)
         decode = self._fit(decode, measure, image, latent)
         if self._compile:
             self._stack.enter_context(self.posterior.compiled())
@@ -237,7 +233,9 @@ class AscentStream:
             z0 = self._encode(full.images)
         y = None if full.labels is None else send(full.labels, self.device)
         jump = None
-        if self.noise is not None:
+        if full.start is not None:
+            jump = z0 + _within(send(full.start, self.device).to(z0) - z0, self._reach, self._settings.rule)
+        elif self.noise is not None:
             way = random_directions(z0, full.sample_ids, self.noise, self._settings.rule)
             jump = z0 + self._reach / 2 * way
         with self.phase("backward"):
@@ -251,11 +249,11 @@ class AscentStream:
     def _tiles(self, batch: Batch) -> list[Batch]:
         """The batch as it goes through the networks."""
         size = self._at_once(len(batch.images))
-        return [_part(batch, slice(at, at + size)) for at in range(0, len(batch.images), size)]
+        return [batch.rows(slice(at, at + size)) for at in range(0, len(batch.images), size)]
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.model.encode(send(images, self.device)).float().contiguous()
+            return self._running.encode(send(images, self.device)).float().contiguous()
 
     def encode(self, batch: Batch) -> Tensor:
         """Latents [B, ...] of a batch, on the CPU: those that its ascent starts from."""
@@ -293,8 +291,8 @@ def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> in
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"classifier: failed on an image of shape {list(image.shape[1:])}: {reason}") from error
+        shape = list(image.shape[1:])
+        raise InputError(f"classifier: failed on an image of shape {shape}: {first_line(error)}") from error
     if logits.dim() != 3:
         raise InputError(f"classifier: gives logits of shape {list(logits.shape[1:])}, wanted [images, classes]")
     return int(logits.shape[2])
@@ -319,9 +317,13 @@ def _halving(work: Callable[[Batch], None], batch: Batch) -> None:
         torch.cuda.empty_cache()
     half = len(batch.images) // 2
     for part in (slice(0, half), slice(half, None)):
-        _halving(work, _part(batch, part))
+        _halving(work, batch.rows(part))
 
 
-def _part(batch: Batch, part: slice) -> Batch:
-    labels = None if batch.labels is None else batch.labels[part]
-    return Batch(batch.images[part], labels, batch.sample_ids[part])
+def _within(way: Tensor, reach: float, rule: str) -> Tensor:
+    """Offsets [B, ...] cut to the ball (box) of that radius."""
+    if rule == "linf":
+        return way.clamp(-reach, reach)
+    length = way.flatten(1).norm(dim=1).clamp_min(1e-12).reshape(-1, *[1] * (way.dim() - 1))
+    cut: Tensor = way * (reach / length).clamp_max(1)
+    return cut

@@ -14,7 +14,7 @@ from tsynd.models.adapters import first_tensor
 from tsynd.models.autoencoder import as_autoencoder, autoencoder_of, check_autoencoder, latent_deviation
 from tsynd.models.pretrained_autoencoder import PretrainedAutoencoder
 from tsynd.training.global_batch import batch_variance
-from tsynd.training.loop import Checkpoint, FitReport, TrainingSettings, _Loop
+from tsynd.training.loop import Checkpoint, FitReport, Track, TrainingSettings, _Loop
 from tsynd.utils.device import resolve_device
 from tsynd.utils.errors import InputError, require
 from tsynd.utils.settings import override
@@ -72,6 +72,7 @@ def fit_autoencoder(
     device: torch.device | str | None = None,
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
+    track: Track | None = None,
     **training: Any,
 ) -> FitReport:
     """Train an autoencoder, in place, to reconstruct ``images`` from disturbed latents.
@@ -89,6 +90,7 @@ def fit_autoencoder(
         progress: show a bar.
         checkpoint: keep the training's state; a killed training that is called again in the same way (number of
             processes may differ) ends, on a CPU, with the same weights bit for bit as one that was not.
+        track: log the loss of every step, for instance ``Track("tensorboard", Path("logs"))``.
         **training: fields of the settings, instead of those given there, as ``iterations=800``.
 
     Raises:
@@ -105,7 +107,7 @@ def fit_autoencoder(
         check_autoencoder(autoencoder.to(target), batches.first.to(target))
         _measure(autoencoder, batches, target)
         return FitReport((), 0, 0.0)
-    loop = _Loop(ReconstructionLoss(autoencoder, settings.latent_noise), batches, device, settings)
+    loop = _Loop(ReconstructionLoss(autoencoder, settings.latent_noise), batches, device, settings, track)
     model = autoencoder_of(autoencoder.eval())
     check_autoencoder(model, batches.first.to(loop.device))
 
@@ -121,6 +123,7 @@ def fit_autoencoder(
         losses, seconds = loop.run(compute_loss, "autoencoder", progress, checkpoint)
     finally:
         autoencoder.eval()
+    loop.stop_tracking()
     _measure(autoencoder, batches, loop.device)
     return FitReport(losses, settings.iterations, seconds)
 

@@ -23,7 +23,7 @@ from tsynd.training.extra_images import (
     as_parts,
     image_losses,
 )
-from tsynd.training.loop import Checkpoint, FitReport, TrainingSettings, _Loop
+from tsynd.training.loop import Checkpoint, FitReport, Track, TrainingSettings, _Loop
 from tsynd.utils.errors import InputError
 from tsynd.utils.settings import override
 from tsynd.utils.timing import clock
@@ -139,6 +139,7 @@ def fit_classifier(
     device: torch.device | str | None = None,
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
+    track: Track | None = None,
     **training: Any,
 ) -> FitReport:
     """Train a classifier, in place, with CE(x, y) + λ·CE(x*, y*) (binary CE per label for multilabel).
@@ -164,6 +165,7 @@ def fit_classifier(
         device: Accelerate's choice by default.
         progress: show a bar.
         checkpoint: as in :func:`fit_autoencoder`.
+        track: as in :func:`fit_autoencoder`.
         **training: fields of the settings, instead of those given there, as ``iterations=500``.
 
     Raises:
@@ -177,7 +179,7 @@ def fit_classifier(
     batches, classifier = LabelledBatches(data, task=task, name="data", by_index=True), as_classifier(classifier)
     frozen = isinstance(classifier, PretrainedClassifier) and classifier.frozen
     trained = classifier.get_submodule("head") if frozen else classifier
-    loop = _Loop(trained, batches, device, settings)
+    loop = _Loop(trained, batches, device, settings, track)
     classifier.to(loop.device)
     with torch.no_grad():
         shape = list(take_logits(classifier.eval()(batches.first.to(loop.device))).shape)
@@ -192,16 +194,18 @@ def fit_classifier(
     if extra_images is not None:
         extra_images.check(classifier, iterations - start_at)
         extra_images.prepare(_Images(batches, loop.device))
+    changes = (transform, getattr(extra_images, "transform", None))
+    transforms: list[Transform] = [change for change in changes if change is not None]
     encoder = None
     if isinstance(classifier, PretrainedClassifier) and classifier.frozen:
-        same = None if transform is not None else _Images(batches, loop.device)
+        same = None if transforms else _Images(batches, loop.device)
         encoder = _FrozenEncoder(classifier, same, bool(getattr(extra_images, "repeats", False)))
 
     def compute_loss(engine: nn.Module, step: int, ids: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal spent
         assert labels is not None  # batches.labels has seen them
-        if transform is not None:
-            images, labels = _transformed(transform, images, labels, loop)
+        for change in transforms:
+            images, labels = _transformed(change, images, labels, loop)
         count, everything = len(images), [images]
         share = [torch.full([count], 1 / loop.batch_size, device=loop.device)]
         rows, total, parts = loop.rows, loop.batch_size, []
@@ -240,4 +244,6 @@ def fit_classifier(
     validation = {}
     if val is not None:
         validation = evaluate(classifier, val, task=task, conditions=("clean",), metrics=metrics)["clean"]
+        loop.track({f"val/{name}": value for name, value in validation.items()}, iterations)
+    loop.stop_tracking()
     return FitReport(losses, iterations, seconds, min(spent / seconds, 1.0), validation)

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.extra_images import Alternation, Augmentation
+from tsynd.training.in_place import InPlace
 from tsynd.training.pixels import PixelConsistency
 from tsynd.training.standard import StandardAugmentation
 from tsynd.utils.errors import check_choice
 
-__all__ = ["RECIPES", "recipe"]
+__all__ = ["IN_PLACE", "RECIPES", "recipe"]
 
 RECIPES = ("robust",)
+IN_PLACE = 5_003
+"""Between the seed of what is done to real images and that of extra ones, whose call n draws from seed + n."""
 
 
 def recipe(
@@ -29,10 +32,10 @@ def recipe(
 ) -> Augmentation:
     """The augmentation of a name, for :func:`tsynd.fit_classifier`.
 
-    ``robust``: in turn, images whose prediction is kept in a ball of pixels (:class:`PixelConsistency`), images in
-    whose latents the classifier would learn most about the targets (:class:`TargetedAugmentation`,
-    ``expected_information``), and images turned, shifted and scaled a little (:class:`StandardAugmentation`). The first
-    two go on, image by image, where their last visit ended, with one step a visit.
+    ``robust``: the real images of every step are turned, shifted and scaled a little (:class:`StandardAugmentation`);
+    of these are made, in turn, images whose prediction is kept in a ball of pixels (:class:`PixelConsistency`) and
+    images in whose latents the classifier would learn most about the targets (:class:`TargetedAugmentation`,
+    ``expected_information``), with one step of ascent each.
 
     Args:
         name: one of :data:`RECIPES`.
@@ -41,16 +44,17 @@ def recipe(
         flip: flips that leave an image possible, see :class:`StandardAugmentation`.
         targets: [M, C, H, W] in [0, 1], unlabelled images of where the classifier will be used; None takes the training
             images.
-        offline: for :class:`tsynd.OfflineRounds`, which takes its parts in turn: three steps at every visit, and what
-            the autoencoder loses of an image is added back, for a pretrained encoder sees the blur.
+        offline: for :class:`tsynd.OfflineRounds`, which makes its images once for many steps: three steps of ascent,
+            the standard images beside the real ones as a third kind, and what the autoencoder loses of an image is
+            added back, for a pretrained encoder sees the blur.
         seed: of whatever is drawn.
 
     Raises:
         InputError: an unknown name, or an argument that cannot be used.
     """
     check_choice("recipe", name, RECIPES)
-    visit: dict[str, Any] = {"steps": 3 if offline else 1, "persistent": not offline, "task": task, "seed": seed}
-    consistency = PixelConsistency(budget=4 / 255, weight=3.0, **visit)
+    visit: dict[str, Any] = {"steps": 3 if offline else 1, "task": task, "seed": seed}
+    consistency = PixelConsistency(budget=3 / 255, weight=3.0, **visit)
     targeted = TargetedAugmentation(
         autoencoder,
         objective="expected_information",
@@ -60,4 +64,6 @@ def recipe(
         residual=1.0 if offline else 0.0,
         **visit,
     )
-    return Alternation(consistency, targeted, StandardAugmentation(flip, seed=seed))
+    if offline:
+        return Alternation(consistency, targeted, StandardAugmentation(flip, seed=seed))
+    return InPlace(StandardAugmentation(flip, seed=seed + IN_PLACE), Alternation(consistency, targeted))

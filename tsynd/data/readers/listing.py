@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from tsynd.utils.errors import InputError
 __all__ = ["SPLITS", "Entry", "Listing", "canonical", "gather", "read_entries", "read_entry", "split_name"]
 
 SPLITS = ("train", "val", "test")
-_DIM = 26  # of 255: below a tenth of the range
 _SPLIT = re.compile(
     r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev|development)|(?P<test>test|testing))"
     r"(?:[ _.-]?(?:set|data|dataset|images?|imgs?|split))?",
@@ -154,11 +152,4 @@ def gather(
         arrays[f"{prefix}labels"] = np.array(labels[split])
         if grouped:
             arrays[f"{prefix}groups"] = np.array(groups[split])
-    brightest = max(int(array.max()) for key, array in arrays.items() if key.endswith("images"))
-    if brightest < _DIM:
-        warnings.warn(
-            f"no pixel is brighter than {brightest} of 255; window=(centre, width) (--window CENTRE WIDTH) says which "
-            "values are black and white",
-            stacklevel=2,
-        )
     return arrays, grouping

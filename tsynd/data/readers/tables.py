@@ -111,6 +111,8 @@ def _files(tree: FileTree, name: str, options: ReadOptions) -> tuple[str, ...]:
     if options.volumes and os.path.isdir(path):
         inside = [entry.name for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith(".")]
         return tuple(f"{name.rstrip('/')}/{file}" for file in sorted(inside) if file.upper() != "DICOMDIR")
+    if not os.path.isfile(path) and "\\" in name:  # written on Windows
+        return _files(tree, name.replace("\\", "/"), options)
     return (name,) if os.path.isfile(path) else ()
 
 
@@ -118,6 +120,11 @@ def _cells(columns: Mapping[str, Any], column: str, path: Path) -> list[str]:
     """A column as text, without an empty cell."""
     cells = []
     for row, value in enumerate(columns[column], 1):
+        if isinstance(value, (dict, list, bytes)):
+            raise InputError(
+                f"{path}: {column} holds {type(value).__name__} values; wanted text or numbers (pictures inside "
+                "Parquet: datasets.load_dataset('parquet', data_files=...) gives what load_data takes)"
+            )
         whole = isinstance(value, float) and value.is_integer()
         text = "" if value is None or value != value else str(int(value) if whole or isinstance(value, bool) else value)
         if not text.strip():
