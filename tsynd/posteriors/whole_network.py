@@ -85,6 +85,9 @@ class AddressedDropoutMode(TorchFunctionMode):
                 raise InputError("classifier: calls dropout more often than before, wanted always as often")
             axis = self.axes[layer]
         if axis is None:
+            if x.shape[0] != 1 and self.source.only is not None and not kind.startswith(("channel", "path")):
+                ids = torch.zeros(1, dtype=torch.int64, device=x.device)  # weights, say: the same for all images
+                return addressed(x[None], kind, p, layer, True, replace(self.source, sample_ids=ids, shared=True))[0]
             if x.shape[0] != 1:
                 raise InputError(
                     f"classifier: a dropout's input {list(x.shape)} has no axis of images, so its mask cannot differ "
