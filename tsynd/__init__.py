@@ -31,7 +31,6 @@ _HOME = {
     "PixelConsistency": "training.pixels",
     "Posterior": "posteriors.posterior",
     "ReadOptions": "data.readers.options",
-    "RoundsAugmentation": "training.rounds",
     "SampledHead": "posteriors.last_layer",
     "SmallAutoencoder": "models.networks",
     "SmallResNet": "models.networks",
@@ -89,7 +88,7 @@ if TYPE_CHECKING:
     from tsynd.training.extra_images import Alternation, Augmentation, ExtraImages, Mixture
     from tsynd.training.pixels import PixelAdversarial, PixelConsistency
     from tsynd.training.recipe import recipe
-    from tsynd.training.rounds import OfflineRounds, RoundsAugmentation
+    from tsynd.training.rounds import OfflineRounds
     from tsynd.training.standard import StandardAugmentation
     from tsynd.utils.errors import InputError
 

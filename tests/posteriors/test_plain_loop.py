@@ -194,6 +194,22 @@ class Flagged(nn.Module):
         return self.head(self.visible(z.flatten(1)))
 
 
+class KeptInEval(nn.Module):
+    """Its own ``train`` keeps the encoder in eval mode, as those of fine-tuned networks do."""
+
+    def __init__(self, by_function: bool) -> None:
+        super().__init__()
+        self.encoder, self.by_function, self.head = head()[:4], by_function, head()[3:]
+
+    def train(self, mode: bool = True) -> KeptInEval:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(F.dropout(self.encoder(images), 0.5, self.by_function and self.encoder.training))
+
+
 @dataclass
 class Output:
     logits: Tensor
@@ -272,6 +288,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "double": lambda: head().double(),
     "p = 1 beside 0.5": lambda: nn.Sequential(nn.Dropout(1.0), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 4)),
     "p = 0.002": lambda: head(p=0.002),
+    "a part kept in eval mode": lambda: KeptInEval(False),
+    "a part kept in eval mode, by function": lambda: KeptInEval(True),
     "unbatched 1d": lambda: UnbatchedRank(False),
     "unbatched 3d": lambda: UnbatchedRank(True),
     "compiled": lambda: torch.compile(head(), backend="eager"),

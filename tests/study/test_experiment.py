@@ -356,12 +356,11 @@ def test_arm_options() -> None:
     autoencoder = tsynd.SmallAutoencoder(widths=(4, 4))
     autoencoder.latent_std.fill_(1.0)
     common = dict(task="multiclass", seed=0, adversarial_budget=0.1, adversarial_steps=1)
-    made = augmentation_of(arm, autoencoder, {"radius": 0.5, "typicality": 0.1, "label_consistency": 0.4}, **common)
-    assert (made.radius, made.typicality, made.settings.label_consistency) == ((0.2, 0.8), 0.1, None)
+    made = augmentation_of(arm, autoencoder, {"radius": 0.5, "steps": 2, "label_consistency": 0.4}, **common)
+    assert (made.radius, made.settings.steps, made.settings.label_consistency) == ((0.2, 0.8), 2, None)
     assert made.settings.objective == "mutual_information"
-    # a study's typicality is not asked of the arms that climb nothing
-    control = augmentation_of(parse_arm("random"), autoencoder, {"typicality": 0.1}, **common)
-    assert (control.direction, control.typicality) == ("random", 0)
+    control = augmentation_of(parse_arm("random"), autoencoder, {"radius": 0.1}, **common)
+    assert (control.direction, control.radius) == ("random", (0.1, 0.1))
     assert augmentation_of(parse_arm("real"), None, {}, **common) is None
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.utils.errors import InputError
 
@@ -21,11 +20,10 @@ pytest.importorskip("monai")
 pytest.importorskip("accelerate")
 
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
-from tsynd.synthesis.api import synthesize
 from tsynd.training.autoencoder import fit_autoencoder
 from tsynd.training.classifier import fit_classifier
 from tsynd.training.loop import batch_order
-from tsynd.training.rounds import RoundsAugmentation
+from tsynd.training.rounds import OfflineRounds
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -213,7 +211,7 @@ def _plain_loop(model, images, labels, augmentation, iterations, batch_size, war
     "options",
     [
         {"radius": (0.2, 1.0), "every": 2, "label_consistency": 0.3},
-        {"typicality": 0.1, "ratio": 0.5},
+        {"residual": 0.5, "ratio": 0.5},
         {"direction": "loss"},
         {"direction": "random"},
     ],
@@ -257,47 +255,42 @@ def test_the_augmentation_pays_its_own_bill():
     assert 0.5 * report.seconds * report.augmentation_share < augmentation.seconds < report.seconds
 
 
-def test_rounds_append_and_continue_with_the_same_number_of_steps(monkeypatch):
-    seeds = []
-    monkeypatch.setattr(
-        "tsynd.training.rounds.synthesize",
-        lambda *given, seed, **more: seeds.append(seed) or synthesize(*given, seed=seed, **more),
-    )
+def test_rounds_continue_with_the_same_number_of_steps():
     images, labels = data = _stripes(24)
     torch.manual_seed(5)
-    coder, model = SmallAutoencoder(1, 4, (8, 16)), _classifier()
-    state = torch.get_rng_state()
-    steps = []
-    model.register_forward_hook(lambda m, x, out: steps.append((m.training, len(x[0]))))
+    coder = SmallAutoencoder(1, 4, (8, 16))
     options = {"iterations": 13, "batch_size": 8, "warmup_fraction": 0.3, "seed": 2, **QUIET}
-    own = {"rounds": 3, "samples": 8, "steps": 2, "radius": 0.7, "latent_std": 1.0, "seed": 2}
-    growing = RoundsAugmentation(coder, data, **own)
-    report = fit_classifier(model, data, augmentation=growing, **options)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert report.iterations == len(report.losses) == 13
+    own = {"samples": 8, "steps": 2, "radius": 0.7, "latent_std": 1.0, "seed": 2}
+
+    def fit(watch=None):
+        model, rounds = _classifier(), OfflineRounds(data, TargetedAugmentation(coder, **own), rounds=3)
+        if watch is not None:
+            model.register_forward_hook(watch)
+        before = torch.get_rng_state()
+        report = fit_classifier(model, data, augmentation=rounds, **options)
+        assert torch.equal(torch.get_rng_state(), before)
+        return model, rounds, report
+
+    steps = []
+    fit(lambda m, x, out: steps.append((m.training, len(x[0]))))
     # (a posterior looks once at two images in training mode, to count the dropouts)
     assert [size for training, size in steps if training and size > 2] == [8] * 4 + [16] * 9
+    model, rounds, report = fit()
+    assert report.iterations == len(report.losses) == 13
     assert 0 < report.augmentation_share < 1
-    assert len(growing.results) == 3
-    assert seeds == [2, 3, 4]
-    for result in growing.results:
-        assert torch.equal(result.labels, labels)
-        assert torch.equal(result.sample_ids, torch.arange(24))
-        assert (result.uncertainty >= result.initial_uncertainty).all()
-    assert (growing.results[0].images - growing.results[1].images).abs().max() > 1e-3
-    again = _classifier()
-    fit_classifier(again, data, augmentation=RoundsAugmentation(coder, data, **own), **options)
-    # the watching hook sends the posterior the plain way, which rounds otherwise
-    for mine, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+    assert len(rounds.made) == 3
+    for (extra,) in rounds.made:
+        assert torch.equal(extra.labels, labels)
+        assert torch.equal(extra.sources, torch.arange(24))
+    first, second = (extra.images for (extra,) in rounds.made[:2])
+    assert (first - second).abs().max() > 1e-3
+    assert _same(model, fit()[0])
     # the first round is made where the online augmentation would begin
     early = _classifier()
     with pytest.raises(KeyboardInterrupt):
         fit_classifier(early, data, **options, augmentation=_interrupt)
-    with torch.no_grad():
-        source = coder.eval().decode(coder.encode(images))
-        before = MCDropout(early, 8, seed=2).uncertainty(source)
-    torch.testing.assert_close(growing.results[0].initial_uncertainty, before, rtol=1e-3, atol=1e-5)
+    by_hand, _ = TargetedAugmentation(coder, **own)(early, images[:16], labels[:16])
+    assert torch.equal(first[:16], by_hand)
 
 
 def _interrupt(classifier, images, labels):
@@ -326,7 +319,9 @@ def test_rounds_refuse_bad_input_before_training(options, message):
     before = [weight.clone() for weight in model.state_dict().values()]
 
     def train():
-        growing = RoundsAugmentation(given.pop("autoencoder"), (IMAGES, LABELS), **given)
+        rounds = {name: given.pop(name) for name in ("rounds",) if name in given}
+        targeted = TargetedAugmentation(given.pop("autoencoder"), **given)
+        growing = OfflineRounds((IMAGES, LABELS), targeted, **rounds)
         fit_classifier(model, (IMAGES, LABELS), iterations=5, batch_size=4, augmentation=growing, **QUIET)
 
     with pytest.raises(InputError, match=message):

@@ -45,7 +45,6 @@ _IMAGES = (
     "label_consistency",
     "ratio",
     "every",
-    "typicality",
     "adversarial_budget",
     "adversarial_steps",
 )

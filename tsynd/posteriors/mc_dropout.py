@@ -26,7 +26,7 @@ from tsynd.posteriors.runner import (
     structure_of,
 )
 from tsynd.posteriors.splitting import NoDropoutError, Split, may_have_head, split_at_dropout, split_at_hook
-from tsynd.posteriors.whole_network import PassLoop, WholeNetwork, agrees, settles
+from tsynd.posteriors.whole_network import PassLoop, WholeNetwork, agrees, set_training
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["MCDropout", "as_posterior"]
@@ -183,9 +183,7 @@ class MCDropout(Posterior):
     def _trains(self) -> bool:
         """Whether the network may have a dropout in training mode that it has not in eval mode."""
         trial = private_copy(self._network)
-        for module in trial.modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                module.training = not settles(module)
+        set_training(trial)
         try:
             split_at_dropout(trial, self._depth)
         except NoDropoutError:

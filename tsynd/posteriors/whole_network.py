@@ -25,7 +25,7 @@ from tsynd.posteriors.passes import Passes, images_at_once, passes_logits, passe
 from tsynd.posteriors.runner import Runner, measured
 from tsynd.utils.errors import InputError
 
-__all__ = ["AddressedDropoutMode", "DropoutCall", "Learnt", "PassLoop", "WholeNetwork", "agrees", "settles"]
+__all__ = ["AddressedDropoutMode", "DropoutCall", "Learnt", "PassLoop", "WholeNetwork", "agrees", "set_training"]
 
 # values that a network holds per value of an image, against those that a tail holds per value it starts from
 _WEIGHT = 16
@@ -232,6 +232,39 @@ class Learnt:
     notes: list[str]
 
 
+def set_training(network: nn.Module) -> None:
+    """Put a private copy into training mode by its own ``train``, which may keep a part in eval mode.
+
+    What settles, and scripted modules, which are not copied, stay as they are.
+    """
+    modules = list(network.modules())
+    plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+    try:
+        if len(plain) < len(modules):
+            raise TypeError("its scripted modules are those of the user's network")
+        network.train()
+    except Exception:  # whatever the network's own code raises
+        for module in plain:
+            module.training = True
+    for module in plain:
+        module.training &= not settles(module)
+
+
+def _silence(network: nn.Module) -> None:
+    """Turn off the dropouts that the network's own ``train`` keeps in eval mode, as those of a frozen encoder.
+
+    Args:
+        network: private.
+    """
+    trial = private_copy(network)
+    set_training(trial)
+    pairs = zip(network.modules(), trial.modules(), strict=True)
+    drops = [(own, other.training) for own, other in pairs if dropout_kind(other) and hasattr(own, "p")]
+    if any(trains for _, trains in drops):
+        for own in (own for own, trains in drops if not trains):
+            vars(own)["p"] = 0.0
+
+
 class WholeNetwork:
     """A network that runs T times as a whole.
 
@@ -245,6 +278,7 @@ class WholeNetwork:
     def __init__(self, network: nn.Module, stochastic_depth: bool) -> None:
         self.network, self._depth = private_copy(network), stochastic_depth
         self.runner = Runner(tail=self.network)
+        _silence(self.network)
         for module in self._own():
             module.training = False
             if stochastic_depth and (found := path_dropout(module)) is not None:
@@ -307,8 +341,10 @@ class WholeNetwork:
             vars(module)["_buffers"] = {
                 name: value if value is None else value.clone() for name, value in module._buffers.items()
             }
-            module.training = not (settles(module) or drops_paths(module))
         try:
+            set_training(trial.network)
+            for module in trial._own():
+                module.training &= not drops_paths(module)
             return trial._observe(images)[1]
         except Exception:  # whatever the network's own code raises in training, where it may want labels
             return None

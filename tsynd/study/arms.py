@@ -48,8 +48,6 @@ _OWN: dict[str, tuple[str, ...]] = {
     "trades": ("budget", "steps", "persistent", "weight", "every", "ratio"),
     "recipe": ("flip",),
 }
-# what an option needs climbing for is not asked of the arms that do not climb
-_CLIMBING = {"typicality": ("uncertainty", "loss")}
 
 
 @dataclass(frozen=True)
@@ -176,9 +174,7 @@ def _one(
     own: Mapping[str, Any],
 ) -> BatchAugmentation:
     if kind in _LATENT:
-        direction = _LATENT[kind]["direction"]
-        usable = {name: value for name, value in options.items() if direction in _CLIMBING.get(name, (direction,))}
-        return TargetedAugmentation(autoencoder, **{**shared, **usable, **own, **_LATENT[kind]})
+        return TargetedAugmentation(autoencoder, **{**shared, **options, **own, **_LATENT[kind]})
     counts = {name: options[name] for name in ("ratio", "every") if name in options}
     if kind in ("standard", "randaugment"):
         plain = StandardAugmentation if kind == "standard" else RandAugmentation

@@ -79,7 +79,6 @@ class StudySettings(NetworkChoice):
         label_consistency: least mean probability that the source label must keep.
         ratio: extra images per real image.
         every: extra images at every n-th step.
-        typicality: weight of the penalty on implausible latents.
         adversarial_budget: of the arms adversarial and trades, in [0, 1] pixel units.
         adversarial_steps: of the same arms.
         split: what is scored: ``test``, or ``val`` to choose settings on.
@@ -113,7 +112,6 @@ class StudySettings(NetworkChoice):
     label_consistency: float | None = None
     ratio: float = 1.0
     every: int = 1
-    typicality: float = 0.0
     adversarial_budget: float = 4 / 255
     adversarial_steps: int = 5
     split: str = "test"
@@ -128,7 +126,7 @@ class StudySettings(NetworkChoice):
     def augmentation(self) -> dict[str, Any]:
         """The options of :class:`tsynd.TargetedAugmentation`."""
         names = ("samples", "masks", "steps", "radius", "step_size", "rule", "label_consistency", "ratio", "every")
-        return {name: getattr(self, name) for name in (*names, "typicality")}
+        return {name: getattr(self, name) for name in names}
 
     def autoencoder_options(self) -> dict[str, Any]:
         """Options of :func:`tsynd.jobs.steps.new_autoencoder`."""

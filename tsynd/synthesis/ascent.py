@@ -14,7 +14,7 @@ from torch import Tensor
 from tsynd.ops import operators as ops
 from tsynd.ops.reference import OBJECTIVES, RULES, TASKS
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.objectives import EXPECTED, Goal, PlausibleGoal, measure_of
+from tsynd.synthesis.objectives import EXPECTED, Measure, measure_of
 from tsynd.utils.errors import InputError, check_choice
 from tsynd.utils.settings import override
 
@@ -33,9 +33,9 @@ class Status(IntEnum):
     """How the ascent of one image ended."""
 
     RAISED = 0
-    """A latent of higher score (as a rule the uncertainty) than the source's was found."""
+    """A latent of higher value (as a rule the uncertainty) than the source's was found."""
     UNCHANGED = 1
-    """No step raised the score; the image is the reconstruction."""
+    """No step raised the value; the image is the reconstruction."""
     NON_FINITE = 2
     """A value or gradient was not finite; the image is the best one before that."""
     LABEL_LIMIT = 3
@@ -136,7 +136,7 @@ class Ascent:
     Attributes:
         images: [B, C, H, W] in [0, 1], decoded best iterates.
         latents: [B, ...], best iterates.
-        uncertainty: [B], of the best iterates, under the samples climbed on (the goal's value for another goal).
+        uncertainty: [B], of the best iterates, under the samples climbed on (or of another measure).
         trajectory: [steps + 1, B], the same at every iterate; row 0 is the reconstruction's.
         status: [B] int8, see :class:`Status`.
     """
@@ -175,12 +175,12 @@ def ascend_latents(
     settings: AscentSettings,
     latent_std: float,
     labels: Tensor | None = None,
-    goal: Goal | None = None,
+    measure: Measure | None = None,
     jump: Tensor | None = None,
 ) -> Ascent:
     """Projected gradient ascent over latents, each image by itself.
 
-    The posterior samples stay the same over all steps, so the goal is deterministic; the best iterate is kept. Call
+    The posterior samples stay the same over all steps, so the measure is deterministic; the best iterate is kept. Call
     it inside ``posterior.frozen()``.
 
     Args:
@@ -191,14 +191,14 @@ def ascend_latents(
         settings: see :class:`AscentSettings`.
         latent_std: standard deviation of the latents.
         labels: [B] or [B, L], needed for ``label_consistency``.
-        goal: what to climb; None is the uncertainty that the settings name.
+        measure: what to climb; None is the uncertainty that the settings name.
         jump: [B, ...] latents in the balls, where the first of the steps leads instead of along the gradient.
     """
-    if goal is None:
-        goal = PlausibleGoal(measure_of(posterior, settings.objective, settings.task), source)
+    if measure is None:
+        measure = measure_of(posterior, settings.objective, settings.task)
     step, radius = settings.lengths(latent_std, source[0].numel())
     latents = source.clone()
-    best_latents = best_images = best = best_score = first = torch.empty(0)
+    best_latents = best_images = best = torch.empty(0)
     count = source.shape[0]  # not len(): an export keeps the batch size open
     climbing = torch.ones(count, dtype=torch.bool, device=source.device)
     # int32 until the end: an exported file chooses between statuses, which older runtimes cannot for int8
@@ -210,11 +210,11 @@ def ascend_latents(
         with torch.set_grad_enabled(not last):
             leaf = latents.detach().requires_grad_(not last)
             images = decode(leaf).clamp(0, 1)
-            value, score = goal(leaf, images, sample_ids)
-            gradient = None if last else torch.autograd.grad(score.sum(), leaf)[0]
-        images, value, score = images.detach(), value.detach(), score.detach()
+            value = measure(images, sample_ids)
+            gradient = None if last else torch.autograd.grad(value.sum(), leaf)[0]
+        images, value = images.detach(), value.detach()
         trajectory.append(value)
-        sound = value.isfinite() & score.isfinite()
+        sound = value.isfinite()
         if gradient is not None:
             sound = sound & gradient.flatten(1).isfinite().all(1)
         status = status.masked_fill(climbing & ~sound, int(Status.NON_FINITE))
@@ -225,10 +225,10 @@ def ascend_latents(
             status = status.masked_fill(lost, int(Status.LABEL_LIMIT))
             climbing = climbing & ~lost
         if k == 0:
-            best, best_score, first, best_latents, best_images = value, score, score, latents, images
+            best, best_latents, best_images = value, latents, images
         else:
-            better = climbing & (score > best_score)
-            best, best_score = torch.where(better, value, best), torch.where(better, score, best_score)
+            better = climbing & (value > best)
+            best = torch.where(better, value, best)
             best_images = torch.where(better.reshape([-1] + [1] * (images.dim() - 1)), images, best_images)
             best_latents = torch.where(better.reshape(per_latent), latents, best_latents)
         if gradient is not None:
@@ -238,5 +238,5 @@ def ascend_latents(
                 continue
             still = torch.where(climbing.reshape(per_latent), gradient, 0.0)
             ops.ascend_(latents, still, source, step, radius, settings.rule)
-    status = status.masked_fill((status == int(Status.UNCHANGED)) & (best_score > first), int(Status.RAISED))
+    status = status.masked_fill((status == int(Status.UNCHANGED)) & (best > trajectory[0]), int(Status.RAISED))
     return Ascent(best_images, best_latents, best, torch.stack(trajectory), status.to(torch.int8))

@@ -1,10 +1,10 @@
-"""What an ascent climbs: a measure of the decoded images, less a penalty on implausible latents."""
+"""What an ascent climbs: a measure of the decoded images."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +13,13 @@ from torch.nn import functional
 from tsynd.data.dataset import parts
 from tsynd.ops import operators as ops
 from tsynd.posteriors.posterior import Posterior
-from tsynd.synthesis.latent_prior import LatentPrior
 from tsynd.utils.errors import InputError
 
 __all__ = [
     "EXPECTED",
     "ExpectedInformation",
-    "Goal",
-    "GoalValue",
     "LabelLoss",
     "Measure",
-    "PlausibleGoal",
     "Uncertainty",
     "measure_of",
 ]
@@ -32,31 +28,11 @@ __all__ = [
 EXPECTED = "expected_information"
 
 
-class GoalValue(NamedTuple):
-    """What a goal says of one iterate of a batch.
-
-    Attributes:
-        value: [B], the measure itself in nats, which the trajectory records.
-        score: [B], climbed: the gradient of its sum is the direction of the next step, and the iterate with the
-            highest one is kept.
-    """
-
-    value: Tensor
-    score: Tensor
-
-
-class Goal(Protocol):
-    """Called with latents [B, ...], the images [B, C, H, W] they decode to and the images' ids [B]."""
-
-    def __call__(self, latents: Tensor, images: Tensor, sample_ids: Tensor, /) -> GoalValue:
-        """Differentiable with respect to the latents, also through the images."""
-
-
 class Measure(Protocol):
-    """A goal that looks at the images alone."""
+    """What an ascent climbs."""
 
     def __call__(self, images: Tensor, sample_ids: Tensor, /) -> Tensor:
-        """The value [B] in nats."""
+        """The value [B] in nats of images [B, C, H, W] with their ids [B], differentiable."""
 
 
 @dataclass(frozen=True)
@@ -146,29 +122,3 @@ def measure_of(posterior: Posterior, objective: str, task: str, targets: Tensor 
     with torch.no_grad():
         logits = [posterior.logits(part) for part in parts(targets)]
     return ExpectedInformation(posterior, torch.cat(logits, 1), task)
-
-
-@dataclass(frozen=True)
-class PlausibleGoal:
-    """A measure of the images, less ``weight`` times the latents' loss of plausibility.
-
-    The penalty also counts when the best iterate is chosen; the recorded value stays the measure's own.
-
-    Attributes:
-        measure: of the images.
-        origin: [B, ...], source latents.
-        prior: None for no penalty.
-        weight: of :meth:`tsynd.synthesis.latent_prior.LatentPrior.excess`.
-    """
-
-    measure: Measure
-    origin: Tensor
-    prior: LatentPrior | None = None
-    weight: float = 0.0
-
-    def __call__(self, latents: Tensor, images: Tensor, sample_ids: Tensor) -> GoalValue:
-        """See :class:`Goal`."""
-        value = self.measure(images, sample_ids)
-        if self.prior is None or self.weight == 0:
-            return GoalValue(value, value)
-        return GoalValue(value, value - self.weight * self.prior.excess(latents, self.origin))

@@ -26,7 +26,7 @@ from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.synthesis.cuda import Climb, GraphedAscent, fetch, send
-from tsynd.synthesis.objectives import EXPECTED, Measure, PlausibleGoal, measure_of
+from tsynd.synthesis.objectives import EXPECTED, Measure, measure_of
 from tsynd.utils.device import out_of_memory, place
 from tsynd.utils.draws import random_directions
 from tsynd.utils.errors import InputError, check_choice
@@ -182,8 +182,7 @@ class AscentStream:
         self._reach = self._settings.lengths(latent_std, latent[0].numel())[1]
 
         def climb(z0: Tensor, ids: Tensor, y: Tensor | None, jump: Tensor | None) -> Ascent:
-            goal = PlausibleGoal(measured, z0)
-            return ascend_latents(self.posterior, decode, z0, ids, self._settings, latent_std, y, goal, jump)
+            return ascend_latents(self.posterior, decode, z0, ids, self._settings, latent_std, y, measured, jump)
 
         self._climb = GraphedAscent(climb) if self._compile and self.device.type == "cuda" else climb
 

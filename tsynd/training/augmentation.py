@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from tsynd.ops import operators as ops
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents, ascent_settings, label_probability
-from tsynd.synthesis.latent_prior import LatentPrior, fit_latent_prior
-from tsynd.synthesis.objectives import EXPECTED, Goal, LabelLoss, Measure, PlausibleGoal, measure_of
+from tsynd.synthesis.objectives import EXPECTED, LabelLoss, Measure, measure_of
 from tsynd.training.extra_images import BatchAugmentation, PerImage, check_extra_labels, most_likely
 from tsynd.utils.device import place
-from tsynd.utils.draws import draw_rows, random_directions
+from tsynd.utils.draws import random_directions
 from tsynd.utils.errors import InputError, check_choice
 
 __all__ = ["DIRECTIONS", "TargetedAugmentation"]
@@ -29,11 +29,8 @@ __all__ = ["DIRECTIONS", "TargetedAugmentation"]
 DIRECTIONS = ("uncertainty", "loss", "random", "reconstruction")
 _CLIMBING = ("uncertainty", "loss")
 
-_MOST_FITTED = 2000  # latents behind the prior: its cost grows with the cube of their number
 _MOST_TARGETS = 512  # training images kept as targets
 _TARGETS = 32  # of them in one call
-# apart from the directions' streams, which use the seeds themselves
-_PIXELS, _SHARES = 500_009, 900_007
 
 
 class TargetedAugmentation(BatchAugmentation):
@@ -57,19 +54,12 @@ class TargetedAugmentation(BatchAugmentation):
             ``random``: in a uniform direction to exactly the radius (rule ``linf``: to a uniform corner of the
             box), without any gradient;
             ``reconstruction``: nowhere, decode(encode(x)).
-        pixels: budget in [0, 1] of a perturbation of the pixels that moves along, by the gradients of the same
-            backward passes: steps of 2.5 * pixels / K, at most 1.25 * pixels, from a uniform start; for the directions
-            that climb, which then end at the last iterate.
-        residual: share in [0, 1] of what the autoencoder loses, x - decode(encode(x)), that is added to every image;
-            ``random`` draws one per image.
+        residual: share in [0, 1] of what the autoencoder loses, x - decode(encode(x)), that is added to every image.
         targets: [M, C, H, W] in [0, 1], images for the objective ``expected_information``; None takes up to 512 of the
             training images. 32 of them are drawn for each call.
         persistent: the cheap mode: an image's ascent begins where its last one ended, so that one step a visit
             (``steps=1``) is enough, and ends at the last iterate; a step is half the radius unless ``step_size``
-            says otherwise.
-        typicality: weight of the penalty on implausible latents, in nats of uncertainty per nat of log-density lost
-            per coordinate (:class:`tsynd.synthesis.latent_prior.LatentPrior`), 0 or more. It needs :meth:`prepare`,
-            which ``fit_classifier`` calls.
+            says otherwise. For the directions that climb.
         ratio: extra images per real image of the batch, in (0, 1]; the batch's first are taken.
         every: only calls 0, n, 2n, ... give images, the others none.
         seed: of the posterior samples and whatever else is drawn; call n uses seed + n.
@@ -82,7 +72,6 @@ class TargetedAugmentation(BatchAugmentation):
         seconds: wall time spent in them.
         images_made: number of images they gave.
         progress: what :meth:`set_progress` was last told.
-        prior: the distribution of the training images' latents, None until :meth:`prepare`; may be assigned.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -94,11 +83,9 @@ class TargetedAugmentation(BatchAugmentation):
         settings: AscentSettings | None = None,
         *,
         direction: str = "uncertainty",
-        pixels: float = 0.0,
-        residual: float | str = 0.0,
+        residual: float = 0.0,
         targets: Tensor | None = None,
         persistent: bool = False,
-        typicality: float = 0.0,
         ratio: float = 1.0,
         every: int = 1,
         seed: int = 0,
@@ -110,8 +97,7 @@ class TargetedAugmentation(BatchAugmentation):
         self.radius = _radius_pair(options.pop("radius", (settings or AscentSettings()).radius))
         self.settings = ascent_settings(settings or AscentSettings(steps=3), options | {"radius": self.radius[0]})
         self.expected = direction == "uncertainty" and self.settings.objective == EXPECTED
-        self.direction, self.pixels, self.residual, self.persistent = direction, pixels, residual, persistent
-        self.typicality, self.targets = typicality, targets
+        self.direction, self.residual, self.persistent, self.targets = direction, residual, persistent, targets
         self._check_options()
         self.autoencoder = autoencoder_of(autoencoder)
         own = self.settings.latent_std
@@ -121,26 +107,17 @@ class TargetedAugmentation(BatchAugmentation):
                 f"latent_std: got {self.latent_std}, wanted a number above 0; fit the autoencoder with "
                 "tsynd.fit_autoencoder or give it"
             )
-        self.prior: LatentPrior | None = None
         self._posterior: MCDropout | None = None
-        self._checked = False
-        self._kept = PerImage(), PerImage()  # offsets of latents and of pixels
+        self._checked = self._fits = False
+        self._kept = PerImage()  # offsets of latents
 
     def _check_options(self) -> None:
-        climbs = self.direction in _CLIMBING
-        if not (math.isfinite(self.typicality) and self.typicality >= 0):
-            raise InputError(f"typicality: got {self.typicality!r}, wanted a finite number of 0 or more")
-        if not (isinstance(self.pixels, (int, float)) and 0 <= self.pixels <= 1):
-            raise InputError(f"pixels: got {self.pixels!r}, wanted a number in [0, 1]")
-        share = self.residual
-        if share != "random" and not (isinstance(share, (int, float)) and 0 <= share <= 1):
-            raise InputError(f"residual: got {share!r}, wanted a number in [0, 1] or 'random'")
-        for name in ("typicality", "pixels", "persistent"):
-            if getattr(self, name) and not climbs:
-                raise InputError(
-                    f"{name}: got {getattr(self, name)!r} with direction {self.direction!r}, which climbs nothing; "
-                    f"wanted {type(getattr(self, name))()!r}"
-                )
+        if not (isinstance(self.residual, (int, float)) and 0 <= self.residual <= 1):
+            raise InputError(f"residual: got {self.residual!r}, wanted a number in [0, 1]")
+        if self.persistent and self.direction not in _CLIMBING:
+            raise InputError(
+                f"persistent: got True with direction {self.direction!r}, which climbs nothing; wanted False"
+            )
         if self.targets is not None:
             if not self.expected:
                 raise InputError("targets: got images, wanted them with objective 'expected_information' alone")
@@ -152,34 +129,29 @@ class TargetedAugmentation(BatchAugmentation):
 
     def state_dict(self) -> dict[str, Any]:
         """What the next call depends on besides the arguments, for a resumed training."""
-        return {**super().state_dict(), "kept": [kept.state_dict() for kept in self._kept]}
+        return {**super().state_dict(), "kept": self._kept.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
         super().load_state_dict(state)
-        for kept, own in zip(self._kept, state["kept"], strict=True):
-            kept.load_state_dict(own)
+        self._kept.load_state_dict(state["kept"])
 
     def prepare(self, batches: Iterable[Tensor]) -> None:
-        """Fit the distribution of latents that ``typicality`` needs, and keep targets, where they are wanted.
+        """Refuse an autoencoder that does not fit, and keep targets where they are wanted and not given.
 
         Args:
-            batches: the training images [b, C, H, W] in [0, 1]; from the 2001st (targets: 513th) on they are not
-                read.
+            batches: the training images [b, C, H, W] in [0, 1]; the first, or as many as become targets, are read.
 
         Raises:
-            InputError: fewer than two images, or latents without variance.
+            InputError: the autoencoder does not fit the images.
         """
+        batches = iter(batches)
+        first = next(batches)
+        place(first.device, self.autoencoder)
+        with frozen(*self._modules()):
+            self._check_autoencoder(first)
         if self.expected and self.targets is None:
-            self.targets = torch.cat([images.cpu() for images in _first(batches, _MOST_TARGETS)])
-        if self.typicality == 0 or self.prior is not None:
-            return
-        latents: list[Tensor] = []
-        with torch.no_grad(), frozen(*self._modules()):
-            for images in _first(batches, _MOST_FITTED):
-                place(images.device, self.autoencoder)
-                latents.append(self.autoencoder.encode(images).float().cpu())
-        self.prior = fit_latent_prior([torch.cat(latents)] if latents else [])
+            self.targets = torch.cat([images.cpu() for images in _first(chain([first], batches), _MOST_TARGETS)])
 
     def __call__(self, classifier: nn.Module | Posterior, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images for the first ``ratio`` of the batch.
@@ -213,7 +185,7 @@ class TargetedAugmentation(BatchAugmentation):
             self._check(posterior, images, labels)
             with torch.no_grad():
                 source = self.autoencoder.encode(images).float()
-                decode = self._decoder(images, source, rows)
+                decode = self._decoder(images, source)
             ids = rows.to(source.device)
             if posterior is None:
                 return self._move(decode, source, ids)
@@ -221,14 +193,12 @@ class TargetedAugmentation(BatchAugmentation):
                 labels = most_likely(labels)
             if self.direction not in _CLIMBING:
                 return self._kept_labels(posterior, decode, source, labels, ids, self._move(decode, source, ids))
-            goal = PlausibleGoal(
-                self._measure(posterior, labels), source, self._prior_at(source.device), self.typicality
-            )
-            if self.pixels or self.persistent:
-                made = self._last_iterate(decode, source, images, ids, goal)
+            measure = self._measure(posterior, labels)
+            if self.persistent:
+                made = self._last_iterate(decode, source, ids, measure)
                 return self._kept_labels(posterior, decode, source, labels, ids, made)
             return ascend_latents(
-                posterior, decode, source, ids, self._settings(), self.latent_std, labels, goal
+                posterior, decode, source, ids, self._settings(), self.latent_std, labels, measure
             ).images
 
     def _kept_labels(
@@ -260,17 +230,12 @@ class TargetedAugmentation(BatchAugmentation):
             chosen = self.targets[torch.randperm(len(self.targets), generator=draw)[:_TARGETS]].to(labels.device)
         return measure_of(posterior, self.settings.objective, task, chosen)
 
-    def _decoder(self, images: Tensor, source: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    def _decoder(self, images: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
         """Latents [M, ...] -> images, with the share of the residual."""
         decode: Callable[[Tensor], Tensor] = self.autoencoder.decode
         if self.residual == 0:
             return decode
-        share: Any = self.residual
-        if share == "random":
-            flat = images.flatten(1)[:, :1]
-            drawn = draw_rows(torch.rand, flat, rows, self.seed + self.calls + _SHARES)
-            share = drawn.reshape([-1] + [1] * (images.dim() - 1))
-        lost = share * (images - decode(source).clamp(0, 1))
+        lost = self.residual * (images - decode(source).clamp(0, 1))
         return lambda latents: decode(latents) + lost
 
     def _move(self, decode: Callable[[Tensor], Tensor], source: Tensor, ids: Tensor) -> Tensor:
@@ -283,30 +248,23 @@ class TargetedAugmentation(BatchAugmentation):
             return decode(latents).clamp(0, 1)
 
     def _last_iterate(
-        self, decode: Callable[[Tensor], Tensor], source: Tensor, images: Tensor, ids: Tensor, goal: Goal
+        self, decode: Callable[[Tensor], Tensor], source: Tensor, ids: Tensor, measure: Measure
     ) -> Tensor:
-        """Latents, and pixels with them, after K steps from where they were left; nothing is evaluated afterwards."""
+        """Latents after K steps from where they were left; nothing is evaluated afterwards."""
         settings = self._settings()
         step, radius = settings.lengths(self.latent_std, source[0].numel())
-        if self.persistent and settings.step_size is None:
+        if settings.step_size is None:
             step = radius / 2
-        latents, still = source.clone(), torch.zeros_like(images)
-        moved = self.pixels * (2 * draw_rows(torch.rand, images, ids, self.seed + self.calls + _PIXELS) - 1)
-        if self.persistent:
-            latents += self._kept[0].get(self.ids, torch.zeros_like(source))
-            moved = self._kept[1].get(self.ids, moved)
+        latents = source + self._kept.get(self.ids, torch.zeros_like(source))
         for _ in range(settings.steps):
             with torch.enable_grad():
-                leaf, pixel = latents.detach().requires_grad_(), moved.detach().requires_grad_()
-                score = goal(leaf, (decode(leaf) + pixel).clamp(0, 1), ids).score
-                slopes = torch.autograd.grad(score.sum(), (leaf, pixel))
-            ops.ascend_(latents, slopes[0], source, step, radius, settings.rule)
-            ops.ascend_(moved, slopes[1], still, 2.5 * self.pixels / max(settings.steps, 2), self.pixels, "linf")
-        if self.persistent:
-            self._kept[0].put(self.ids, latents - source)
-            self._kept[1].put(self.ids, moved)
+                leaf = latents.detach().requires_grad_()
+                value = measure(decode(leaf).clamp(0, 1), ids)
+                (slope,) = torch.autograd.grad(value.sum(), leaf)
+            ops.ascend_(latents, slope, source, step, radius, settings.rule)
+        self._kept.put(self.ids, latents - source)
         with torch.no_grad():
-            return (decode(latents) + moved).clamp(0, 1)
+            return decode(latents).clamp(0, 1)
 
     def _settings(self) -> AscentSettings:
         start, end = self.radius
@@ -314,11 +272,6 @@ class TargetedAugmentation(BatchAugmentation):
 
     def _modules(self) -> tuple[nn.Module, ...]:
         return (self.autoencoder,) if isinstance(self.autoencoder, nn.Module) else ()
-
-    def _prior_at(self, device: torch.device) -> LatentPrior | None:
-        if self.prior is not None and self.prior.mean.device != device:
-            self.prior = self.prior.to(device)
-        return self.prior
 
     def _posterior_of(self, classifier: nn.Module | Posterior) -> Posterior | None:
         """The classifier's posterior, traced once, it follows the weights; None where no prediction is needed."""
@@ -332,22 +285,22 @@ class TargetedAugmentation(BatchAugmentation):
             self._posterior = MCDropout(classifier, self.settings.samples, self.settings.masks, self.seed)
         return self._posterior
 
+    def _check_autoencoder(self, images: Tensor) -> None:
+        if not self._fits:
+            check_autoencoder(self.autoencoder, check_images(images))
+            check_pixel_range(self.autoencoder, images)
+            self._fits = True
+
     def _check(self, posterior: Posterior | None, images: Tensor, labels: Tensor) -> None:
         """Once, with everything in eval mode: do the models and the first batch fit?"""
         if self._checked:
             return
-        check_autoencoder(self.autoencoder, check_images(images))
-        check_pixel_range(self.autoencoder, images)
+        self._check_autoencoder(images)
         classes = None
         if posterior is not None:
             with torch.no_grad():
                 classes = posterior.logits(images[:1]).shape[-1]
         check_extra_labels(labels, len(images), self.settings.task, classes)
-        if self.typicality > 0 and self.prior is None:
-            raise InputError(
-                "typicality: got a weight but no distribution of latents, wanted prepare(batches of training images) "
-                "before the first call"
-            )
         if self.expected and self.targets is None:
             raise InputError(
                 "targets: got none, wanted images, or prepare(batches of training images) before the first call"
