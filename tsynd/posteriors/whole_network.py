@@ -335,7 +335,7 @@ class WholeNetwork:
 
     def _in_training(self, images: Tensor) -> _Observer | None:
         """One pass in training mode, on buffers of its own; None where that fails."""
-        before = torch.get_rng_state()
+        before, observer = torch.get_rng_state(), None
         trial = WholeNetwork(self.network, False)
         for module in trial._own():
             vars(module)["_buffers"] = {
@@ -345,12 +345,12 @@ class WholeNetwork:
             set_training(trial.network)
             for module in trial._own():
                 module.training &= not drops_paths(module)
-            return trial._observe(images)[1]
+            observer = trial._observe(images)[1]
         except Exception:  # whatever the network's own code raises in training, where it may want labels
-            return None
-        finally:
-            if not torch.equal(before, torch.get_rng_state()):
-                torch.set_rng_state(before)
+            pass
+        if observer is None or observer.random:  # else what was drawn is another thread's
+            torch.set_rng_state(before)
+        return observer
 
     def _drop_in(self, names: set[str], strict: bool, images: Tensor, logits: Tensor) -> list[DropoutCall] | None:
         """The calls of a pass with these modules in training; None where it then gives other logits."""
