@@ -51,7 +51,7 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
         return copies.setdefault(id(module), _copied(inner, copies))
     own: nn.Module = object.__new__(_Through if inner is not None else type(module))
     copies[id(module)] = own
-    vars(own).update(vars(module))
+    vars(own).update(vars(module), training=module.training)
     vars(own).pop("_compiled_call_impl", None)  # as all that is compiled, it runs the network's own modules
     if inner is not None:
         vars(own).pop("forward", None)
