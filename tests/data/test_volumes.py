@@ -273,7 +273,7 @@ def test_a_volume_export_equals_torch(tmp_path: Path) -> None:
     classifier = tsynd.SmallResNet(1, 3, (4,), spatial_dims=3).eval()
     # the export itself compares what it wrote with torch
     path = export_torchscript(
-        classifier, autoencoder, tmp_path / "s.pt", image_shape=[1, 8, 8, 8], samples=4, steps=2, latent_std=0.5
+        autoencoder, classifier, tmp_path / "s.pt", image_shape=[1, 8, 8, 8], samples=4, steps=2, latent_std=0.5
     )
     given = torch.rand(2, 1, 8, 8, 8)
     assert torch.jit.load(path)(given)[0].shape == given.shape

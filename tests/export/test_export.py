@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import tsynd
 from tsynd.export.aoti import export_aoti
 from tsynd.export.onnx import export_onnx
-from tsynd.export.programs import in_order, prepare
+from tsynd.export.programs import prepare
 from tsynd.export.runtime import OnnxSynthesizer, read_metadata
 from tsynd.export.torchscript import export_torchscript
 
@@ -92,7 +92,7 @@ def test_synthesizer_is_synthesize(
     options["steps"] = 2
     path = exported
     if early:
-        path = export_onnx(classifier, autoencoder, tmp_path / "s.onnx", image_shape=[1, 12, 12], **options)
+        path = export_onnx(autoencoder, classifier, tmp_path / "s.onnx", image_shape=[1, 12, 12], **options)
     run_file = OnnxSynthesizer(path)
     assert run_file.metadata["seed"] == 5
     images = torch.rand(64, 1, 12, 12, generator=torch.Generator().manual_seed(3))
@@ -111,7 +111,7 @@ def test_other_settings_reach_the_file(autoencoder: nn.Module, classifier: nn.Mo
     images = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(3))
     options: dict[str, Any] = {"steps": 1, "rule": "linf", "radius": 1.5, "step_size": 1.0, "samples": 4}
     options["latent_std"] = 0.4
-    path = export_onnx(classifier, autoencoder, tmp_path / "s.onnx", image_shape=[1, 12, 12], **options)
+    path = export_onnx(autoencoder, classifier, tmp_path / "s.onnx", image_shape=[1, 12, 12], **options)
     wanted = tsynd.synthesize(autoencoder, classifier, images, progress=False, **options)
     close(torch.from_numpy(OnnxSynthesizer(path)(images.numpy()).images), wanted.images, 1e-4)
 
@@ -119,7 +119,7 @@ def test_other_settings_reach_the_file(autoencoder: nn.Module, classifier: nn.Mo
 def test_classifier_and_step(autoencoder: TinyAutoencoder, classifier: nn.Module, tmp_path: Path) -> None:
     posterior = tsynd.MCDropout(classifier, 8, seed=3)
     images = torch.rand(7, 1, 12, 12)
-    path = export_onnx(posterior, None, tmp_path / "c.onnx", "classifier", image_shape=[1, 12, 12], class_names="abc")
+    path = export_onnx(None, posterior, tmp_path / "c.onnx", "classifier", image_shape=[1, 12, 12], class_names="abc")
     metadata = read_metadata(session(path))
     assert (metadata["class_names"], metadata["seed"], metadata["samples"]) == (["a", "b", "c"], 3, 8)
     probabilities, information, entropy = run(path, images=images)
@@ -128,7 +128,7 @@ def test_classifier_and_step(autoencoder: TinyAutoencoder, classifier: nn.Module
         close(information, posterior.uncertainty(images))
         close(entropy, posterior.uncertainty(images, objective="entropy"))
         origins = autoencoder.encode(images)
-        path = export_onnx(posterior, autoencoder, tmp_path / "t.onnx", "step", **SMALL)
+        path = export_onnx(autoencoder, posterior, tmp_path / "t.onnx", "step", **SMALL)
         moved, value = run(path, latents=origins + 0.1, origins=origins)
         close(value, posterior.uncertainty(autoencoder.decode(origins + 0.1)))
     close(moved, step_of(posterior, autoencoder, origins + 0.1, origins)[0], 1e-4)
@@ -161,10 +161,10 @@ def check_step(path: Path, posterior: tsynd.Posterior, model: Any) -> None:
 
 def test_encoder_and_decoder_need_no_classifier(autoencoder: TinyAutoencoder, tmp_path: Path) -> None:
     images = torch.rand(7, 1, 12, 12)
-    path = export_onnx(None, autoencoder, tmp_path / "e.onnx", "encoder", image_shape=[1, 12, 12])
+    path = export_onnx(autoencoder, None, tmp_path / "e.onnx", "encoder", image_shape=[1, 12, 12])
     latents = autoencoder.encode(images).detach()
     close(run(path, images=images)[0], latents)
-    path = export_onnx(None, autoencoder, tmp_path / "d.onnx", "decoder", image_shape=[1, 12, 12])
+    path = export_onnx(autoencoder, None, tmp_path / "d.onnx", "decoder", image_shape=[1, 12, 12])
     close(run(path, latents=latents)[0], autoencoder.decode(latents))
 
 
@@ -172,7 +172,7 @@ def test_encoder_and_decoder_need_no_classifier(autoencoder: TinyAutoencoder, tm
 def test_layers_and_their_derivatives(autoencoder: nn.Module, tmp_path: Path, kind: str) -> None:
     torch.manual_seed(4)
     posterior = tsynd.MCDropout(Layers(kind), SMALL["samples"])
-    check_step(export_onnx(posterior, autoencoder, tmp_path / "s.onnx", "step", **SMALL), posterior, autoencoder)
+    check_step(export_onnx(autoencoder, posterior, tmp_path / "s.onnx", "step", **SMALL), posterior, autoencoder)
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_default_networks(tmp_path: Path) -> None:
     torch.manual_seed(0)
     classifier = tsynd.SmallResNet(1, 2, widths=(4, 8), dropout="stages")
     autoencoder = tsynd.SmallAutoencoder(1, 2, widths=(4, 8))
-    path = export_onnx(classifier, autoencoder, tmp_path / "s.onnx", **SMALL)
+    path = export_onnx(autoencoder, classifier, tmp_path / "s.onnx", **SMALL)
     images = torch.rand(5, 1, 12, 12)
     wanted = tsynd.synthesize(autoencoder, classifier, images, samples=8, latent_std=0.4, steps=2, progress=False)
     got = OnnxSynthesizer(path)(images.numpy())
@@ -197,7 +197,7 @@ def test_monai_autoencoder_and_ensemble(classifier: nn.Module, tmp_path: Path) -
         2, channels=(4, 8), latent_channels=2, num_res_blocks=1, norm_num_groups=2, attention_levels=(False, True)
     )
     ensemble = tsynd.Ensemble([classifier, TinyClassifier()])
-    path = export_onnx(ensemble, model, tmp_path / "s.onnx", "step", **SMALL)
+    path = export_onnx(model, ensemble, tmp_path / "s.onnx", "step", **SMALL)
     check_step(path, ensemble, tsynd.as_autoencoder(model))
 
 
@@ -214,7 +214,7 @@ def test_non_finite_gradients_freeze_their_image_alone(classifier: nn.Module, tm
     images = torch.rand(4, 1, 12, 12)
     images[2] = 1
     wanted = tsynd.synthesize(autoencoder, classifier, images, samples=8, latent_std=0.4, steps=2, progress=False)
-    got = OnnxSynthesizer(export_onnx(classifier, autoencoder, tmp_path / "s.onnx", **SMALL))(images.numpy())
+    got = OnnxSynthesizer(export_onnx(autoencoder, classifier, tmp_path / "s.onnx", **SMALL))(images.numpy())
     assert got.status[2] == tsynd.Status.NON_FINITE
     assert np.array_equal(got.status, wanted.status.numpy())
     others = [0, 1, 3]
@@ -226,19 +226,19 @@ def test_what_cannot_be_exported(autoencoder: nn.Module, classifier: nn.Module, 
     path = tmp_path / "s.onnx"
     independent = tsynd.MCDropout(classifier, 4, masks="independent")
     with pytest.raises(tsynd.InputError, match="masks: got 'independent', wanted 'shared'"):
-        export_onnx(independent, autoencoder, path, **SMALL)
+        export_onnx(autoencoder, independent, path, **SMALL)
     with pytest.raises(tsynd.InputError, match=r"net\.1 \(FractionalMaxPool2d\) uses the operator aten\.\w+"):
-        export_onnx(Unpooled(), None, path, "classifier", image_shape=[1, 12, 12])
+        export_onnx(None, Unpooled(), path, "classifier", image_shape=[1, 12, 12])
     with pytest.raises(tsynd.InputError, match="latent_std: got None"):
-        export_onnx(classifier, autoencoder, path, image_shape=[1, 12, 12])
+        export_onnx(autoencoder, classifier, path, image_shape=[1, 12, 12])
     with pytest.raises(tsynd.InputError, match="kind: got 'loop'"):
-        export_onnx(classifier, autoencoder, path, "loop", image_shape=[1, 12, 12])
+        export_onnx(autoencoder, classifier, path, "loop", image_shape=[1, 12, 12])
     with pytest.raises(tsynd.InputError, match=r"wanted a name that ends in \.onnx"):
-        export_onnx(classifier, autoencoder, tmp_path / "s.pt", **SMALL)
+        export_onnx(autoencoder, classifier, tmp_path / "s.pt", **SMALL)
     with pytest.raises(tsynd.InputError, match="image_shape"):
-        export_onnx(classifier, autoencoder, path, image_shape=[12, 12])
+        export_onnx(autoencoder, classifier, path, image_shape=[12, 12])
     with pytest.raises(tsynd.InputError, match="classifier: got None"):
-        export_onnx(None, autoencoder, path, image_shape=[1, 12, 12])
+        export_onnx(autoencoder, None, path, image_shape=[1, 12, 12])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,7 +254,7 @@ def test_a_wrong_file_is_deleted(classifier: nn.Module, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(torch.onnx, "export", wrong)
     with pytest.raises(tsynd.InputError, match=r"probabilities of the exported file differs from torch's by 0\.\d"):
-        export_onnx(classifier, None, tmp_path / "c.onnx", "classifier", image_shape=[1, 12, 12])
+        export_onnx(None, classifier, tmp_path / "c.onnx", "classifier", image_shape=[1, 12, 12])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,7 +265,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     autoencoder = TinyAutoencoder()
     torch.manual_seed(2)
     path = tmp_path_factory.mktemp("exported") / "s.onnx"
-    return export_onnx(TinyClassifier(), autoencoder, path, class_names="abc", seed=5, **SMALL)
+    return export_onnx(autoencoder, TinyClassifier(), path, class_names="abc", seed=5, **SMALL)
 
 
 def test_any_run_gives_the_same_bits(exported: Path) -> None:
@@ -366,7 +366,7 @@ except ImportError as error:
 def test_torchscript_and_a_program_in_cpp(autoencoder: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(2)
     classifier = TinyClassifier(early=True)
-    path = export_torchscript(classifier, autoencoder, tmp_path / "s.pt", **SMALL)
+    path = export_torchscript(autoencoder, classifier, tmp_path / "s.pt", **SMALL)
     images = torch.rand(32, 1, 12, 12, generator=torch.Generator().manual_seed(3))
     wanted = tsynd.synthesize(autoencoder, classifier, images, samples=8, latent_std=0.4, steps=2, progress=False)
     extra = {"metadata.json": ""}
@@ -414,28 +414,10 @@ def test_aoti(autoencoder: TinyAutoencoder, classifier: TinyClassifier, tmp_path
             "features": (images, classifier.eval().body(images)),
         }
         for kind, (given, out) in wanted.items():
-            path = export_aoti(classifier, autoencoder, tmp_path / "a.pt2", kind, image_shape=[1, 12, 12])
+            path = export_aoti(autoencoder, classifier, tmp_path / "a.pt2", kind, image_shape=[1, 12, 12])
             close(torch._inductor.aoti_load_package(str(path))(given)[0], out)
     with pytest.raises(tsynd.InputError, match="kind: got 'synthesizer'"):
-        export_aoti(classifier, autoencoder, tmp_path / "b.pt2", "synthesizer", image_shape=[1, 12, 12])
-
-
-def test_either_order_of_the_models(autoencoder: nn.Module, classifier: nn.Module, tmp_path: Path) -> None:
-    path, shape = tmp_path / "c.onnx", [1, 12, 12]
-    for given in ((autoencoder, classifier), (None, classifier)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)
-            assert in_order(*given) == given
-        with pytest.warns(DeprecationWarning, match="the order is"):
-            assert in_order(*reversed(given)) == given
-    pair, posterior = (nn.Identity(), nn.Identity()), tsynd.MCDropout(classifier, 4)
-    with pytest.warns(DeprecationWarning, match="autoencoder"):
-        assert in_order(posterior, pair) == (pair, posterior)
-    with pytest.warns(DeprecationWarning, match="the order is"):
-        export_onnx(classifier, None, path, "classifier", image_shape=shape, samples=4)
-    old = path.read_bytes()
-    export_onnx(None, classifier, path, "classifier", image_shape=shape, samples=4)
-    assert path.read_bytes() == old
+        export_aoti(autoencoder, classifier, tmp_path / "b.pt2", "synthesizer", image_shape=[1, 12, 12])
 
 
 def test_the_networks_are_as_before(autoencoder: nn.Module, classifier: nn.Module) -> None:
@@ -499,8 +481,8 @@ def test_default_models_on_real_images(real_data: Path, tmp_path: Path) -> None:
         classifier = tsynd.SmallResNet(data.channels, data.num_classes, dropout=dropout)
         tsynd.fit_classifier(classifier, data.train, iterations=200, progress=False)
         shape = list(data.train.images.shape[1:])
-        run_file = OnnxSynthesizer(export_onnx(classifier, autoencoder, tmp_path / "s.onnx", image_shape=shape))
-        script = torch.jit.load(export_torchscript(classifier, autoencoder, tmp_path / "s.pt", image_shape=shape))
+        run_file = OnnxSynthesizer(export_onnx(autoencoder, classifier, tmp_path / "s.onnx", image_shape=shape))
+        script = torch.jit.load(export_torchscript(autoencoder, classifier, tmp_path / "s.pt", image_shape=shape))
         for count in (1, 5, 64):
             images = data.train.batch(torch.arange(count))[0]
             wanted = tsynd.synthesize(autoencoder, classifier, images, progress=False)

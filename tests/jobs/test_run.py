@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import in_process, run_tsynd
+from torch.nn import functional
 
 import tsynd
+from tsynd.evaluation.intervals import compare
 from tsynd.jobs import run as pipeline
 from tsynd.report.pictures import draw_examples
 from tsynd.report.run_report import write_report
@@ -179,13 +181,10 @@ def test_report_of_other_data(tmp_path: Path, channels: int, multilabel: bool) -
     result = SynthesisResult(
         images, labels, latents, latents, values, values, torch.rand(count, 4), torch.zeros(count), torch.arange(count)
     )
-    scores = {"clean": {"balanced_accuracy": 0.5, "accuracy": 0.5, "auroc": 0.5}}
-    lower = {"clean": {"balanced_accuracy": 0.4, "accuracy": 0.5, "auroc": 0.5}}
     made = {"images": count, "uncertainty_before": 0.1, "uncertainty_after": 0.2, "raised_fraction": 1.0}
     metrics = {
         "data": {"name": "<script>alert(1)</script>"},
         "synthesis": {**made, "images_per_second": 5.0},
-        "evaluation": {"real": scores, "targeted": lower},
     }
     names = ("<b>x</b>", "y & z", "w")
     path = write_report(tmp_path / "r.html", metrics, result, images, images, names, values, values * 2)
@@ -194,6 +193,16 @@ def test_report_of_other_data(tmp_path: Path, channels: int, multilabel: bool) -
     assert "<b>x</b>" not in page
     assert "&lt;b&gt;x&lt;/b&gt;" in page
     assert "Scores on test images" not in page  # without the comparison nothing is claimed
+    assert "points" not in page
+    truth = torch.arange(60) % 3
+    right = functional.one_hot(truth, 3).float()
+    worse = torch.cat([right[:6].roll(1, 1), right[6:]])  # two of each class are lost
+    metrics["comparison"] = compare({"real": {"clean": right}, "targeted": {"clean": worse}}, truth)
+    page = write_report(tmp_path / "r.html", metrics, result, images, images, names, values, values * 2).read_text()
+    assert "On clean test images (60 of them) training with the extra images lost 10.0 points (95 % interval −" in page
+    assert "Scores on test images" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script>alert(1)" not in page
     picture = draw_examples(tmp_path / "e.png", images[:2], images[:2], images[:2], values, values, ("a", "b"))
     assert picture.read_bytes().startswith(b"\x89PNG")
 

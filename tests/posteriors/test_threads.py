@@ -205,7 +205,7 @@ CALLS: dict[str, Callable[[nn.Module, nn.Module, Tensor, Path], Any]] = {
         a, c, path / "c.pt", "synthesizer", image_shape=(1, 12, 12), samples=2, latent_std=0.4
     ),
     "export_onnx": lambda a, c, x, path: tsynd.export_onnx(
-        c, None, path / "c.onnx", "classifier", image_shape=(1, 12, 12), samples=2
+        None, c, path / "c.onnx", "classifier", image_shape=(1, 12, 12), samples=2
     ),
 }
 

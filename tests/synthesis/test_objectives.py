@@ -81,8 +81,8 @@ def test_expected_information_asks_for_targets(
 def test_expected_information_is_not_exported(autoencoder: nn.Module, images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="objective: got 'expected_information'"):
         tsynd.export_torchscript(
-            sharp(images),
             autoencoder,
+            sharp(images),
             tmp_path / "a.pt",
             image_shape=images.shape[1:],
             objective="expected_information",

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, first_line, require
 
 __all__ = ["CLASS_NAMES", "MD5", "URL", "download"]
 
@@ -90,7 +90,7 @@ def download(name: str) -> Path:
     try:
         pooch.retrieve(url, known_hash=f"md5:{MD5[name]}", fname=path.name, path=folder)
     except OSError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{name}: download failed ({reason}); fetch {url} by hand and put it at {path}") from error
     except ValueError as error:
         raise InputError(f"{name}: what {url} gave has not the md5 {MD5[name]}; nothing was kept") from error

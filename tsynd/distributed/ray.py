@@ -10,7 +10,7 @@ from typing import Any
 
 from tsynd.distributed.shards import Unit
 from tsynd.distributed.worker import ShardWorker
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, first_line, require
 
 __all__ = ["run_on_ray"]
 
@@ -49,7 +49,7 @@ def _connected(ray: Any, address: str, workers: int, threads: int) -> Iterator[N
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"ray: {address!r} cannot be reached: {str(error).splitlines()[0]}") from None
+        raise InputError(f"ray: {address!r} cannot be reached: {first_line(error)}") from None
     try:
         yield
     finally:
@@ -98,7 +98,7 @@ def run_on_ray(
                 report(receipt)
         except ray.exceptions.RayActorError as error:
             raise InputError(
-                f"ray: a unit's worker died {_RETRIES + 1} times ({str(error).splitlines()[0]}); finished shards are "
+                f"ray: a unit's worker died {_RETRIES + 1} times ({first_line(error)}); finished shards are "
                 "kept, the same command goes on behind them"
             ) from error
         finally:

@@ -28,8 +28,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tsynd.utils.atomic import atomic_path, check_writable, clear_leftovers
-from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import differences, hash_file, is_sealed, seal
+from tsynd.utils.errors import InputError, check_whole, require
+from tsynd.utils.fingerprint import differences, hash_file, read_sealed, seal
 
 __all__ = ["Sample", "ShardFolder", "Unit", "image_bytes", "plan_units"]
 
@@ -76,8 +76,7 @@ def plan_units(count: int, shard_size: int) -> list[Unit]:
     Raises:
         InputError: a size below 1, or more than 2^32 samples.
     """
-    if not isinstance(shard_size, int) or shard_size < 1:
-        raise InputError(f"shard_size: got {shard_size!r}, wanted an integer of at least 1")
+    check_whole("shard_size", shard_size)
     if not 1 <= count <= 2**32:
         raise InputError(f"data: {count} images, wanted 1 .. 2^32")
     starts = range(0, count, shard_size)
@@ -314,8 +313,5 @@ def _write_index(file: BinaryIO, unit: Unit, rows: list[dict[str, Any]]) -> None
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """A manifest or receipt; None where there is none that is whole."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if is_sealed(content) and isinstance(content.get("fingerprint"), dict) else None
+    content = read_sealed(path)
+    return content if content is not None and isinstance(content.get("fingerprint"), dict) else None

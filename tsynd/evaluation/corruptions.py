@@ -14,15 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsynd.evaluation.shifts import (
-    Condition,
-    blur,
-    by_pillow,
-    gaussian_noise,
-    generators,
-    jpeg,
-    severities,
-)
+from tsynd.evaluation.shifts import Condition, blur, by_pillow, gaussian_noise, jpeg, severities
+from tsynd.utils.draws import streams
 from tsynd.utils.errors import require
 
 __all__ = [
@@ -40,7 +33,7 @@ __all__ = [
 
 def _per_image(images: Tensor, indices: Tensor, seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
     """What ``draw`` makes of each image on the CPU with its own generator."""
-    own = zip(images.cpu(), generators(indices, seed), strict=True)
+    own = zip(images.cpu(), streams(indices, seed), strict=True)
     return torch.stack([draw(image, generator) for image, generator in own]).to(images).clamp(0, 1)
 
 

@@ -28,7 +28,7 @@ from tsynd.models.held import evaluating
 from tsynd.posteriors.mc_dropout import MCDropout
 from tsynd.utils.calls import call_of, is_call
 from tsynd.utils.device import device_of, place
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, check_whole
 
 __all__ = [
     "CONDITIONS",
@@ -161,8 +161,7 @@ def evaluate(
     check_task(task)
     counts = {"batch_size": batch_size, "queries": queries, "attack_images": attack_images}
     for name, value in {**counts, "query_images": query_images}.items():
-        if not (value is None and name.endswith("_images")) and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name}: got {value!r}, wanted an integer of 1 or more")
+        check_whole(name, value, optional=name.endswith("_images"))
     chosen, wanted = choose_conditions(conditions), parse_attacks(attacks)
     check_robustness(wanted)
     batches = LabelledBatches(data, task=task, name="data", by_index=True)
@@ -254,12 +253,10 @@ def conformal_metrics(classifier: nn.Module, data: Any, *, batch_size: int = 512
     Returns:
         ``conformal_coverage`` and ``conformal_size``, see :func:`tsynd.evaluation.metrics.conformal_limit`.
     """
-    batches, network, target = LabelledBatches(data, by_index=True), logits_of(classifier), device_of(classifier)
-    with evaluating(network), torch.no_grad():
-        network.look(batches.at(torch.arange(min(2, len(batches)))).images.to(target))
-        logits = [network(batches.at(part).images.to(target)).float().cpu() for part in batches.chunks(batch_size)]
-    chances = torch.cat(logits).softmax(1)
-    limit = conformal_limit(chances, batches.labels(chances.shape[1]))
+    batches, network = LabelledBatches(data, by_index=True), logits_of(classifier)
+    with evaluating(network):
+        classes, found = _logits(network, batches, {"clean": _clean}, 0, batch_size, device_of(classifier))
+    limit = conformal_limit(found["clean"].softmax(1), batches.labels(classes))
     return {
         "conformal_coverage": partial(conformal_coverage, limit=limit),
         "conformal_size": partial(conformal_size, limit=limit),

@@ -48,8 +48,8 @@ class Bootstrap:
             self._members = torch.stack([labels == label for label in present], 1)
         else:
             truth = labels > 0.5
-            both = truth.any(0) & ~truth.all(0)
-            self._members = torch.cat([truth[:, both], ~truth[:, both]], 1)
+            self._both = truth.any(0) & ~truth.all(0)
+            self._members = torch.cat([truth[:, self._both], ~truth[:, self._both]], 1)
         own = [len(set(numbers[column].tolist())) for column in self._members.T]
         self.fewest = min(own, default=0)
 
@@ -69,9 +69,7 @@ class Bootstrap:
             whole = right[:, 0]
         else:
             answers = (logits > 0) == (self.labels > 0.5)
-            truth = self.labels > 0.5
-            both = truth.any(0) & ~truth.all(0)
-            right, whole = answers[:, both].double().repeat(1, 2), answers.double().mean(1)
+            right, whole = answers[:, self._both].double().repeat(1, 2), answers.double().mean(1)
         members = self._members.double()
         recalls = (self.weights @ (members * right)) / (self.weights @ members)
         return {

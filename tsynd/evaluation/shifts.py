@@ -1,5 +1,8 @@
 """Disturbed test images: seven kinds of shift in five severities, each image's draw fixed by (seed, index).
 
+Every kind takes images [B, C, H, W] or [B, C, D, H, W] in [0, 1], ``indices`` [B], the images' numbers in their data
+set, and any integer as ``seed``; the two fix what is drawn, if anything is.
+
 Volumes [B, C, D, H, W] are turned and moved in the plane of H and W, as a patient lies on the table; JPEG codes them
 slice by slice, as files of slices are; the other kinds see the whole volume.
 """
@@ -8,13 +11,14 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tsynd.utils.draws import draw_rows
 from tsynd.utils.errors import require
 
 __all__ = [
@@ -26,7 +30,6 @@ __all__ = [
     "by_pillow",
     "contrast",
     "gaussian_noise",
-    "generators",
     "jpeg",
     "rotation",
     "severities",
@@ -39,23 +42,9 @@ Condition: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-def generators(indices: Tensor, seed: int) -> Iterator[torch.Generator]:
-    """One random stream per image, addressed by (seed, index): a batch's make-up cannot matter."""
-    generator = torch.Generator()
-    for index in indices.tolist():
-        # torch's CPU engine uses 32 bits of its seed; the odd constant keeps streams of two seeds apart.
-        yield generator.manual_seed((seed * 0x9E3779B1 + index) & 0xFFFFFFFF)
-
-
 def _uniform(indices: Tensor, seed: int, count: int) -> Tensor:
     """Draws in [−1, 1), [B, count]; the first ones of an image's stream."""
-    draws = torch.stack([torch.rand(count, generator=generator) for generator in generators(indices, seed)])
-    return 2 * draws - 1
-
-
-def _up_or_down(indices: Tensor, seed: int, up: float, down: float) -> Tensor:
-    """A factor [B] for each image, one of two with equal chance."""
-    return torch.where(_uniform(indices, seed, 1)[:, 0] < 0, down, up)
+    return 2 * draw_rows(torch.rand, torch.empty(len(indices), count), indices, seed) - 1
 
 
 def _slices(images: Tensor) -> Tensor:
@@ -63,23 +52,13 @@ def _slices(images: Tensor) -> Tensor:
     return images.flatten(1, 2) if images.ndim == 5 else images
 
 
-def _sheets(images: Tensor) -> Tensor:
-    """Volumes as pictures [B, C, D · H, W], which keep their channels' meaning; pictures as they are."""
-    return images.flatten(2, 3) if images.ndim == 5 else images
-
-
 def gaussian_noise(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 0.05) -> Tensor:
     """Add Gaussian noise and clip to [0, 1].
 
     Args:
-        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
-        indices: [B], the images' numbers in their data set; with ``seed`` they fix the noise.
-        seed: any integer.
         sigma: standard deviation, in units of the intensity range.
     """
-    shape = images.shape[1:]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators(indices, seed)])
-    return (images + sigma * noise.to(images)).clamp(0, 1)
+    return (images + sigma * draw_rows(torch.randn, images, indices, seed)).clamp(0, 1)
 
 
 def rotation(images: Tensor, indices: Tensor, seed: int, *, degrees: float = 15.0) -> Tensor:
@@ -88,9 +67,6 @@ def rotation(images: Tensor, indices: Tensor, seed: int, *, degrees: float = 15.
     Corners that come into view repeat the border: the test is the turn, not black triangles.
 
     Args:
-        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
-        indices: [B], the images' numbers in their data set; with ``seed`` they fix the angle.
-        seed: any integer.
         degrees: largest angle.
     """
     rotate = require("kornia.geometry.transform", "train").rotate
@@ -105,9 +81,6 @@ def translation(images: Tensor, indices: Tensor, seed: int, *, share: float = 0.
     What comes into view repeats the border.
 
     Args:
-        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
-        indices: [B], the images' numbers in their data set; with ``seed`` they fix the vector.
-        seed: any integer.
         share: largest move, as a share of the side.
     """
     translate = require("kornia.geometry.transform", "train").translate
@@ -121,9 +94,6 @@ def blur(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 1.0 / 28)
     """Blur with a Gaussian, the same for all images; borders are mirrored.
 
     Args:
-        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
-        indices: not used.
-        seed: not used.
         sigma: standard deviation as a share of the shorter side, so that it means the same at every resolution.
     """
     gaussian = require("kornia.filters", "train").gaussian_blur2d
@@ -138,43 +108,29 @@ def blur(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 1.0 / 28)
     return blurred.reshape(images.shape).clamp(0, 1)
 
 
-def brightness(images: Tensor, indices: Tensor, seed: int, *, up: float = 1.3, down: float = 0.7) -> Tensor:
-    """Multiply each image by ``up`` or ``down``, which of them by an even chance, and clip to [0, 1].
-
-    Args:
-        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
-        indices: [B], the images' numbers in their data set; with ``seed`` they fix the choice.
-        seed: any integer.
-        up: factor above 1.
-        down: factor below 1.
-    """
-    adjust = require("kornia.enhance", "train").adjust_brightness_accumulative
-    changed: Tensor = adjust(_sheets(images), _up_or_down(indices, seed, up, down).to(images))
+def _up_or_down(adjust: str, images: Tensor, indices: Tensor, seed: int, up: float, down: float) -> Tensor:
+    """kornia's adjustment of each image by one of two factors, with equal chance."""
+    factors = torch.where(_uniform(indices, seed, 1)[:, 0] < 0, down, up).to(images)
+    # a volume's slices one below the other: its channels keep their meaning
+    flat = images.flatten(2, 3) if images.ndim == 5 else images
+    changed: Tensor = getattr(require("kornia.enhance", "train"), adjust)(flat, factors)
     return changed.reshape(images.shape)
+
+
+def brightness(images: Tensor, indices: Tensor, seed: int, *, up: float = 1.3, down: float = 0.7) -> Tensor:
+    """Multiply each image by ``up`` or ``down``, which of them by an even chance, and clip to [0, 1]."""
+    return _up_or_down("adjust_brightness_accumulative", images, indices, seed, up, down)
 
 
 def contrast(images: Tensor, indices: Tensor, seed: int, *, up: float = 1.3, down: float = 0.7) -> Tensor:
-    """Stretch each image around its mean grey by ``up`` or ``down``, by an even chance, and clip to [0, 1].
-
-    Args:
-        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1].
-        indices: [B], the images' numbers in their data set; with ``seed`` they fix the choice.
-        seed: any integer.
-        up: factor above 1.
-        down: factor below 1.
-    """
-    adjust = require("kornia.enhance", "train").adjust_contrast_with_mean_subtraction
-    changed: Tensor = adjust(_sheets(images), _up_or_down(indices, seed, up, down).to(images))
-    return changed.reshape(images.shape)
+    """Stretch each image around its mean grey by ``up`` or ``down``, by an even chance, and clip to [0, 1]."""
+    return _up_or_down("adjust_contrast_with_mean_subtraction", images, indices, seed, up, down)
 
 
 def jpeg(images: Tensor, indices: Tensor, seed: int, *, quality: int = 30) -> Tensor:
     """Compress as JPEG with Pillow and decompress; channels other than three are compressed one by one, as grey.
 
     Args:
-        images: [B, C, H, W] or [B, C, D, H, W] in [0, 1]; rounded to 8 bits.
-        indices: not used.
-        seed: not used.
         quality: Pillow's, 1 to 95.
     """
     pillow = require("PIL.Image", "data")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tsynd.export.check import check_results
-from tsynd.export.programs import in_order, prepare, write_path
+from tsynd.export.programs import prepare, write_path
 from tsynd.export.tracing import quiet, record, to_program
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.ascent import AscentSettings
 from tsynd.utils.atomic import atomic_path
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, first_line
 
 __all__ = ["AOTI_KINDS", "export_aoti"]
 
@@ -24,7 +24,7 @@ AOTI_KINDS = ("encoder", "decoder", "features")
 
 def export_aoti(
     autoencoder: Any,
-    classifier: nn.Module | Posterior | Any,
+    classifier: nn.Module | Posterior | None,
     path: str | Path,
     kind: str,
     *,
@@ -51,7 +51,6 @@ def export_aoti(
     Raises:
         InputError: an argument does not fit, the model cannot be compiled, or the results differ from eager torch's.
     """
-    autoencoder, classifier = in_order(autoencoder, classifier)
     target = write_path(path, ".pt2")
     inductor = torch._inductor
     settings = AscentSettings(samples=1)
@@ -63,13 +62,7 @@ def export_aoti(
                 with quiet():
                     inductor.aoti_compile_and_package(exported, package_path=str(temporary))
             except Exception as error:  # the compiler's errors share no class
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise InputError(f"model: cannot be compiled: {reason}") from error
+                raise InputError(f"model: cannot be compiled: {first_line(error)}") from error
             loaded = inductor.aoti_load_package(str(temporary))
-
-            def run(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
-                out: Sequence[Tensor] = loaded(*given.values())
-                return out
-
-            check_results(program, run)
+            check_results(program, lambda given: loaded(*given.values()))
     return target

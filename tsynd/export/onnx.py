@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 from tsynd.export.check import check_results
 from tsynd.export.onnx_operators import decompositions
-from tsynd.export.programs import Program, in_order, prepare, write_path
+from tsynd.export.programs import Program, prepare, write_path
 from tsynd.export.runtime import NO_DIGEST, sealed
 from tsynd.export.tracing import layer_of, quiet, record, to_program
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
 from tsynd.utils.atomic import atomic_path
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, first_line, require
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,7 +32,7 @@ _IR_VERSION = 10  # the exporter's for this opset; onnxruntime reads it from 1.1
 
 def export_onnx(
     autoencoder: Any,
-    classifier: nn.Module | Posterior | Any,
+    classifier: nn.Module | Posterior | None,
     path: str | Path,
     kind: str = "synthesizer",
     *,
@@ -59,8 +60,7 @@ def export_onnx(
     Args:
         autoencoder: as for :func:`tsynd.synthesize`, on the CPU; None for ``classifier``.
         classifier: a module with active dropout or a :class:`tsynd.Posterior` with masks shared by all images (then
-            ``samples`` and ``seed`` are its own), on the CPU; None for ``encoder`` and ``decoder``. (The two in the
-            other order, as they were before, still work with a DeprecationWarning.)
+            ``samples`` and ``seed`` are its own), on the CPU; None for ``encoder`` and ``decoder``.
         path: the ``.onnx`` file to write; replaced if it exists.
         kind: see above.
         image_shape: [C, H, W]; the file is for this one.
@@ -79,7 +79,6 @@ def export_onnx(
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     chosen = ascent_settings(settings, ascent)
-    autoencoder, classifier = in_order(autoencoder, classifier)
     target = write_path(path, ".onnx")
     onnx, runtime = require("onnx", "onnx"), require("onnxruntime", "onnx")
     require("onnxscript", "onnx")
@@ -95,9 +94,10 @@ def export_onnx(
                 onnx.checker.check_model(str(temporary), full_check=True)
                 session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
             except Exception as error:  # both raise classes of their own
-                reason = str(error).strip().splitlines()[0]
-                raise InputError(f"model: the exported file is not valid, it was deleted: {reason}") from error
-            check_results(program, _runner(session, program.outputs))
+                raise InputError(
+                    f"model: the exported file is not valid, it was deleted: {first_line(error)}"
+                ) from error
+            check_results(program, partial(_run, session, program.outputs))
     return target
 
 
@@ -110,8 +110,7 @@ def _convert(program: Program) -> Any:
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model: cannot be recorded for export: {reason}") from error
+        raise InputError(f"model: cannot be recorded for export: {first_line(error)}") from error
     axes = tuple({0: "batch"} for _ in shapes)
     try:
         with quiet():
@@ -139,19 +138,12 @@ def _unsupported(error: BaseException, program: Program) -> str:
     while cause is not None:
         for word in str(cause).replace("'", " ").split():
             if word.startswith(("aten.", "prims.", "tsynd.")) or word.startswith("OpOverload(op="):
-                return _name_layer(word, program)
+                layer = layer_of(word, program.warm, program.modules)
+                return f"model: layer {layer} uses the operator {word}, wanted one that can be written as ONNX"
         cause = cause.__cause__
-    return f"model: cannot be written as ONNX: {str(error).strip().splitlines()[0]}"
+    return f"model: cannot be written as ONNX: {first_line(error)}"
 
 
-def _name_layer(operator: str, program: Program) -> str:
-    layer = layer_of(operator, program.warm, program.modules)
-    return f"model: layer {layer} uses the operator {operator}, wanted one that can be written as ONNX"
-
-
-def _runner(session: Any, outputs: Sequence[str]) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
-    def run(given: Mapping[str, Tensor]) -> list[Tensor]:
-        arrays = {name: x.contiguous().numpy() for name, x in given.items()}
-        return [torch.from_numpy(array) for array in session.run(list(outputs), arrays)]
-
-    return run
+def _run(session: Any, outputs: Sequence[str], given: Mapping[str, Tensor]) -> list[Tensor]:
+    arrays = {name: x.contiguous().numpy() for name, x in given.items()}
+    return [torch.from_numpy(array) for array in session.run(list(outputs), arrays)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ from tsynd.posteriors.passes import undivided
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import AscentSettings, ascend_latents
 from tsynd.synthesis.objectives import EXPECTED
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, first_line
 from tsynd.utils.version import __version__
 
-__all__ = ["Program", "in_order", "prepare", "write_path"]
+__all__ = ["Program", "prepare", "write_path"]
 
 _NEEDS_POSTERIOR = ("classifier", "features", "step", "synthesizer")
 _NEEDS_AUTOENCODER = ("encoder", "decoder", "step", "synthesizer")
@@ -153,7 +152,7 @@ def _named(images: Tensor) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"classifier: failed on images {list(images.shape)}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"classifier: failed on images {list(images.shape)}: {first_line(error)}") from None
 
 
 def _program(
@@ -300,29 +299,6 @@ def _deviation(model: Autoencoder, given: float | None) -> float:
             "above 0, for instance from tsynd.fit_autoencoder"
         )
     return value
-
-
-def in_order(autoencoder: Any, classifier: Any) -> tuple[Any, Any]:
-    """Autoencoder and classifier, told apart where they came the other way round, as once was right."""
-
-    def encodes(model: Any) -> bool:
-        pair = isinstance(model, tuple) and len(model) == 2
-        return pair or (hasattr(model, "encode") and hasattr(model, "decode"))
-
-    swapped = isinstance(autoencoder, Posterior) or (encodes(classifier) and not encodes(autoencoder))
-    if not swapped and classifier is None and isinstance(autoencoder, nn.Module) and not encodes(autoencoder):
-        try:
-            autoencoder_of(autoencoder)
-        except InputError:
-            swapped = True
-    if not swapped:
-        return autoencoder, classifier
-    warnings.warn(
-        "the classifier came before the autoencoder: the order is (autoencoder, classifier, path, kind) now",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return classifier, autoencoder
 
 
 def write_path(path: str | Path, suffix: str) -> Path:

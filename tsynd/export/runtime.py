@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, check_whole, first_line, require
 
 __all__ = ["FORMAT_VERSION", "KINDS", "OnnxSynthesizer", "RuntimeResult", "read_metadata"]
 
@@ -135,9 +135,8 @@ class OnnxSynthesizer:
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.use_deterministic_compute = True
+        check_whole("threads", threads, optional=True)
         if threads is not None:
-            if not isinstance(threads, int) or threads < 1:
-                raise InputError(f"threads: got {threads!r}, wanted an integer of at least 1, or None")
             options.intra_op_num_threads = threads
         self._session = _open(runtime, path, options, wanted)
         self.metadata = read_metadata(self._session, path)
@@ -162,8 +161,7 @@ class OnnxSynthesizer:
         Raises:
             InputError: wrong type, shape, dtype or range.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1")
+        check_whole("batch_size", batch_size)
         pixels = _check_images(images, self.metadata["image_shape"])
         size = -(-batch_size // _TILE) * _TILE
         parts = [self._run(pixels[at : at + size]) for at in range(0, len(pixels), size)]
@@ -193,8 +191,7 @@ def _open(runtime: Any, path: str | Path, options: Any, providers: list[str]) ->
     try:
         return runtime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # onnxruntime's own classes, which share no base of their own
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"path: {path} is truncated, damaged or no ONNX file ({reason})") from error
+        raise InputError(f"path: {path} is truncated, damaged or no ONNX file ({first_line(error)})") from error
 
 
 def read_metadata(session: Any, path: str | Path = "model") -> dict[str, Any]:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tsynd.export.check import check_results
-from tsynd.export.programs import in_order, prepare, write_path
+from tsynd.export.programs import prepare, write_path
 from tsynd.export.tracing import record
 from tsynd.fx.layout import channels_last
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.ascent import AscentOptions, AscentSettings, ascent_settings
 from tsynd.utils.atomic import atomic_path
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +29,7 @@ __all__ = ["export_torchscript"]
 
 def export_torchscript(
     autoencoder: Any,
-    classifier: nn.Module | Posterior | Any,
+    classifier: nn.Module | Posterior | None,
     path: str | Path,
     kind: str = "synthesizer",
     *,
@@ -48,25 +48,16 @@ def export_torchscript(
 
     torch calls TorchScript deprecated (unsupported from Python 3.14 on): for new deployments prefer ONNX.
 
-    Args:
-        autoencoder: see :func:`tsynd.export_onnx`, as all arguments but the path.
-        classifier: see there.
-        path: the ``.pt`` file to write; replaced if it exists.
-        kind: see there; the module's inputs and outputs are in the order given there.
-        image_shape: see there.
-        settings: see there.
-        seed: see there.
-        class_names: see there.
-        ascent: see there.
+    Arguments and result are those of :func:`tsynd.export_onnx`; the module's inputs and outputs are in the order given
+    there.
 
-    Returns:
-        The path.
+    Args:
+        path: the ``.pt`` file to write; replaced if it exists.
 
     Raises:
         InputError: an argument does not fit, or the file's results differ from eager torch's.
     """
     chosen = ascent_settings(settings, ascent)
-    autoencoder, classifier = in_order(autoencoder, classifier)
     target = write_path(path, ".pt")
     with prepare(
         kind, classifier, autoencoder, image_shape, chosen, seed, class_names, layout=channels_last
@@ -78,19 +69,14 @@ def export_torchscript(
             try:
                 scripted = torch.jit.script(module)
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise InputError(f"model: cannot be written as TorchScript: {reason}") from error
+                raise InputError(f"model: cannot be written as TorchScript: {first_line(error)}") from error
             extra = {"metadata.json": json.dumps(program.metadata)}
             with atomic_path(target) as temporary:
                 torch.jit.save(scripted, str(temporary), _extra_files=extra)
                 loaded = torch.jit.load(str(temporary))  # type: ignore[no-untyped-call]
 
-                def run(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
-                    with torch.no_grad():
-                        out: Sequence[Tensor] = loaded(*given.values())
-                    return out
-
-                check_results(program, run)
+                with torch.no_grad():
+                    check_results(program, lambda given: loaded(*given.values()))
     return target
 
 
@@ -117,8 +103,7 @@ def _scriptable(module: fx.GraphModule) -> fx.GraphModule:
         graph.erase_node(device)
     output = graph.find_nodes(op="output")[0]
     output.args = (tuple(output.args[0]),)
-    names = [str(node.target) for node in graph.find_nodes(op="get_attr")]
-    for name in names:
+    for name in [str(node.target) for node in graph.find_nodes(op="get_attr")]:
         value = operator.attrgetter(name)(module)
         delattr(module, name)
         module.register_buffer(name, value.detach().clone())

@@ -48,7 +48,7 @@ from tsynd.training.rounds import OfflineRounds
 from tsynd.training.standard import FLIPS, StandardAugmentation
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, check_whole, require
 from tsynd.utils.fingerprint import fingerprint, plain_settings
 from tsynd.utils.progress import say
 from tsynd.utils.timing import Phases
@@ -116,7 +116,7 @@ def run(
     device: str | None = None,
     progress: bool = True,
     track: str | None = None,
-    test_data: External | None = None,
+    test_data: External | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
 
@@ -129,7 +129,7 @@ def run(
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         progress: show bars where rich is installed.
         track: ``tensorboard``, ``wandb``, ``mlflow``, ...: log every training's losses, into the folder's ``logs``.
-        test_data: more test sets, as of other hospitals, on which the same classifiers are scored.
+        test_data: name → more test sets, as of other hospitals, on which the same classifiers are scored.
 
     Returns:
         The contents of ``metrics.json``.
@@ -146,7 +146,8 @@ def run(
         tracking_accelerator(Track(track, Path()))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     say(source.summary.lines(), progress)
-    elsewhere = (test_data or External()).load(source, settings.reading)
+    external = test_data if isinstance(test_data, External) else External(test_data or {})
+    elsewhere = external.load(source, settings.reading)
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
@@ -276,9 +277,7 @@ def _check(settings: RunSettings) -> None:
     if settings.objective == "expected_information":
         raise InputError("objective: got 'expected_information', which needs target images; wanted another for a run")
     for name in ("autoencoder_iterations", "iterations", "batch_size", "augmentation_steps"):
-        value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
+        check_whole(name, getattr(settings, name))
     choices = {
         "autoencoder_data": ("train", "all"),
         "dropout": ("head", "stages"),

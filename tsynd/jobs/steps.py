@@ -18,7 +18,7 @@ from tsynd.models.pretrained import PretrainedClassifier
 from tsynd.training.autoencoder import fit_autoencoder
 from tsynd.training.classifier import fit_classifier
 from tsynd.training.loop import FitReport
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, check_whole
 from tsynd.utils.fingerprint import hash_file
 
 __all__ = [
@@ -109,8 +109,7 @@ class NetworkChoice(ClassifierChoice):
         Raises:
             InputError: a number that cannot be one.
         """
-        if self.rounds is not None and (not isinstance(self.rounds, int) or self.rounds < 0):
-            raise InputError(f"rounds: got {self.rounds!r}, wanted an integer of 0 or more, or None")
+        check_whole("rounds", self.rounds, 0, optional=True)
         usual = 0 if self.classifier == "small" else 3
         return usual if self.rounds is None else self.rounds
 

@@ -85,7 +85,7 @@ def first_tensor(found: Any) -> Any:
         return found.latent_dist.mode()
     names = ("latents", "latent", "mean", "z", "sample", "reconstruction")
     inside = [found.get(name) if isinstance(found, Mapping) else getattr(found, name, None) for name in names]
-    return next((value for value in inside if isinstance(value, Tensor)), found)
+    return next((value for value in inside if isinstance(value, (Tensor, fx.Proxy))), found)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -155,13 +155,13 @@ class Adapter(nn.Module):
         weight = next(self.parameters(), None)
         return x if weight is None else x.to(weight.dtype)  # no question of x: it may be a tracer's
 
-    def _to_latents(self, pixels: Tensor) -> Tensor:
+    def _to_latents(self, pixels: Tensor) -> Any:
         """Latents of pixels in the model's range."""
-        raise NotImplementedError
+        return first_tensor(self.model.encode(pixels))
 
-    def _to_pixels(self, latents: Tensor) -> Tensor:
+    def _to_pixels(self, latents: Tensor) -> Any:
         """Pixels in the model's range, not clamped."""
-        raise NotImplementedError
+        return first_tensor(self.model.decode(latents))
 
 
 class PairAutoencoder(Adapter):
@@ -179,13 +179,11 @@ class PairAutoencoder(Adapter):
         self.training = any(getattr(part, "training", False) for part in (encoder, decoder))
         self._keep_behind(encoder, decoder)
 
-    def _to_latents(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = first_tensor(self.encoder(pixels))
-        return latents
+    def _to_latents(self, pixels: Tensor) -> Any:
+        return first_tensor(self.encoder(pixels))
 
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = first_tensor(self.decoder(latents))
-        return decoded
+    def _to_pixels(self, latents: Tensor) -> Any:
+        return first_tensor(self.decoder(latents))
 
 
 def _modules_behind(function: Any) -> list[nn.Module]:
@@ -222,14 +220,6 @@ class ModelAutoencoder(Adapter):
         if known is not None:
             self.latent_std.copy_(torch.as_tensor(known))
 
-    def _to_latents(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = first_tensor(self.model.encode(pixels))
-        return latents
-
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = first_tensor(self.model.decode(latents))
-        return decoded
-
 
 class PlainAutoencoder(ModelAutoencoder):
     """Any object with ``encode`` and ``decode`` on images in [0, 1]."""
@@ -242,37 +232,22 @@ class PlainAutoencoder(ModelAutoencoder):
 class KLAutoencoder(Adapter):
     """MONAI ``AutoencoderKL``: the latent is the posterior mean."""
 
-    def _to_latents(self, pixels: Tensor) -> Tensor:
-        mean: Tensor = self.model.encode(pixels)[0]
-        return mean
-
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.model.decode(latents)
-        return decoded
-
 
 class VariationalAutoencoder(Adapter):
     """MONAI ``VarAutoEncoder``: the latent is the posterior mean; a sigmoid ends it where the model says so."""
 
-    def _to_latents(self, pixels: Tensor) -> Tensor:
-        mean: Tensor = self.model.encode_forward(pixels)[0]
-        return mean
+    def _to_latents(self, pixels: Tensor) -> Any:
+        return self.model.encode_forward(pixels)[0]
 
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.model.decode_forward(latents, use_sigmoid=self.model.use_sigmoid)
-        return decoded
+    def _to_pixels(self, latents: Tensor) -> Any:
+        return self.model.decode_forward(latents, use_sigmoid=self.model.use_sigmoid)
 
 
 class CodebookAutoencoder(Adapter):
     """MONAI ``VQVAE``: the latent is the continuous code, quantised straight-through when decoding."""
 
-    def _to_latents(self, pixels: Tensor) -> Tensor:
-        code: Tensor = self.model.encode(pixels)
-        return code
-
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.model.decode(self.model.quantize(latents)[0])
-        return decoded
+    def _to_pixels(self, latents: Tensor) -> Any:
+        return self.model.decode(self.model.quantize(latents)[0])
 
 
 class DiffusersAutoencoder(Adapter):
@@ -298,14 +273,8 @@ class DiffusersAutoencoder(Adapter):
         factor = read("scaling_factor", 1.0) / (read("latents_std", 1.0) if standardised else 1.0)
         self.scaling = PixelMap(factor.tolist(), (-mean * factor).tolist())
 
-    def _to_latents(self, pixels: Tensor) -> Tensor:
-        output = self.model.encode(pixels)
-        if hasattr(output, "latent_dist"):
-            latents: Tensor = output.latent_dist.mode()
-        else:
-            latents = output.latents if hasattr(output, "latents") else output.latent
-        return self.scaling(latents)  # type: ignore[no-any-return]
+    def _to_latents(self, pixels: Tensor) -> Any:
+        return self.scaling(first_tensor(self.model.encode(pixels)))
 
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        decoded: Tensor = self.model.decode(self._cast(self.scaling.inverse(latents))).sample
-        return decoded
+    def _to_pixels(self, latents: Tensor) -> Any:
+        return self.model.decode(self._cast(self.scaling.inverse(latents))).sample

@@ -22,7 +22,7 @@ from tsynd.models.adapters import (
 )
 from tsynd.models.networks import SmallAutoencoder
 from tsynd.models.pixel_range import Numbers, PixelMap, make_pixel_map
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, first_line
 
 __all__ = [
     "Autoencoder",
@@ -158,8 +158,7 @@ def check_autoencoder(autoencoder: Autoencoder, images: Tensor) -> None:
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"autoencoder: failed on images {shape}: {reason}") from error
+        raise InputError(f"autoencoder: failed on images {shape}: {first_line(error)}") from error
     if not isinstance(decoded, Tensor):
         raise InputError(f"autoencoder.decode: returned {type(decoded).__name__}, wanted a tensor")
     if list(decoded.shape) != shape:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 
 from tsynd.models.pretrained import PretrainedClassifier
-from tsynd.utils.atomic import atomic_path
-from tsynd.utils.errors import require
 from tsynd.utils.fingerprint import hash_parts
+from tsynd.utils.tensors import hash_tensors, read_tensors, write_tensors
 
 __all__ = ["KeptFeatures"]
 
@@ -66,28 +64,14 @@ class KeptFeatures:
         """Write what is new to the folder, whole or not at all."""
         if self._path is None or len(self._rows) == self._saved:
             return
-        held = {
-            "keys": torch.from_numpy(np.frombuffer(b"".join(self._rows), np.uint8).copy()).reshape(-1, _KEY),
-            "features": torch.stack(self._values),
-        }
-        about = {"sha256": _digest(held.values())}
-        content: bytes = require("safetensors.torch", "models").save(held, metadata=about)
-        with atomic_path(self._path) as temporary:
-            temporary.write_bytes(content)
+        keys = torch.from_numpy(np.frombuffer(b"".join(self._rows), np.uint8).copy()).reshape(-1, _KEY)
+        write_tensors(self._path, {"keys": keys, "features": torch.stack(self._values)})
         self._saved = len(self._rows)
 
     def _read(self, path: Path) -> None:
         """What a file holds; nothing of one that is not whole, for it can be made again."""
-        if not path.is_file():
-            return
-        library = require("safetensors", "models")
-        try:
-            with library.safe_open(str(path), framework="pt") as file:
-                held = {name: file.get_tensor(name) for name in ("keys", "features")}
-                wanted = (file.metadata() or {}).get("sha256")
-        except (library.SafetensorError, OSError):
-            return
-        if wanted != _digest(held.values()):
+        held = read_tensors(path)
+        if held is None:
             return
         self._rows = {key.tobytes(): row for row, key in enumerate(held["keys"].numpy())}
         self._values = list(held["features"])
@@ -108,13 +92,7 @@ def _hash_image(pixels: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> by
     return digest.digest()
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    return hash_parts(*(tensor.contiguous().numpy().data for tensor in tensors))
-
-
 def _hash_encoder(classifier: PretrainedClassifier) -> str:
     """Of all that decides a feature: weights, pixels, size."""
-    state = classifier.encoder.state_dict()
-    about = [json.dumps([name, list(value.shape), str(value.dtype)]) for name, value in state.items()]
-    about.append(json.dumps({name: classifier.config[name] for name in ("source", "size", "mean", "std")}))
-    return hash_parts(*about, _digest(value.detach().cpu() for value in state.values()))
+    about = json.dumps({name: classifier.config[name] for name in ("source", "size", "mean", "std")})
+    return hash_parts(about, hash_tensors(dict(classifier.encoder.state_dict())))

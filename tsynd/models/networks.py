@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tsynd.utils.errors import InputError, require
 
-__all__ = ["SmallAutoencoder", "SmallResNet"]
+__all__ = ["SmallAutoencoder", "SmallResNet", "keep_inputs"]
 
 
 def _check_widths(widths: Sequence[int], low: int, high: int) -> list[int]:
@@ -31,10 +31,10 @@ def _to_channels_last(module: nn.Module, spatial_dims: int) -> None:
     module.to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def _out_of_place(module: nn.Module) -> None:
+def keep_inputs(module: nn.Module) -> None:
     """Make activations keep their input: a trunk's features must survive T passes through its tail."""
     for part in module.modules():
-        if hasattr(part, "inplace"):
+        if isinstance(getattr(part, "inplace", None), bool):
             setattr(part, "inplace", False)  # noqa: B010 (mypy takes a module's attributes for tensors)
 
 
@@ -105,7 +105,7 @@ class SmallResNet(nn.Module):
         self.pool = body.avgpool
         self.dropout = nn.Dropout(dropout_rate)
         self.head = nn.Linear(sizes[-1], num_classes)
-        _out_of_place(self)
+        keep_inputs(self)
         _to_channels_last(self, spatial_dims)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class SmallAutoencoder(nn.Module):
         self.encoder = nn.Sequential(body.encode, convolution(latent_channels, latent_channels, 1))
         self.decoder = body.decode
         self.register_buffer("latent_std", torch.tensor(math.nan))
-        _out_of_place(self)
+        keep_inputs(self)
         _to_channels_last(self, spatial_dims)
 
     def encode(self, images: Tensor) -> Tensor:

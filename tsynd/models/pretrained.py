@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.models.classifier import take_logits
-from tsynd.models.sources import Source, first_line, parse_source, trusted
+from tsynd.models.networks import keep_inputs
+from tsynd.models.sources import Source, parse_source, trusted
 from tsynd.models.weights import load_weights
-from tsynd.utils.errors import InputError, MissingExtraError, check_choice, require
+from tsynd.utils.errors import InputError, MissingExtraError, check_choice, check_whole, first_line, require
 
 __all__ = ["TRAINS", "PretrainedClassifier", "build_classifier"]
 
@@ -78,8 +79,7 @@ class PretrainedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("trains", trains, TRAINS)
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise InputError(f"classes: got {num_classes!r}, wanted an integer of 1 or more")
+        check_whole("classes", num_classes)
         if not 0 < dropout < 1:
             raise InputError(f"dropout: got {dropout!r}, wanted a number between 0 and 1")
         self.config, self.trains, self.size = config, trains, size
@@ -90,7 +90,7 @@ class PretrainedClassifier(nn.Module):
             shaped = torch.tensor([float(value) for value in values]).reshape(1, -1, 1, 1)
             self.register_buffer(name, shaped, persistent=False)
         _quiet(encoder)
-        _out_of_place(encoder)
+        keep_inputs(encoder)
         encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for parameter in encoder.parameters():
             parameter.requires_grad_(trains == "all")
@@ -168,8 +168,7 @@ def build_classifier(
     last_layer: str | None,
 ) -> PretrainedClassifier:
     """What :func:`tsynd.classifier` gives for another library's network; see there."""
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise InputError(f"image_size: got {image_size!r}, wanted an integer of 1 or more, or None")
+    check_whole("image_size", image_size, optional=True)
     for argument, values in (("mean", mean), ("std", std)):
         if values is not None and (len(values) != 3 or not all(math.isfinite(v) for v in values)):
             raise InputError(f"{argument}: got {values!r}, wanted three numbers")
@@ -336,13 +335,6 @@ def _quiet(encoder: nn.Module) -> None:
         for name in ("dropout", "dropout_prob", "dropout_p", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _out_of_place(encoder: nn.Module) -> None:
-    """Make activations keep their input, as :mod:`tsynd.models.networks` does."""
-    for module in encoder.modules():
-        if isinstance(getattr(module, "inplace", None), bool):
-            setattr(module, "inplace", False)  # noqa: B010 (mypy takes a module's attributes for tensors)
 
 
 def _last_block(encoder: nn.Module) -> list[nn.Parameter]:

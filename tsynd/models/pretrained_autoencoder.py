@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.models.autoencoder import as_autoencoder
-from tsynd.models.sources import Source, first_line, parse_source, trusted
+from tsynd.models.sources import Source, parse_source, trusted
 from tsynd.models.weights import load_weights
-from tsynd.utils.errors import InputError, check_choice, require
+from tsynd.utils.errors import InputError, check_choice, first_line, require
 
 __all__ = ["AUTOENCODER_TRAINS", "PretrainedAutoencoder", "build_autoencoder"]
 

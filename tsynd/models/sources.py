@@ -11,7 +11,7 @@ from typing import Any
 from tsynd.utils.calls import call_of, is_call
 from tsynd.utils.errors import InputError
 
-__all__ = ["Source", "first_line", "parse_source", "trusted"]
+__all__ = ["Source", "parse_source", "trusted"]
 
 _TRUST = "TSYND_TRUSTED_MODULES"
 _trusted: set[str] = set()
@@ -81,11 +81,6 @@ def parse_source(text: str) -> Source:
     if not is_call(name):
         raise InputError(f"classifier: got {text!r}, wanted timm:NAME, hf:NAME or MODULE:FUNCTION")
     return Source(text, "call", name, options)
-
-
-def first_line(error: BaseException) -> str:
-    """What another library said, short enough for one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def trusted(source: Source) -> None:

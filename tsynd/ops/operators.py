@@ -73,14 +73,13 @@ def head_uncertainty(
 ) -> tuple[Tensor, Tensor]:
     """Uncertainty under T sampled linear heads (shared masks, an ensemble's or a Laplace posterior's last layers).
 
-    On CUDA the environment's ``TSYND_CUDA_HEAD`` (wgmma, fused or rows) names the best kernel it may take.
+    ``objective`` and ``task`` are as in :func:`logits_uncertainty`. On CUDA the environment's ``TSYND_CUDA_HEAD``
+    (wgmma, fused or rows) names the best kernel it may take.
 
     Args:
         features: [B, D].
         weight: [T, C, D]; no gradient flows to it.
         bias: [T, C] or None; no gradient flows to it.
-        objective: as in :func:`logits_uncertainty`.
-        task: as in :func:`logits_uncertainty`.
 
     Returns:
         value [B] float32 in nats and d value / d features [B, D]; differentiable as in
@@ -107,17 +106,13 @@ def dropout_head_uncertainty(
 ) -> tuple[Tensor, Tensor]:
     """Uncertainty of a linear head behind dropout with a fresh mask per image and pass, made in the kernel.
 
+    ``p``, ``samples``, ``seed``, ``layer`` and ``sample_ids`` address the mask as in :func:`dropout_mask`;
+    ``objective`` and ``task`` are as in :func:`logits_uncertainty`.
+
     Args:
         features: [B, D], before the dropout.
         weight: [C, D]; no gradient flows to it.
         bias: [C] or None; no gradient flows to it.
-        p: drop probability in [0, 1), quantised to 1/256 (:func:`tsynd.ops.reference.keep_count`).
-        samples: T, at least 1.
-        seed: any 64-bit integer.
-        layer: number of the dropout in the network, 0 .. 2^32 - 1.
-        sample_ids: [B] int64 in [0, 2^32), the images' global indices.
-        objective: as in :func:`logits_uncertainty`.
-        task: as in :func:`logits_uncertainty`.
 
     Returns:
         value [B] float32 in nats and d value / d features [B, D]; differentiable as in
@@ -137,11 +132,11 @@ def dropout_mask(units: int, p: float, samples: int, seed: int, layer: int, samp
 
     Args:
         units: D, elements of one image at that layer.
-        p: drop probability in [0, 1), quantised to 1/256.
+        p: drop probability in [0, 1), quantised to 1/256 (:func:`tsynd.ops.reference.keep_count`).
         samples: T, at least 1.
         seed: any 64-bit integer.
-        layer: 0 .. 2^32 - 1.
-        sample_ids: [N] int64 in [0, 2^32); one id 0 for masks shared by all images.
+        layer: number of the dropout in the network, 0 .. 2^32 - 1.
+        sample_ids: [N] int64 in [0, 2^32), the images' global indices; one id 0 for masks shared by all images.
 
     Returns:
         [T, N, D] bool on the device of ``sample_ids``.
@@ -155,14 +150,11 @@ def dropout_expand(
 ) -> Tensor:
     """Activations of T passes behind addressed dropout, without a mask in memory: kept units times 1 / keep rate.
 
+    ``p``, ``samples``, ``seed``, ``layer`` and ``sample_ids`` address the mask as in :func:`dropout_mask`.
+
     Args:
         input: [B, D, R], D units of R values each (R = 1 for elementwise dropout, the map's size for channel
             dropout); or [T * B, D, R], pass-major, where ``passes``.
-        p: drop probability in [0, 1), quantised to 1/256.
-        samples: T, at least 1.
-        seed: any 64-bit integer.
-        layer: 0 .. 2^32 - 1.
-        sample_ids: [B] int64 in [0, 2^32), or one id for masks shared by all images.
         passes: whether ``input`` has its own values for every pass already.
 
     Returns:

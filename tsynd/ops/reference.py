@@ -1,7 +1,7 @@
 """Plain-torch twins of every operator: the test oracle, the export path and the fallback without the extension.
 
-They follow the formulas of the operators line by line, work in any floating dtype and on any device, and are
-themselves checked by automatic differentiation in float64.
+Arguments and results are those of :mod:`tsynd.ops.operators`. The twins follow the operators' formulas line by line,
+work in any floating dtype and on any device, and are themselves checked by automatic differentiation in float64.
 """
 
 from __future__ import annotations
@@ -120,14 +120,6 @@ def expected_information(logits: Tensor, targets: Tensor, task: str = "multiclas
         d value / d p_tc = 1 / (T M) sum_mk (qbar_mk b_mtk log(1 + d_mck) + qbar_mk (log(1 + d_mck) - d_mck)) + const
 
     where no sum cancels: tiny information keeps its digits, and its gradient a direction.
-
-    Args:
-        logits: [T, B, C].
-        targets: [T, M, C], logits under the same posterior samples.
-        task: ``multiclass`` (softmax) or ``multilabel`` (each label with itself; summed over labels).
-
-    Returns:
-        value [B] in nats, at least 0, and its gradient [T, B, C].
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp, logq = (_log_probabilities(x.to(wide), task) for x in (logits, targets))  # [T, B or M, groups, K]
@@ -152,18 +144,7 @@ def head_uncertainty(
     objective: str = "mutual_information",
     task: str = "multiclass",
 ) -> tuple[Tensor, Tensor]:
-    """Twin: uncertainty under T sampled linear heads.
-
-    Args:
-        features: [B, D].
-        weight: [T, C, D], one head per posterior sample.
-        bias: [T, C] or None.
-        objective: see :func:`uncertainty_value`.
-        task: see :func:`uncertainty_value`.
-
-    Returns:
-        value [B] and its gradient with respect to the features [B, D].
-    """
+    """Twin: uncertainty under T sampled linear heads."""
     samples, classes, units = weight.shape
     logits = (features @ weight.reshape(samples * classes, units).t()).reshape(-1, samples, classes)
     logits = logits.transpose(0, 1)
@@ -186,23 +167,7 @@ def dropout_head_uncertainty(
     objective: str = "mutual_information",
     task: str = "multiclass",
 ) -> tuple[Tensor, Tensor]:
-    """Twin: uncertainty of a linear head behind dropout, with a fresh mask per image and pass.
-
-    Args:
-        features: [B, D], before the dropout.
-        weight: [C, D].
-        bias: [C] or None.
-        p: drop probability in [0, 1), quantised by :func:`keep_count`.
-        samples: T.
-        seed: key of the generator.
-        layer: which dropout of the network.
-        sample_ids: [B] int64, the images' global indices.
-        objective: see :func:`uncertainty_value`.
-        task: see :func:`uncertainty_value`.
-
-    Returns:
-        value [B] and its gradient with respect to the features [B, D].
-    """
+    """Twin: uncertainty of a linear head behind dropout, with a fresh mask per image and pass."""
     mask = dropout_mask(features.shape[1], p, samples, seed, layer, sample_ids)
     scaled = mask.to(features.dtype) * (256.0 / keep_count(p))  # [T, B, D]
     logits = (features * scaled) @ weight.t()
@@ -245,17 +210,6 @@ def dropout_mask(units: int, p: float, samples: int, seed: int, layer: int, samp
 
     The bit of unit u is addressed by (seed, layer, pass, sample id, u) alone: byte u % 16 of the Philox block
     with key = seed and counter = (u // 16, pass, layer, sample id), kept when below :func:`keep_count`.
-
-    Args:
-        units: D, elements of one image at that layer.
-        p: drop probability in [0, 1).
-        samples: T.
-        seed: any 64-bit integer.
-        layer: 0 .. 2^32 - 1.
-        sample_ids: [N] int64 in [0, 2^32).
-
-    Returns:
-        [T, N, D] bool.
     """
     device = sample_ids.device
     blocks = (units + 15) // 16
@@ -299,19 +253,7 @@ def dropout_gather(
 
 
 def ascend_(latents: Tensor, gradient: Tensor, origin: Tensor, step: float, radius: float, rule: str = "l2") -> None:
-    """Twin: one projected ascent step in place, each image by itself.
-
-    ``l2``: z <- P(z + step * g / |g|) onto the ball |z - origin| <= radius. ``linf``: z <- P(z + step * sign(g))
-    onto the box. An image whose gradient is zero or not finite stays where it is.
-
-    Args:
-        latents: [B, ...], changed in place.
-        gradient: [B, ...].
-        origin: [B, ...], the ball's centres.
-        step: length of the step (latent units).
-        radius: at least 0 (latent units).
-        rule: ``l2`` or ``linf``.
-    """
+    """Twin: one projected ascent step in place, each image by itself."""
     dims = tuple(range(1, latents.dim()))
     z, g, z0 = latents.double(), gradient.double(), origin.double()
     squares = g.square().sum(dims, keepdim=True) if dims else g.square()

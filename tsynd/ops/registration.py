@@ -96,16 +96,14 @@ def served_by() -> dict[str, dict[str, str]]:
     }
 
 
-def _logits_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[1], dtype=torch.float32), torch.empty_like(
-        logits, memory_format=torch.contiguous_format
-    )
+def _value_fake(images: int) -> Any:
+    """Value and gradient of an operator whose first input has its images at this axis."""
 
+    def fake(given: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        value = given.new_empty(given.shape[images], dtype=torch.float32)
+        return value, torch.empty_like(given, memory_format=torch.contiguous_format)
 
-def _head_fake(features: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return features.new_empty(features.shape[0], dtype=torch.float32), torch.empty_like(
-        features, memory_format=torch.contiguous_format
-    )
+    return fake
 
 
 def _dropout_mask_fake(units: int, p: float, samples: int, seed: int, layer: int, sample_ids: Tensor) -> Tensor:
@@ -177,10 +175,6 @@ def _expand_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return (torch.ops.tsynd.dropout_expand(gradient, *ctx.address), *[None] * 6)
 
 
-torch.library.register_fake("tsynd::logits_uncertainty", _logits_fake)
-torch.library.register_fake("tsynd::expected_information", _logits_fake)
-torch.library.register_fake("tsynd::head_uncertainty", _head_fake)
-torch.library.register_fake("tsynd::dropout_head_uncertainty", _head_fake)
 torch.library.register_fake("tsynd::dropout_mask", _dropout_mask_fake)
 torch.library.register_fake("tsynd::dropout_expand", _dropout_expand_fake)
 torch.library.register_fake("tsynd::dropout_gather", _dropout_gather_fake)
@@ -188,13 +182,14 @@ torch.library.register_fake("tsynd::ascend_", _ascend_fake)
 
 
 # operator: inputs and the axis of images; all but the first input (targets, weights) are constants
-for _name, _shape in {
-    "logits_uncertainty": (3, 1),
-    "expected_information": (3, 1),
-    "head_uncertainty": (5, 0),
-    "dropout_head_uncertainty": (10, 0),
-}.items():
-    torch.library.register_autograd(f"tsynd::{_name}", _scale_gradient(*_shape), setup_context=_keep_gradient)
+for _name, _inputs, _images in (
+    ("logits_uncertainty", 3, 1),
+    ("expected_information", 3, 1),
+    ("head_uncertainty", 5, 0),
+    ("dropout_head_uncertainty", 10, 0),
+):
+    torch.library.register_fake(f"tsynd::{_name}", _value_fake(_images))
+    torch.library.register_autograd(f"tsynd::{_name}", _scale_gradient(_inputs, _images), setup_context=_keep_gradient)
 
 
 # linear, and each other's transpose: differentiable as often as one likes

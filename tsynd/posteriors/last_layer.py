@@ -21,7 +21,7 @@ from tsynd.posteriors.posterior import Posterior
 from tsynd.posteriors.runner import RESOLVING, Runner, heads_logits, heads_uncertainty, structure_of
 from tsynd.posteriors.splitting import trunk_to
 from tsynd.utils.atomic import atomic_path
-from tsynd.utils.errors import InputError, MissingExtraError, require
+from tsynd.utils.errors import InputError, MissingExtraError, check_whole, require
 
 __all__ = ["HeadGaussian", "SampledHead", "find_layer", "training_features"]
 
@@ -135,8 +135,7 @@ class SampledHead(Posterior):
     ) -> None:
         self._network = logits_of(classifier)
         self._faces = (self._network,)
-        if not isinstance(samples, int) or samples < 1:
-            raise InputError(f"samples: got {samples!r}, wanted an integer of at least 1")
+        check_whole("samples", samples)
         self.classifier, self.gaussian, self.samples, self.seed = classifier, gaussian, samples, int(seed)
         self.layer, self._linear = find_layer(classifier, layer)
         self.networks = (classifier,)
@@ -278,8 +277,7 @@ def training_features(
         InputError: data or a layer that do not fit.
     """
     network, batches = logits_of(classifier), LabelledBatches(data, name="data", by_index=True)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1")
+    check_whole("batch_size", batch_size)
     name, linear = find_layer(classifier, layer)
     device = linear.weight.device
     labels = batches.labels(linear.out_features).to(device)

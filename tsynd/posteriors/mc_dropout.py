@@ -27,7 +27,7 @@ from tsynd.posteriors.runner import (
 )
 from tsynd.posteriors.splitting import NoDropoutError, Split, may_have_head, split_at_dropout, split_at_hook
 from tsynd.posteriors.whole_network import PassLoop, WholeNetwork, agrees, set_training
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole, first_line
 
 __all__ = ["MCDropout", "as_posterior"]
 
@@ -150,8 +150,7 @@ class MCDropout(Posterior):
     ) -> None:
         if not isinstance(classifier, nn.Module):
             raise InputError(f"classifier: got {type(classifier).__name__}, wanted an nn.Module")
-        if not isinstance(samples, int) or samples < 1:
-            raise InputError(f"samples: got {samples!r}, wanted an integer of at least 1")
+        check_whole("samples", samples)
         check_choice("masks", masks, ("shared", "independent"))
         self.classifier, self.samples, self.masks, self.seed = classifier, samples, masks, int(seed)
         self.networks = (classifier,)
@@ -176,7 +175,7 @@ class MCDropout(Posterior):
                     raise InputError(_NO_DROPOUT) from None
                 self._reason = "its dropout is there in training alone"
             except Exception as error:  # whatever the network's own code raises under tracing
-                self._reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self._reason = first_line(error)
                 if not may_have_head(self._network):  # else one may be found by running the network
                     self._note_whole(self._reason)
 
@@ -321,7 +320,7 @@ class MCDropout(Posterior):
             try:
                 plan, reason = _plan_of(split_at_dropout(self._whole.network, self._depth)), ""
             except Exception as error:  # whatever the network's own code raises under tracing
-                plan, reason = self._whole, reason or str(error).splitlines()[0]
+                plan, reason = self._whole, reason or first_line(error)
         found = isinstance(self._plan, BatchedTail)
         if isinstance(plan, BatchedTail):
             if plan.dropouts == calls and right(plan):

@@ -34,6 +34,7 @@ from tsynd.evaluation.image_quality import (
     penultimate_features,
     reconstruction_error,
 )
+from tsynd.evaluation.metrics import errors
 from tsynd.evaluation.shifts import Condition
 from tsynd.jobs.steps import fit_autoencoder_step, fit_classifier_step
 from tsynd.models.checkpoint import load_model
@@ -314,5 +315,4 @@ def _quality(
 
 def _predicts(model: nn.Module, images: Tensor, labels: Tensor, task: str) -> float:
     logits = torch.cat([model(part) for part in parts(images)])
-    right = logits.argmax(1) == labels if task == "multiclass" else ((logits > 0) == (labels > 0.5)).all(1)
-    return float(right.double().mean())
+    return float((~errors(logits, labels, task)).double().mean())

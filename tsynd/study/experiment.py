@@ -43,8 +43,8 @@ from tsynd.study.study_report import write_study
 from tsynd.utils.atomic import atomic_path, clear_leftovers, save_npz
 from tsynd.utils.calls import call_of, name_of
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import InputError, require
-from tsynd.utils.fingerprint import fingerprint, hash_file, hash_parts, is_sealed
+from tsynd.utils.errors import InputError, check_whole, require
+from tsynd.utils.fingerprint import fingerprint, hash_file, hash_parts, read_sealed
 from tsynd.utils.progress import progress_bar, say
 from tsynd.utils.settings import override
 from tsynd.utils.version import __version__
@@ -124,8 +124,7 @@ def experiment(
     settings = replace(settings, **{name: _names(getattr(settings, name), name) for name in _NAMED})
     names = [name_of(arm, "arms") for arm in arms]
     measured = {name_of(metric, "metrics"): call_of(name_of(metric, "metrics"), "metrics") for metric in metrics}
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise InputError(f"workers: got {workers!r}, wanted an integer of 1 or more")
+    check_whole("workers", workers, optional=True)
     cells = cells_of(train_sizes, seeds, names)
     for module, extra in _NEEDED.items():  # now, not after the training
         require(module, extra)
@@ -313,7 +312,7 @@ def _plan(place: Workplace, cells: Sequence[Cell]) -> list[_Task]:
 
 
 def _finished(place: Workplace, cell: Cell) -> bool:
-    row = _read(cell_path(place, cell))
+    row = read_sealed(cell_path(place, cell))
     if row is None or not _whole(classifier_path(place, cell)):
         return False
     predictions = predictions_path(place, cell)
@@ -330,15 +329,8 @@ def _whole(weights: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        row = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return {key: value for key, value in row.items() if key != "digest"} if is_sealed(row) else None
-
-
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     """The results of all finished cells of a study's folder, by size, seed and arm."""
-    rows = [_read(path) for path in (folder / "cells").glob("[!.]*.json")]
-    return sorted((row for row in rows if row), key=lambda row: (row["size"], row["seed"], row["arm"]))
+    found = [read_sealed(path) for path in (folder / "cells").glob("[!.]*.json")]
+    rows = [{key: value for key, value in row.items() if key != "digest"} for row in found if row]
+    return sorted(rows, key=lambda row: (row["size"], row["seed"], row["arm"]))

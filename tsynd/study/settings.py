@@ -23,7 +23,7 @@ from tsynd.jobs.steps import NetworkChoice, new_autoencoder, new_classifier
 from tsynd.models.autoencoder import check_autoencoder
 from tsynd.study.arms import Arm, Base, augmentation_of, parse_arm
 from tsynd.utils.calls import call_digest, is_call
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 
 __all__ = [
     "DEFAULT_ARMS",
@@ -209,19 +209,19 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         InputError: a setting that cannot be used, or does not fit the data or an arm.
     """
     for name in ("autoencoder_iterations", "iterations", "adversarial_steps", "uncertainty_samples", "queries"):
-        _at_least(name, getattr(settings, name), 1)
-    _at_least("batch_size", settings.batch_size, 2)
+        check_whole(name, getattr(settings, name))
+    check_whole("batch_size", settings.batch_size, 2)
     for name in ("attack_images", "query_images"):
-        if getattr(settings, name) is not None:
-            _at_least(name, getattr(settings, name), 1)
+        check_whole(name, getattr(settings, name), optional=True)
     check_choice("autoencoder_data", settings.autoencoder_data, ("train", "all"))
     check_choice("split", settings.split, ("test", "val"))
     for name in ("learning_rate", "adversarial_budget"):
         value = getattr(settings, name)
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name}: got {value!r}, wanted a finite number above 0")
-    if source.spatial_dims == 3 and any("randaugment" in arm.kinds for arm in arms):
-        raise InputError("arms: got randaugment for volumes, wanted arms without it: its operations are for pictures")
+    pictures = any("randaugment" in arm.kinds for arm in arms) or (settings.base or "").startswith("randaugment")
+    if source.spatial_dims == 3 and pictures:
+        raise InputError("arms: got randaugment for volumes, wanted arms and base without it: it is for pictures")
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     attacks = {attack.kind for attack in parse_attacks(settings.attacks)}
@@ -240,18 +240,13 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         fraction = arm.training.get("warmup_fraction", settings.warmup_fraction)
         if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
             raise InputError(f"warmup_fraction: got {fraction!r}, wanted a number in [0, 1]")
-        _at_least("iterations", arm.training.get("iterations", 1), 1)
+        check_whole("iterations", arm.training.get("iterations", 1))
         if "base" in arm.training:
             Base(arm.training["base"], 0)
         try:
             make_augmentation(arm, autoencoder, settings, source.task, 0)
         except TypeError as error:  # a word where a number belongs
             raise InputError(f"arms: got {arm.text!r}, which cannot be used ({error})") from None
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
 
 
 def make_augmentation(arm: Arm, autoencoder: Any, settings: StudySettings, task: str, seed: int) -> Any:

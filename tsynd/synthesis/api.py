@@ -19,7 +19,7 @@ from tsynd.synthesis.ascent import Ascent, AscentOptions, AscentSettings, ascent
 from tsynd.synthesis.objectives import measure_of
 from tsynd.synthesis.result import Collector, SynthesisResult
 from tsynd.synthesis.synthesizer import AscentStream, place
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 from tsynd.utils.progress import progress_bar
 from tsynd.utils.timing import Phases
 
@@ -214,16 +214,16 @@ def _check_choice_of_sources(
     settings: AscentSettings,
     most_uncertain: int | None,
 ) -> None:
-    if not isinstance(variants, int) or variants < 1:
-        raise InputError(f"variants: got {variants!r}, wanted an integer of at least 1")
+    check_whole("variants", variants)
     if not isinstance(start, Tensor):
         check_choice("start", start, ("source", "noise", "interpolate"))
-    if (isinstance(start, Tensor) or start != "source" or variants > 1) and settings.steps < 2:
-        raise InputError(f"steps: got {settings.steps} with a start elsewhere, which takes one; wanted 2 or more")
+    kind = "latents" if isinstance(start, Tensor) else start
+    if (kind != "source" or variants > 1) and settings.steps < 2:
+        kind = "noise" if kind == "source" else kind
+        raise InputError(f"steps: got {settings.steps} with a start from {kind}, which takes one; wanted 2 or more")
     if most_uncertain is not None and (per_class is not None or balance):
         raise InputError("most_uncertain: got a number with per_class or balance, wanted the one or the other")
-    if most_uncertain is not None and (not isinstance(most_uncertain, int) or most_uncertain < 1):
-        raise InputError(f"most_uncertain: got {most_uncertain!r}, wanted an integer of at least 1")
+    check_whole("most_uncertain", most_uncertain, optional=True)
     if per_class is not None and (balance or variants > 1):
         raise InputError("per_class: got numbers with balance or variants, wanted the one or the other")
     if (per_class is not None or balance) and settings.task != "multiclass":

@@ -15,7 +15,7 @@ from tsynd.ops import operators as ops
 from tsynd.ops.reference import OBJECTIVES, RULES, TASKS
 from tsynd.posteriors.posterior import Posterior
 from tsynd.synthesis.objectives import EXPECTED, Measure, measure_of
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 from tsynd.utils.settings import override
 
 __all__ = [
@@ -81,10 +81,8 @@ class AscentSettings:
         check_choice("masks", self.masks, ("shared", "independent"))
         if self.objective == EXPECTED and self.masks != "shared":
             raise InputError(f"objective: got {EXPECTED!r} with masks {self.masks!r}, wanted 'shared' masks")
-        for name in ("steps", "samples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
+        check_whole("steps", self.steps)
+        check_whole("samples", self.samples)
         if not (math.isfinite(self.radius) and self.radius > 0):
             raise InputError(f"radius: got {self.radius!r}, wanted a number above 0")
         for name in ("step_size", "latent_std"):

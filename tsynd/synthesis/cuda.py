@@ -74,12 +74,8 @@ class GraphedAscent:
         self, given: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], Ascent]:
         source, ids, labels, jump = given
-        own = (
-            source.clone(),
-            ids.clone(),
-            None if labels is None else labels.clone(),
-            None if jump is None else jump.clone(),
-        )
+        names, jumps = (None if x is None else x.clone() for x in (labels, jump))
+        own = source.clone(), ids.clone(), names, jumps
         # what compiles, tunes or is cached at the first call does so here, outside the capture
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())

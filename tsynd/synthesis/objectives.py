@@ -21,6 +21,7 @@ __all__ = [
     "LabelLoss",
     "Measure",
     "Uncertainty",
+    "check_targets",
     "measure_of",
 ]
 
@@ -100,6 +101,13 @@ class ExpectedInformation:
         return ops.expected_information(logits, self.targets.to(logits.dtype), self.task)[0]
 
 
+def check_targets(objective: str, targets: Tensor | None) -> None:
+    """Raise :class:`InputError` unless there are targets for ``expected_information``, and for it alone."""
+    if (objective == EXPECTED) != (targets is not None):
+        given = "none" if targets is None else "images"
+        raise InputError(f"targets: got {given} with objective {objective!r}, wanted images for {EXPECTED!r} alone")
+
+
 def measure_of(posterior: Posterior, objective: str, task: str, targets: Tensor | None = None) -> Measure:
     """The measure that an objective names; to be used while the posterior is frozen.
 
@@ -112,9 +120,7 @@ def measure_of(posterior: Posterior, objective: str, task: str, targets: Tensor 
     Raises:
         InputError: ``expected_information`` without targets, or targets with another objective.
     """
-    if (objective == EXPECTED) != (targets is not None):
-        given = "none" if targets is None else "images"
-        raise InputError(f"targets: got {given} with objective {objective!r}, wanted images for {EXPECTED!r} alone")
+    check_targets(objective, targets)
     if targets is None:
         return Uncertainty(posterior, objective, task)
     if getattr(posterior, "masks", "shared") != "shared":  # image and target must be seen by the same samples

@@ -26,10 +26,10 @@ from tsynd.posteriors.mc_dropout import as_posterior
 from tsynd.posteriors.posterior import Posterior, frozen
 from tsynd.synthesis.ascent import Ascent, AscentSettings, ascend_latents
 from tsynd.synthesis.cuda import Climb, GraphedAscent, fetch, send
-from tsynd.synthesis.objectives import EXPECTED, Measure, measure_of
+from tsynd.synthesis.objectives import Measure, check_targets, measure_of
 from tsynd.utils.device import out_of_memory, place
 from tsynd.utils.draws import random_directions
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole, first_line
 from tsynd.utils.timing import Phases
 
 __all__ = ["CPU_BYTES", "AscentStream", "Part", "place"]
@@ -93,14 +93,9 @@ class AscentStream:
             raise InputError(f"memory_limit: got {memory_limit!r}, wanted a number of GiB above 0, or None")
         if checkpointing and compile:
             raise InputError("checkpointing: got True with compile=True, wanted one of the two")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size: got {batch_size!r}, wanted an integer of at least 1, or None")
+        check_whole("batch_size", batch_size, optional=True)
         self.posterior = as_posterior(classifier, settings.samples, settings.masks, seed)
-        if (settings.objective == EXPECTED) != (targets is not None):
-            given = "none" if targets is None else "images"
-            raise InputError(
-                f"targets: got {given} with objective {settings.objective!r}, wanted images for {EXPECTED!r} alone"
-            )
+        check_targets(settings.objective, targets)
         self.model = self._running = autoencoder_of(autoencoder)
         self.device = place(device, *self.posterior.networks, self.model)
         if precision == "float16" and self.device.type == "cpu":
@@ -296,8 +291,8 @@ def _check_models(model: Autoencoder, posterior: Posterior, image: Tensor) -> in
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"classifier: failed on an image of shape {list(image.shape[1:])}: {reason}") from error
+        shape = list(image.shape[1:])
+        raise InputError(f"classifier: failed on an image of shape {shape}: {first_line(error)}") from error
     if logits.dim() != 3:
         raise InputError(f"classifier: gives logits of shape {list(logits.shape[1:])}, wanted [images, classes]")
     return int(logits.shape[2])

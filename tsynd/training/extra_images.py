@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsynd.data.checks import check_labels
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 from tsynd.utils.timing import clock
 
 __all__ = [
@@ -299,9 +299,8 @@ class BatchAugmentation(Augmentation):
     """
 
     def __init__(self, ratio: float = 1.0, every: int = 1, seed: int = 0) -> None:
-        for name, value, least in (("every", every, 1), ("seed", seed, 0)):
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
+        check_whole("every", every)
+        check_whole("seed", seed, 0)
         if not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
             raise InputError(f"ratio: got {ratio!r}, wanted a number above 0 and at most 1")
         self.ratio, self.every, self.seed = ratio, every, seed

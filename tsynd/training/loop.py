@@ -6,9 +6,7 @@ batch, and the result is that of one process with the whole batch, to float tole
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches
 from tsynd.training.global_batch import GlobalBatch
-from tsynd.utils.atomic import atomic_path
 from tsynd.utils.device import resolve_device
-from tsynd.utils.errors import InputError, check_choice, require
-from tsynd.utils.fingerprint import differences, hash_parts
+from tsynd.utils.errors import InputError, check_choice, check_whole, require
+from tsynd.utils.fingerprint import differences
 from tsynd.utils.progress import progress_bar
+from tsynd.utils.tensors import read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint",
@@ -70,8 +68,7 @@ class TrainingSettings:
             if name == "precision":
                 check_choice(name, value, tuple(_PRECISIONS))
             elif name in _LEAST:
-                if not isinstance(value, int) or value < _LEAST[name]:
-                    raise InputError(f"{name}: got {value!r}, wanted an integer of {_LEAST[name]} or more")
+                check_whole(name, value, _LEAST[name])
             elif not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}: got {value!r}, wanted a finite number of 0 or more")
         if self.learning_rate == 0:
@@ -324,48 +321,6 @@ class TrainingState:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
-    held = {f"module.{key}": value for key, value in module.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        held |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-    held["generator.cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        held["generator.cuda"] = torch.cuda.get_rng_state(device)
-    return held
-
-
-def _digest(held: dict[str, Tensor], about: dict[str, str]) -> str:
-    """Of everything in a state's file."""
-    parts: list[str | memoryview] = [json.dumps({key: about[key] for key in sorted(about) if key != "digest"})]
-    for name in sorted(held):
-        value = held[name].contiguous().reshape(-1)
-        parts += [f"{name} {value.dtype} {list(held[name].shape)}", value.view(torch.uint8).numpy().data]
-    return hash_parts(*parts)
-
-
-_TENSOR = "tensor:"
-
-
-def _put(value: Any, held: dict[str, Tensor]) -> Any:
-    """A state with its tensors put among those that are held, and their names in their places."""
-    if isinstance(value, Tensor):
-        name = f"extra.{len(held)}"
-        held[name] = value.detach().to("cpu").contiguous().clone()
-        return _TENSOR + name
-    if isinstance(value, dict):
-        return {key: _put(item, held) for key, item in value.items()}
-    return [_put(item, held) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _take(value: Any, held: dict[str, Tensor]) -> Any:
-    """What was given to :func:`_put`."""
-    if isinstance(value, str) and value.startswith(_TENSOR):
-        return held[value.removeprefix(_TENSOR)]
-    if isinstance(value, dict):
-        return {key: _take(item, held) for key, item in value.items()}
-    return [_take(item, held) for item in value] if isinstance(value, list) else value
-
-
 def save_state(
     path: Path,
     settings: dict[str, Any],
@@ -374,22 +329,23 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> None:
-    """Write everything as one safetensors file; the old one stays until the new one is on the disk."""
-    held = {
-        key: value.detach()
-        .to("cpu", memory_format=torch.contiguous_format)
-        .clone(memory_format=torch.contiguous_format)
-        for key, value in _tensors(module, optimizer, device).items()
-    }
-    held["losses"] = torch.tensor(state.losses, dtype=torch.float64)
-    about = {"settings": json.dumps(settings), "step": str(state.step), "extra": json.dumps(_put(state.extra, held))}
-    content: bytes = require("safetensors.torch", "models").save(
-        held, metadata=about | {"digest": _digest(held, about)}
+    """Write everything as one file; the old one stays until the new one is on the disk."""
+    generators = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    held = optimizer.state_dict()["state"].items()
+    write_tensors(
+        path,
+        {
+            "settings": settings,
+            "step": state.step,
+            "losses": torch.tensor(state.losses, dtype=torch.float64),
+            "extra": state.extra,
+            "module": dict(module.state_dict()),
+            "optimizer": {str(i): {k: v for k, v in own.items() if isinstance(v, Tensor)} for i, own in held},
+            "generators": generators,
+        },
     )
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load_state(
@@ -406,32 +362,24 @@ def load_state(
     """
     if not path.exists():
         return TrainingState()
-    library = require("safetensors", "models")
-    try:
-        with library.safe_open(str(path), framework="pt") as file:
-            about = file.metadata()
-            then, step, extra = json.loads(about["settings"]), int(about["step"]), json.loads(about["extra"])
-            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        if about["digest"] != _digest(held, about):
-            raise ValueError("a bit has changed")
-    except (library.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint: {path} cannot be read ({type(error).__name__}); delete it") from None
-    if changes := differences(then, settings):
+    held = read_tensors(path)
+    if held is None or not isinstance(held.get("settings"), dict):
+        raise InputError(f"checkpoint: {path} cannot be read: it is damaged, or no state of a training; delete it")
+    if changes := differences(held["settings"], settings):
         raise InputError(f"checkpoint: {path} is of a training with other settings ({changes}); wanted another file")
     try:
-        module.load_state_dict({k.removeprefix("module."): v for k, v in held.items() if k.startswith("module.")})
+        module.load_state_dict(held["module"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for key, value in held.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                parameter = parameters[int(index)]
+        for index, own in held["optimizer"].items():
+            parameter = parameters[int(index)]
+            for name, value in own.items():
                 if value.shape == parameter.shape:  # as the optimiser makes it: in the parameter's memory order
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 optimizer.state[parameter][name] = value
-        torch.set_rng_state(held["generator.cpu"])
-        if device.type == "cuda" and "generator.cuda" in held:
-            torch.cuda.set_rng_state(held["generator.cuda"], device)
+        torch.set_rng_state(held["generators"]["cpu"])
+        if device.type == "cuda" and "cuda" in held["generators"]:
+            torch.cuda.set_rng_state(held["generators"]["cuda"], device)
+        return TrainingState(held["step"], held["losses"].tolist(), held["extra"])
     except (RuntimeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"checkpoint: {path} does not fit this model: {reason}") from error
-    return TrainingState(step, held["losses"].tolist(), _take(extra, held))

@@ -28,7 +28,7 @@ from tsynd.training.extra_images import (
     image_losses,
 )
 from tsynd.utils.draws import draw_rows
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 
 __all__ = ["PixelAdversarial", "PixelAscent", "PixelConsistency"]
 
@@ -67,8 +67,7 @@ class PixelAscent(BatchAugmentation):
         super().__init__(ratio, every, seed)
         if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
             raise InputError(f"budget: got {budget!r}, wanted a number in (0, 1]")
-        if not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps: got {steps!r}, wanted an integer of at least 1")
+        check_whole("steps", steps)
         check_choice("task", task, TASKS)
         self.budget, self.steps, self.task, self.persistent = budget, steps, task, persistent
         self._offsets = PerImage()

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches
 from tsynd.training.extra_images import Augmentation, ExtraFunction, ExtraImages, as_augmentation, as_parts
-from tsynd.training.loop import _put, _take
-from tsynd.utils.atomic import atomic_path
-from tsynd.utils.errors import InputError, require
+from tsynd.utils.errors import InputError, check_whole
 from tsynd.utils.fingerprint import hash_parts
+from tsynd.utils.tensors import hash_tensors, read_tensors, write_tensors
 
 __all__ = ["OfflineRounds"]
 
@@ -55,9 +54,8 @@ class OfflineRounds(Augmentation):
         folder: Path | None = None,
         at_once: int = 16,
     ) -> None:
-        for name, value in (("rounds", rounds), ("at_once", at_once)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: got {value!r}, wanted an integer of at least 1")
+        check_whole("rounds", rounds)
+        check_whole("at_once", at_once)
         if not augmentations:
             raise InputError("augmentations: got none, wanted one or more")
         self.parts = tuple(as_augmentation(part) for part in augmentations)
@@ -135,9 +133,7 @@ class OfflineRounds(Augmentation):
         number = len(self.made)
         part = self.parts[number % len(self.parts)]
         part.set_progress(number / max(self.rounds - 1, 1))
-        weights = [f"{name} {value.dtype}" for name, value in classifier.state_dict().items()]
-        tensors = [value.detach().cpu().contiguous().numpy().data for value in classifier.state_dict().values()]
-        against = hash_parts(self._settings[number % len(self.parts)], *weights, *tensors)
+        against = hash_parts(self._settings[number % len(self.parts)], hash_tensors(dict(classifier.state_dict())))
         found: list[list[ExtraImages]] = []
         for index, ids in enumerate(self._chunks()):
             batch = self.batches.at(ids)
@@ -150,7 +146,8 @@ class OfflineRounds(Augmentation):
                 given = as_parts(part(classifier, batch.images.to(device), batch.labels.to(device)))
                 made = [_global(extra, ids) for extra in given]
                 if path is not None:
-                    _write(path, key, part, made)
+                    plain = [_plain(extra) for extra in made]
+                    write_tensors(path, {"key": key, "made": plain, "state": part.state_dict()})
             found.append(made)
         return _joined(found)
 
@@ -206,34 +203,11 @@ def _describe(value: Any) -> Any:
     return [name, {k: _describe(v) for k, v in vars(value).items() if not k.startswith("_")}]
 
 
-def _write(path: Path, key: str, part: Augmentation, made: list[ExtraImages]) -> None:
-    held: dict[str, Tensor] = {}
-    about = json.dumps(_put({"made": [_plain(extra) for extra in made], "state": part.state_dict()}, held))
-    digest = hash_parts(about, *(value.numpy().data for value in held.values()))
-    content: bytes = require("safetensors.torch", "models").save(
-        held, metadata={"key": key, "about": about, "sha256": digest}
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def _read(path: Path, key: str | None, part: Augmentation | None) -> list[ExtraImages] | None:
     """Images that were made before, None where they are not there, damaged, or of something else."""
-    if not path.is_file():
+    held = read_tensors(path)
+    if held is None or (key is not None and held.get("key") != key):
         return None
-    library = require("safetensors", "models")
-    try:
-        with library.safe_open(str(path), framework="pt") as file:
-            about = file.metadata()
-            held = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (library.SafetensorError, OSError):
-        return None
-    order = sorted(held, key=lambda name: int(name.partition(".")[2]))
-    if about.get("sha256") != hash_parts(about.get("about", ""), *(held[name].numpy().data for name in order)):
-        return None
-    if key is not None and about.get("key") != key:
-        return None
-    content = _take(json.loads(about["about"]), held)
     if part is not None:
-        part.load_state_dict(content["state"])
-    return [ExtraImages(**extra) for extra in content["made"]]
+        part.load_state_dict(held["state"])
+    return [ExtraImages(**extra) for extra in held["made"]]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +26,7 @@ try:
 except ImportError:  # not on POSIX: no locks there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FolderLock", "atomic_path", "check_writable", "clear_leftovers", "save_npz"]
+__all__ = ["FolderLock", "atomic_path", "check_writable", "clear_leftovers", "durable", "save_npz"]
 
 # .NAME-MACHINE-PROCESS-RANDOM.SUFFIX; before 0.2 without an owner
 _TEMPORARY = re.compile(r"\.(?P<name>.+?)(?:-(?P<machine>[0-9a-f]{8})-(?P<process>\d+))?-[0-9a-f]{8}(?:\.\w+)?")
@@ -172,6 +173,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _remove(temporary)
 
 
+@contextmanager
+def durable(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write as by :func:`atomic_path`, whose content is on the disk before it takes its name."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def save_npz(path: str | Path, /, **arrays: object) -> None:
     """Write tensors, arrays or sequences as a compressed .npz, whole or not at all.
 
@@ -181,7 +191,5 @@ def save_npz(path: str | Path, /, **arrays: object) -> None:
     plain = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()}
     if bad := [key for key, array in plain.items() if array.dtype.hasobject]:
         raise InputError(f"{bad[0]}: an array of Python objects; wanted numbers or strings")
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with durable(path) as file:
         np.savez_compressed(file, **plain)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())

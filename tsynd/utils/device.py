@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tsynd.utils.errors import InputError
+from tsynd.utils.errors import InputError, first_line
 
 __all__ = ["device_of", "out_of_memory", "place", "resolve_device"]
 
@@ -32,8 +32,7 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device: got {str(device)!r}, which cannot be used here: {reason}") from None
+        raise InputError(f"device: got {str(device)!r}, which cannot be used here: {first_line(error)}") from None
     return target
 
 

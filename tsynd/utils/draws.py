@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["draw_rows", "random_directions"]
+__all__ = ["draw_rows", "random_directions", "streams"]
+
+
+def streams(rows: Tensor, seed: int) -> Iterator[torch.Generator]:
+    """One random stream per row, addressed by (seed, row): a batch's make-up cannot matter."""
+    generator = torch.Generator()
+    for row in rows.tolist():
+        # torch's CPU engine uses 32 bits of its seed; the odd constant keeps the streams of two seeds apart
+        yield generator.manual_seed((seed * 0x9E3779B1 + row) & 0xFFFFFFFF)
 
 
 def draw_rows(draw: Callable[..., Tensor], like: Tensor, rows: Tensor, seed: int) -> Tensor:
@@ -21,12 +29,7 @@ def draw_rows(draw: Callable[..., Tensor], like: Tensor, rows: Tensor, seed: int
         rows: [M] int64.
         seed: 0 or more.
     """
-    generator = torch.Generator()
-    drawn = []
-    for row in rows.tolist():
-        # torch's CPU engine uses 32 bits of its seed; the odd constant keeps the streams of two seeds apart
-        generator.manual_seed((seed * 0x9E3779B1 + row) & 0xFFFFFFFF)
-        drawn.append(draw(like[0].numel(), generator=generator))
+    drawn = [draw(like[0].numel(), generator=generator) for generator in streams(rows, seed)]
     return torch.stack(drawn).reshape(like.shape).to(like)
 
 

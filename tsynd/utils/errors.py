@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ["InputError", "MissingExtraError", "check_choice", "printable", "require"]
+__all__ = ["InputError", "MissingExtraError", "check_choice", "check_whole", "first_line", "printable", "require"]
 
 
 def printable(text: str) -> str:
@@ -54,3 +54,18 @@ def check_choice(name: str, value: str, wanted: Sequence[str]) -> None:
     """Raise :class:`InputError` unless the value is one of those wanted."""
     if value not in wanted:
         raise InputError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, wanted))}")
+
+
+def check_whole(name: str, value: object, least: int = 1, optional: bool = False) -> None:
+    """Raise :class:`InputError` unless the value is an integer of at least ``least``, or None where it is optional."""
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        wanted = f"an integer of at least {least}{', or None' if optional else ''}"
+        raise InputError(f"{name}: got {value!r}, wanted {wanted}")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, short enough for one line; the error's kind where it said nothing."""
+    said = str(error).strip().splitlines()
+    return said[0][:200] if said else type(error).__name__

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from tsynd.utils.version import __version__
 
-__all__ = ["differences", "fingerprint", "hash_file", "hash_parts", "is_sealed", "plain_settings", "seal"]
+__all__ = [
+    "differences",
+    "fingerprint",
+    "hash_file",
+    "hash_parts",
+    "is_sealed",
+    "plain_settings",
+    "read_sealed",
+    "seal",
+]
 
 
 _BLOCK = 2**20
@@ -81,3 +90,12 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
 def is_sealed(content: Any) -> bool:
     """Whether what was read is what :func:`seal` gave."""
     return isinstance(content, dict) and content.get("digest") == _digest_of(content)
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What :func:`seal` gave, from a JSON file; None where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if is_sealed(content) else None

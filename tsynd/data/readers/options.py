@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tsynd.utils.errors import InputError, check_choice
+from tsynd.utils.errors import InputError, check_choice, check_whole
 
 __all__ = ["ReadOptions"]
 
@@ -59,9 +59,7 @@ class ReadOptions:
     inside: bool = False
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise InputError(f"image_size: {size!r}; wanted an integer of 1 or more")
+        check_whole("image_size", self.image_size, optional=True)
         if self.channels not in (None, 1, 3):
             raise InputError(f"channels: {self.channels!r}; wanted 1 (grey) or 3 (RGB)")
         if self.frames is not None:
