@@ -39,7 +39,7 @@ from tsynd.study.summary import Row, arms_of, difference, headline, severities_o
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.fingerprint import plain_settings
 
-__all__ = ["write_study"]
+__all__ = ["lead", "write_study"]
 
 _MORE_STYLE = """
 body { max-width: 1120px; } .wide { overflow-x: auto; }
@@ -82,7 +82,7 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
         heading=f"Does targeted synthesis help on {facts['data']}?",
         style=STYLE + _MORE_STYLE,
         facts=_facts(rows, facts, place),
-        lead=[*_power(rows), _summary(rows)],
+        lead=lead(rows),
         sections=[
             ("Scores by arm", "".join(figures)),
             ("All scores", _SCORES + "".join(to_html(one) for size in sizes for one in _score_tables(rows, size))),
@@ -116,6 +116,11 @@ distance (well below 1: close to a copy). KID and FID: distance to the {place.se
 real only; the row “real training images” is what real images of the same number get. Cosine: of the gradients of mutual
 information and entropy.</p>
 {"".join(map(to_html, tables))}"""
+
+
+def lead(rows: Sequence[Row]) -> list[str]:
+    """What the seeds can show, and what the targeted arm did against its controls."""
+    return [*_power(rows), _summary(rows)]
 
 
 def _power(rows: Sequence[Row]) -> list[str]:
