@@ -145,7 +145,7 @@ def _differences(rows: Sequence[Row], against: str, sizes: Sequence[int], name: 
             scale, digits = (100, 1) if measure.percent else (1, 3)
             text = "–" if math.isnan(one.mean) else _minus(f"{scale * one.mean:+.{digits}f}")
             text += "" if math.isnan(one.half_width) else f" ± {scale * one.half_width:.{digits}f}"
-            if one.half_width < abs(one.mean):
+            if one.half_width < abs(one.mean) and smallest_p(one.pairs) <= 0.05:
                 marks[len(lines), len(line)] = "up" if (one.mean > 0) == measure.up else "down"
             line += [text, _p(one.p, one.pairs)]
         lines.append(tuple(line))

@@ -98,7 +98,8 @@ _SCORES = """<p class="soft">Mean ± 95 % t interval over the seeds. ↓: less i
 mutual information tells wrong predictions from right ones (area under the ROC curve, 50 % is chance).</p>
 """
 _DIFFERENCES = """<p class="soft">In percentage points of balanced accuracy (NLL: nats), over pairs of equal size and
-seed, with their 95 % t interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test,
+seed, with their 95 % t interval; coloured where that leaves out 0 and the pairs are enough for p < .05, which takes
+six. p: exact paired permutation (sign-flip) test,
 two-sided, not corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs:
 0.0625). Pairs of several sizes share test and training images, so that p over all sizes is optimistic.</p>
 """
@@ -184,7 +185,8 @@ def _summary(rows: Sequence[Row]) -> str:
                 where = f"on {measure.title.lower()} images" if measure.key in ("clean", "shifts") else None
                 where = where or (f"at {measure.title[3:]}" if measure.key[:3] == "at:" else f"on {measure.title}")
                 surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
-                surety += "" if found.half_width < abs(found.mean) else ", within noise"
+                clear = found.half_width < abs(found.mean) and smallest_p(found.pairs) <= 0.05
+                surety += "" if clear else ", within noise"
                 if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
                     each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
                     surety = (
