@@ -44,7 +44,7 @@ def test_a_folder_is_brought_to_the_classifier(pictures: Path) -> None:
 
 
 def test_archives_of_any_splits(tmp_path: Path) -> None:
-    arrays = phantom(size=12, train=6, val=3, test=5)
+    arrays = phantom(size=16, train=6, val=3, test=5)
     names = [str(name) for name in arrays["class_names"]]
     np.savez(tmp_path / "whole.npz", **arrays)
     whole = load_test(tmp_path / "whole.npz", names)

@@ -386,6 +386,8 @@ def test_arms_in_turn() -> None:
     assert parse_arm("recipe").generative
     augmentation_of(parse_arm("recipe,flip=both"), autoencoder, {}, **common)
     assert parse_arm("real,iterations=9").training == {"iterations": 9}
+    assert parse_arm("trades,budget=3/255").options == ({"budget": 3 / 255},)
+    assert parse_arm("real,base=standard:both").training == {"base": ("standard", "both")}
     for bad in (
         "real+entropy",
         "recipe+entropy",
@@ -397,6 +399,14 @@ def test_arms_in_turn() -> None:
     ):
         with pytest.raises(tsynd.InputError, match=r"arms|flip"):
             augmentation_of(parse_arm(bad), autoencoder, {}, **common)
+
+
+def test_an_arms_own_base_is_that_of_the_study(data: Path, tmp_path: Path, no_report: None) -> None:
+    own = study(data, tmp_path / "own", ("real", "real,base=standard:both"), settings=TINY)
+    all_of_them = study(data, tmp_path / "all", ("real",), settings=replace(TINY, base="standard,flip=both"))
+    assert own[1]["scores"] == all_of_them[0]["scores"] != own[0]["scores"]
+    with pytest.raises(tsynd.InputError, match="base: got 'trades', wanted"):
+        study(data, tmp_path / "bad", ("real,base=trades",), settings=TINY)
 
 
 def test_a_recipe_written_out_is_the_recipe(data: Path, tmp_path: Path, no_report: None) -> None:

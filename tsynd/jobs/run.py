@@ -116,7 +116,7 @@ def run(
     device: str | None = None,
     progress: bool = True,
     track: str | None = None,
-    test_data: External | None = None,
+    test_data: External | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
 
@@ -129,7 +129,7 @@ def run(
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         progress: show bars where rich is installed.
         track: ``tensorboard``, ``wandb``, ``mlflow``, ...: log every training's losses, into the folder's ``logs``.
-        test_data: more test sets, as of other hospitals, on which the same classifiers are scored.
+        test_data: name → more test sets, as of other hospitals, on which the same classifiers are scored.
 
     Returns:
         The contents of ``metrics.json``.
@@ -146,7 +146,8 @@ def run(
         tracking_accelerator(Track(track, Path()))
     source = load_data(data, train_size=settings.train_size, seed=settings.seed, **settings.reading.given())
     say(source.summary.lines(), progress)
-    elsewhere = (test_data or External()).load(source, settings.reading)
+    external = test_data if isinstance(test_data, External) else External(test_data or {})
+    elsewhere = external.load(source, settings.reading)
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())

@@ -241,7 +241,7 @@ def _scores(metrics: dict[str, Any]) -> str:
     """A table for each condition: every classifier's scores with intervals and their change against real only."""
     comparison, data = metrics["comparison"], metrics.get("data", {})
     read = "<br>".join(html.escape(str(line)) for line in data.get("summary", ()))
-    counts = ", ".join(f"{html.escape(str(name))} {n}" for name, n in data.get("test_counts", {}).items())
+    counts = ", ".join(f"{n} of {html.escape(str(name))}" for name, n in data.get("test_counts", {}).items())
     drawn = f"the {comparison['groups']} patients" if comparison.get("groups") else "the test images"
     note = (
         f'<p class="soft">Test images: {counts or comparison["images"]}. In percent, with 95 % intervals by bootstrap '
@@ -301,7 +301,7 @@ def _elsewhere(metrics: dict[str, Any]) -> str:
         for name in own["scores"]
     )
     counts = "; ".join(
-        f"{name}: " + ", ".join(f"{label} {count}" for label, count in other["test_counts"].items())
+        f"{name}: " + ", ".join(f"{count} of {label}" for label, count in other["test_counts"].items())
         for name, other in metrics["elsewhere"].items()
     )
     return (

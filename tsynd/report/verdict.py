@@ -103,7 +103,8 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
         else:
             texts.append(f"It cannot be told from {ARMS[name]} ({range_text(change)}): a gain may be theirs.")
     if others:
-        texts.append("; ".join(f"On {name} images it {_judge(change, comparison)}" for name, change in others) + ".")
+        text = "; ".join(f"on {name} images it {_judge(change, comparison)}" for name, change in others)
+        texts.append(f"O{text[1:]}.")
     return texts
 
 

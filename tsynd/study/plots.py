@@ -93,6 +93,14 @@ def _interval(mean: float, half: float, top: float) -> tuple[float, float]:
     return min(half, max(mean, 0.0)), min(half, max(top - mean, 0.0))
 
 
+def _widen(axis: Any, least: float) -> None:
+    """Show at least so much of the scale, so that a difference of nothing does not fill the page."""
+    low, high = axis.get_xlim()
+    if high - low < least:
+        axis.set_xlim((low + high - least) / 2, (low + high + least) / 2)
+    axis.locator_params(axis="x", nbins=4)
+
+
 def dot_plot(rows: Sequence[Row], measures: Sequence[Measure], size: int, key: str) -> str:
     """Every seed's value, their mean and its 95 % interval, by arm; one panel per measure."""
     arms = arms_of(rows)
@@ -114,6 +122,7 @@ def dot_plot(rows: Sequence[Row], measures: Sequence[Measure], size: int, key: s
             )  # fmt: skip
             if arm == "real":
                 axis.axvline(mean, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
+        _widen(axis, 5.0 if measure.percent else 0.1)
         _title(axis, f"{measure.title}{' [%]' if measure.percent else ''}")
         axis.grid(axis="x", color=SOFT, alpha=0.18, linewidth=0.7)
         axis.grid(visible=False, axis="y")
@@ -122,12 +131,12 @@ def dot_plot(rows: Sequence[Row], measures: Sequence[Measure], size: int, key: s
     axes[0][0].tick_params(axis="y", labelcolor=INK, labelsize=9.5)
     figure.tight_layout(pad=0.4, w_pad=1.4)
     seeds = len({row["seed"] for row in rows if row["size"] == size})
+    dots = f"Small dots are the {seeds} seeds, the large mark is their mean with its 95 % interval. "
     return inline_svg(
         figure,
         key,
         f"{size} labelled images",
-        f"Small dots are the {seeds} seeds, the large mark is their mean with its 95 % interval. "
-        "The dotted line is the mean of real only.",
+        f"{dots if seeds > 1 else ''}The dotted line is the mean of real only.",
         f"Balanced accuracy by arm with {size} labelled images",
     )
 

@@ -15,6 +15,7 @@ from tsynd.study.summary import (
     all_measures,
     arms_of,
     attack_measures,
+    clean_measures,
     condition_measures,
     difference,
     headline,
@@ -26,6 +27,7 @@ from tsynd.study.summary import (
 __all__ = [
     "Table",
     "attack_table",
+    "clean_table",
     "condition_table",
     "difference_tables",
     "masked_gradients",
@@ -92,6 +94,11 @@ def _plain_table(rows: Sequence[Row], size: int, measures: Sequence[Measure], ti
             lines.append((label_of(arm), *texts))
     head = ("Arm", *(m.title + (" %" if m.percent else "") for m in measures))
     return Table(f"{title}, {size} labelled images", head, tuple(lines) if measures else (), {})
+
+
+def clean_table(rows: Sequence[Row], size: int) -> Table:
+    """More scores of clean images; no lines where there is none."""
+    return _plain_table(rows, size, clean_measures(rows), "Clean images")
 
 
 def attack_table(rows: Sequence[Row], size: int) -> Table:

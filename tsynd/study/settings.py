@@ -219,8 +219,9 @@ def check_study(settings: StudySettings, source: DataSource, arms: Sequence[Arm]
         value = getattr(settings, name)
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name}: got {value!r}, wanted a finite number above 0")
-    if source.spatial_dims == 3 and any("randaugment" in arm.kinds for arm in arms):
-        raise InputError("arms: got randaugment for volumes, wanted arms without it: its operations are for pictures")
+    pictures = any("randaugment" in arm.kinds for arm in arms) or (settings.base or "").startswith("randaugment")
+    if source.spatial_dims == 3 and pictures:
+        raise InputError("arms: got randaugment for volumes, wanted arms and base without it: it is for pictures")
     if "clean" not in choose_conditions(settings.conditions):
         raise InputError(f"conditions: got {', '.join(settings.conditions)}, wanted clean among them")
     attacks = {attack.kind for attack in parse_attacks(settings.attacks)}

@@ -22,6 +22,7 @@ from tsynd.study.score_tables import (
     RIVALS,
     Table,
     attack_table,
+    clean_table,
     condition_table,
     difference_tables,
     masked_gradients,
@@ -45,6 +46,7 @@ body { max-width: 1120px; } .wide { overflow-x: auto; }
 .cells { font-size: .88rem; overflow-wrap: normal; } .cells th[scope=col] { vertical-align: bottom; }
 .cells td { white-space: nowrap; } .cells tbody th { font-weight: 500; white-space: nowrap; }
 figure.card { margin: 0 0 1rem; } figure.card svg { display: block; width: 100%; height: auto; margin-top: .5rem; }
+@media (max-width: 700px) { figure.card { overflow-x: auto; } figure.card svg { min-width: 620px; } }
 figure.card figcaption b { display: block; color: var(--ink); font-size: 1rem; }
 .row { display: grid; gap: .45rem; text-align: center; } .row img { display: block; width: 100%; aspect-ratio: 1;
   object-fit: contain; border: 1px solid var(--line); border-radius: 4px; }
@@ -80,7 +82,7 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
         heading=f"Does targeted synthesis help on {facts['data']}?",
         style=STYLE + _MORE_STYLE,
         facts=_facts(rows, facts, place),
-        lead=[_summary(rows), *_power(rows)],
+        lead=[*_power(rows), _summary(rows)],
         sections=[
             ("Scores by arm", "".join(figures)),
             ("All scores", _SCORES + "".join(to_html(one) for size in sizes for one in _score_tables(rows, size))),
@@ -144,7 +146,7 @@ def _facts(rows: Sequence[Row], facts: dict[str, Any], place: Workplace) -> list
 
 def _score_tables(rows: Sequence[Row], size: int) -> list[Table]:
     """Everything that was measured at a size."""
-    tables = [make(rows, size) for make in (score_table, condition_table, attack_table)]
+    tables = [make(rows, size) for make in (score_table, clean_table, condition_table, attack_table)]
     return [table for table in tables if table.rows]
 
 
@@ -174,14 +176,16 @@ def _summary(rows: Sequence[Row]) -> str:
             found = difference(rows, targeted, against, sizes_of(rows), measure.key)
             if found.pairs:
                 gain = points(found.mean)
-                where = f"{measure.title.lower()} images" if measure.key in ("clean", "shifts") else measure.title
+                where = f"on {measure.title.lower()} images" if measure.key in ("clean", "shifts") else None
+                where = where or (f"at {measure.title[3:]}" if measure.key[:3] == "at:" else f"on {measure.title}")
                 surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
+                surety += "" if found.half_width < abs(found.mean) else ", within noise"
                 if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
                     each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
                     surety = (
                         ", ".join(f"{n} labels: {points(one.mean)}" for n, one in each if one.pairs) + f"; {surety}"
                     )
-                texts.append(f"{gain} points on {where} ({surety})")
+                texts.append(f"{gain} points {where} ({surety})")
         sentences += [f"against {label_of(against)}: {', '.join(texts)}"] if texts else []
     return f"Balanced accuracy of {label_of(targeted)} {'; '.join(sentences)}."
 

@@ -23,6 +23,7 @@ __all__ = [
     "arms_of",
     "attack_budgets",
     "attack_measures",
+    "clean_measures",
     "condition_measures",
     "difference",
     "family_accuracy",
@@ -67,6 +68,8 @@ _OTHERS = (
     Measure("conformal_size", "Conformal set size", percent=False, up=False),
     Measure("error_auroc", "Error detection"),
     Measure("aurc", "Area under selective risk", percent=False, up=False),
+)
+_MORE = (
     Measure("f1", "F1"),
     Measure("average_precision", "Average precision"),
     Measure("sensitivity_at_90", "Sensitivity at 90 % specificity"),
@@ -93,13 +96,18 @@ def headline(rows: Sequence[Row]) -> list[Measure]:
 
 
 def all_measures(rows: Sequence[Row]) -> list[Measure]:
-    """The headline and the other scores of clean images, those of one's own metrics last."""
+    """The headline, and what else says how far a classifier can be trusted on clean images."""
+    return [*headline(rows), *_measured(rows, _OTHERS)]
+
+
+def clean_measures(rows: Sequence[Row]) -> list[Measure]:
+    """More scores of clean images, the recall of each class, and one's own metrics."""
     known = {*SCORES, "images", *(measure.key for measure in _OTHERS)}
     names = dict.fromkeys(name for row in rows for name in row["scores"]["clean"] if name not in known)
     classes = rows[0].get("class_names", []) if rows else []
     recalls = [Measure(f"recall:{k}", f"Recall of {name}") for k, name in enumerate(classes[:_MOST_CLASSES])]
     own = [Measure(name, name.replace("_", " "), percent=False) for name in names if not name.startswith("recall:")]
-    return [*headline(rows), *_measured(rows, [*_OTHERS, *recalls, *own])]
+    return _measured(rows, [*_MORE, *recalls, *own])
 
 
 def attack_measures(rows: Sequence[Row]) -> list[Measure]:

@@ -217,8 +217,10 @@ def _check_choice_of_sources(
     check_whole("variants", variants)
     if not isinstance(start, Tensor):
         check_choice("start", start, ("source", "noise", "interpolate"))
-    if (isinstance(start, Tensor) or start != "source" or variants > 1) and settings.steps < 2:
-        raise InputError(f"steps: got {settings.steps} with a start elsewhere, which takes one; wanted 2 or more")
+    kind = "latents" if isinstance(start, Tensor) else start
+    if (kind != "source" or variants > 1) and settings.steps < 2:
+        kind = "noise" if kind == "source" else kind
+        raise InputError(f"steps: got {settings.steps} with a start from {kind}, which takes one; wanted 2 or more")
     if most_uncertain is not None and (per_class is not None or balance):
         raise InputError("most_uncertain: got a number with per_class or balance, wanted the one or the other")
     check_whole("most_uncertain", most_uncertain, optional=True)
