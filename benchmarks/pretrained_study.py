@@ -35,6 +35,7 @@ from tsynd.training.augmentation import TargetedAugmentation
 from tsynd.training.autoencoder import fit_autoencoder
 from tsynd.training.classifier import fit_classifier
 from tsynd.training.pixels import PixelAdversarial, PixelConsistency
+from tsynd.training.recipe import recipe
 from tsynd.training.rounds import OfflineRounds
 from tsynd.training.standard import StandardAugmentation
 from tsynd.utils.errors import require
@@ -42,7 +43,7 @@ from tsynd.utils.errors import require
 __all__ = ["ARMS", "blur_table", "encoder", "main", "score_tables"]
 
 ARMS = ("real", "standard", "adversarial", "trades", "random", "mutual_information", "recipe")
-SIDE, ROUNDS, SEVERITIES = 128, 2, (3,)
+SIDE, ROUNDS, SEVERITIES = 128, 3, (3,)
 TESTED, ATTACKED, BUDGET, ITERATIONS = 224, 32, 2 / 255, 400
 
 
@@ -100,10 +101,7 @@ def _augmentations(arm: str, autoencoder: nn.Module, seed: int) -> list[Any]:
         "trades": lambda: [PixelConsistency(2 * BUDGET, 3, seed=seed)],
         "random": lambda: [TargetedAugmentation(autoencoder, direction="random", **targeted)],
         "mutual_information": lambda: [TargetedAugmentation(autoencoder, **targeted)],
-        "recipe": lambda: [
-            PixelConsistency(2 * BUDGET, 3, seed=seed),
-            TargetedAugmentation(autoencoder, objective="expected_information", **targeted),
-        ],
+        "recipe": lambda: list(recipe("robust", autoencoder, flip="horizontal", offline=True, seed=seed).parts),  # type: ignore[attr-defined]
     }
     return make[arm]()
 

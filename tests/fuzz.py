@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 SECONDS, BYTES, CHUNK = 20, 3 * 2**30, 400
 
@@ -36,6 +37,12 @@ def corpus(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
     import tsynd
     from tsynd.data.sources import open_source
     from tsynd.distributed.pack import read_manifest
+    from tsynd.distributed.shards import ShardFolder
+    from tsynd.jobs.job import Job
+    from tsynd.posteriors.last_layer import HeadGaussian
+    from tsynd.training.classifier import fit_classifier
+    from tsynd.training.loop import Checkpoint
+    from tsynd.utils.fingerprint import seal
 
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (12, 14), np.uint8)
@@ -93,7 +100,28 @@ def corpus(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
     parquet.write_table(pyarrow.Table.from_batches(arrow_csv.open_csv(folder / "text.csv")), table)
     frames = rng.integers(0, 4000, (3, 8, 8)).astype(np.uint16)
     volume = rng.integers(0, 900, (6, 7, 8)).astype(np.int16)
-    tsynd.save_model(tsynd.SmallResNet(1, 2, (4,)), folder / "model.safetensors")
+    network = tsynd.SmallResNet(1, 2, (4,))
+    tsynd.save_model(network, folder / "model.safetensors")
+    width = sum(value.numel() for value in network.head.parameters())
+    gaussian = HeadGaussian("diag", {"mean": torch.zeros(width), "std": torch.ones(width)})
+    tsynd.SampledHead(network, gaussian, samples=2).save(folder / "head.safetensors")
+    few = tsynd.LabelledImages(torch.rand(4, 1, 8, 8), torch.arange(4) % 2)
+
+    def resume(path: Path) -> None:
+        settings = {"iterations": 1, "batch_size": 4, "device": "cpu", "progress": False}
+        fit_classifier(tsynd.SmallResNet(1, 2, (4,)), few, **settings, checkpoint=Checkpoint(path, 1))
+
+    resume(folder / "training.safetensors")
+    job = {"seed": 0, "images": 4, "shard_size": 2}
+    receipt = {"start": 0, "stop": 2, "images": 2, "files": {"shard-000000.tar": {"size": 1}}, "fingerprint": job}
+
+    def shards(path: Path) -> None:
+        (path.parent / "units").mkdir(exist_ok=True)
+        path.replace(path.parent / "units" / "shard-000000.json")
+        made = ShardFolder(path.parent, job, {})
+        if len(made.missing(made.units)) == 2:
+            raise tsynd.InputError("as wanted")
+
     deflated = dicom(frames[0], syntax="1.2.840.10008.1.2.1.99")
     manifest = {"format": 1, "complete": True, "images": 4, "shards": [{"images": 4, "files": {"a.tar": {"size": 1}}}]}
     return {
@@ -119,6 +147,16 @@ def corpus(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
             (folder / "model.json").read_bytes(),
             lambda path: tsynd.load_model(path.with_suffix(".safetensors")),
         ),
+        "head.safetensors": (
+            (folder / "head.safetensors").read_bytes(),
+            lambda path: tsynd.SampledHead.load(path, network),
+        ),
+        "training.safetensors": ((folder / "training.safetensors").read_bytes(), resume),
+        "job.json": (
+            json.dumps(seal({"fingerprint": job, "stages": {}, "files": {}})).encode(),
+            lambda path: Job(path.parent, job).close(),
+        ),
+        "receipt.json": (json.dumps(seal(receipt)).encode(), shards),
         "manifest.json": (json.dumps(manifest).encode(), lambda path: read_manifest(path.parent)),
     }  # fmt: skip
 
@@ -167,7 +205,7 @@ def work(first: int, cases: int) -> int:
         signal.signal(signal.SIGALRM, late)
         for name, (content, read) in held.items():
             (folder / name).write_bytes(content)
-            if name != "manifest.json":  # whose digest the packer writes
+            if name not in ("manifest.json", "receipt.json"):  # whose digest and files the packer and the job write
                 read(folder / name)
         refused, names = 0, list(held)
         for case in range(first, first + cases):

@@ -148,6 +148,7 @@ BAD_FILES: list[tuple[str, Arrays, str]] = [
     ("half a val split", {"val_labels": None}, "missing val_labels"),
     ("float images", {"train_images": np.zeros((60, 8, 8))}, "float64.*wanted uint8"),
     ("channels first", {"train_images": np.zeros((60, 3, 8, 8), np.uint8)}, r"wanted uint8 \[N, H, W\]"),
+    ("transparency", {"train_images": np.zeros((60, 16, 16, 4), np.uint8)}, r"wanted uint8 \[N, H, W\]"),
     ("too few labels", {"train_labels": np.zeros((59, 1), np.uint8)}, "train_labels.*for 60 images"),
     ("negative label", {"train_labels": np.arange(60) % 3 - 1}, "values from -1"),
     ("float label", {"train_labels": (np.arange(60) % 3) + 0.5}, "wanted integers"),

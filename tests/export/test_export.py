@@ -308,6 +308,7 @@ def test_wrong_inputs_to_the_runtime(exported: Path, tmp_path: Path, classifier:
         ("tsynd.format", '"?"', "was not exported by tsynd"),
         ("tsynd.kind", '"step"', "is of kind 'step', wanted 'synthesizer'"),
         ("tsynd.class_names", '["a", "c", "b"]', "is not as it was exported: its content does not fit its digest"),
+        ("tsynd.class_names", "[" * 100_000, "was not exported by tsynd"),
         ("tsynd.sha256", '"1234"', "holds no digest of its content, wanted a file of this version"),
     ):
         properties = {item.key: item.value for item in model.metadata_props} | {name: value}

@@ -258,6 +258,11 @@ def test_save_and_load(kind: str, tmp_path: Path, images: Tensor, labels: Tensor
         posterior = tsynd.LaplaceHead.fit(classifier, data, structure=kind, prior_precision=1.0, samples=7, seed=3)
     path = posterior.save(tmp_path / "head.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["head.safetensors"]
+    content = path.read_bytes()
+    for at in (-5, content.index(b"samples") + 11):  # a bit of a tensor, a digit of the settings
+        (tmp_path / "bit").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at:][1:])
+        with pytest.raises(InputError, match="is damaged or holds something else"):
+            SampledHead.load(tmp_path / "bit", classifier)
     read = SampledHead.load(path, classifier)
     assert (read.samples, read.seed, read.layer, read.gaussian.kind) == (7, 3, "head", kind)
     assert torch.equal(read.uncertainty(images), posterior.uncertainty(images))

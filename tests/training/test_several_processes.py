@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tsynd.jobs.train import TrainSettings, train_model
 from tsynd.models.networks import SmallAutoencoder, SmallResNet
@@ -208,6 +208,10 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path):
         fit_classifier(SmallResNet(widths=(4, 12)), _data(), iterations=2, **options)
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:-9])
     with pytest.raises(InputError, match="cannot be read"):
+        fit_classifier(SmallResNet(widths=(4, 8)), _data(), iterations=2, **options)
+    about = {"settings": "[" * 100_000, "step": "2", "extra": "{}", "digest": ""}
+    save_file({"x": torch.zeros(1)}, checkpoint.path, about)
+    with pytest.raises(InputError, match=r"cannot be read \(RecursionError\)"):
         fit_classifier(SmallResNet(widths=(4, 8)), _data(), iterations=2, **options)
     with pytest.raises(InputError, match="every 0"):
         Checkpoint(tmp_path / "x", 0)

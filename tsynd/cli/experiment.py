@@ -147,13 +147,16 @@ def _seeds(text: str) -> int | list[int]:
 
 
 def _print_study(rows: list[dict[str, Any]], output: Path) -> None:
-    from tsynd.study.score_tables import difference_tables, score_table
+    from tsynd.study.score_tables import score_table
+    from tsynd.study.study_report import lead
     from tsynd.study.summary import sizes_of
 
     console = Console()
-    for table in [*(score_table(rows, size, brief=True) for size in sizes_of(rows)), *difference_tables(rows)]:
+    for table in (score_table(rows, size, brief=True) for size in sizes_of(rows)):
         shown = Table(*(text.replace("\u00ad", "") for text in table.head), title=table.title)
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+    for text in lead(rows):
+        console.print(text)
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)

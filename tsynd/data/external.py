@@ -16,6 +16,7 @@ from tsynd.data.dataset import DataSource, LabelledImages
 from tsynd.data.load import find_class_names, read_source
 from tsynd.data.readers.listing import SPLITS
 from tsynd.data.readers.options import ReadOptions
+from tsynd.data.readers.tables import SUFFIXES as TABLES
 from tsynd.utils.errors import InputError
 
 __all__ = ["External", "as_trained", "load_test", "parse_class_map"]
@@ -76,10 +77,10 @@ class External:
         return cls(sources, parse_class_map(class_map or ()))
 
     def load(self, source: DataSource, reading: ReadOptions) -> dict[str, LabelledImages]:
-        """All of them, in the classes and the shape of a data set."""
-        options: dict[str, Any] = {"task": source.task, "class_map": self.class_map, "reading": reading}
+        """All of them, in the classes and the shape of a data set; files are read as its files are."""
+        shared: dict[str, Any] = {"task": source.task, "class_map": self.class_map, "image_shape": source.image_shape}
         return {
-            name: load_test(found, source.class_names, image_shape=source.image_shape, **options)
+            name: load_test(found, source.class_names, reading=reading if _of_files(found) else None, **shared)
             for name, found in self.sources.items()
         }
 
@@ -113,8 +114,7 @@ def load_test(
         InputError: a class of the source that is none of the classifier's, or images of another shape.
     """
     options, known = reading or ReadOptions(), dict(class_map or {})
-    path = Path(str(source)).expanduser()
-    if path.is_dir() or path.suffix.lower() in (".csv", ".tsv", ".parquet"):
+    if _of_files(source):
         options = as_trained(options, image_shape)
     arrays, name, where, _ = read_source(source, options, whole=False)
     held = [prefix for prefix in ("", *SPLITS) if f"{prefix}_images".lstrip("_") in arrays]
@@ -148,6 +148,12 @@ def load_test(
     kept, numbers = _renumbered(numbers, places, len(class_names), task, where)
     patients = torch.cat(groups)[kept] if groups and sum(map(len, groups)) == len(kept) else None
     return LabelledImages(pixels[kept].contiguous(), numbers, patients)
+
+
+def _of_files(source: Any) -> bool:
+    """Whether a source is a folder or a table of files, which options of reading are for."""
+    path = Path(str(source)).expanduser()
+    return path.is_dir() or path.suffix.lower() in TABLES
 
 
 def _place(theirs: str, ours: str, class_names: Sequence[str], where: str) -> int | None:

@@ -47,11 +47,14 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
         return module
     inner = _inside(module)
-    if inner is not None and not has_hooks(module):
+    if inner is not None and not any(vars(module)[name] for name in _HOOKS):
         return copies.setdefault(id(module), _copied(inner, copies))
     own: nn.Module = object.__new__(_Through if inner is not None else type(module))
     copies[id(module)] = own
-    vars(own).update(vars(module))
+    vars(own).update(vars(module), training=module.training)
+    vars(own).pop("_compiled_call_impl", None)  # as all that is compiled, it runs the network's own modules
+    if inner is not None:
+        vars(own).pop("forward", None)
     for name in _HOOKS:
         vars(own)[name] = OrderedDict(vars(module)[name])
     children = {"inner": inner} if inner is not None else module._modules
@@ -64,7 +67,7 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
 def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper runs that does nothing of its own."""
     inner = getattr(module, "_orig_mod", None) if type(module).__name__ == "OptimizedModule" else None
-    if isinstance(module, _WRAPPERS):
+    if isinstance(module, _WRAPPERS) and "forward" not in vars(module):
         inner = module.module
     return inner if isinstance(inner, nn.Module) else None
 
@@ -204,11 +207,23 @@ def trace(
         whole: modules that cannot be looked into become one node too.
 
     Raises:
-        Exception: whatever the network's own code raises under tracing.
+        Exception: whatever the network's own code raises under tracing, and a graph that does not hold all it does.
     """
     traced = _Tracer(leaf, whole).run(_Root(private_copy(network), method))
+    if any(not node.users and _in_place(node, traced) for node in traced.graph.nodes):
+        raise NotImplementedError("a change in place whose result has no name")
     traced.graph.eliminate_dead_code()
     return traced
+
+
+def _in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether a call may change what it is given."""
+    if node.op == "call_module":
+        return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    told = node.kwargs.get("inplace") is True or any(given is True for given in node.args[1:])
+    changes = str(name).endswith("_") and not str(name).endswith("__")
+    return node.op in ("call_method", "call_function") and (changes or told)
 
 
 def subgraph(whole: fx.GraphModule, inputs: Iterable[fx.Node], outputs: Any) -> fx.GraphModule:

@@ -83,8 +83,10 @@ class LaplaceHead(SampledHead):
             raise InputError(f"prior_precision: got {prior_precision!r}, wanted a number above 0, or None")
         make = require("laplace", "laplace").Laplace
         features, labels, name, linear = training_features(classifier, data, layer, batch_size)
-        # the layer's Hessian asks for its inputs alone: the trunk runs once, and any kind of network will do
-        head = nn.Sequential(OrderedDict(trunk=nn.Identity(), head=copy.deepcopy(linear)))
+        # the layer's Hessian asks for its inputs alone: the trunk runs once, and any kind of network will do. In
+        # float32: half precision has no decompositions
+        head = nn.Sequential(OrderedDict(trunk=nn.Identity(), head=copy.deepcopy(linear).float()))
+        features = features.float()
         head.requires_grad_(True)
         found = make(
             head,

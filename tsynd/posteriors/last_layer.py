@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,11 @@ from tsynd.posteriors.runner import RESOLVING, Runner, heads_logits, heads_uncer
 from tsynd.posteriors.splitting import trunk_to
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.errors import InputError, MissingExtraError, check_whole, require
+from tsynd.utils.fingerprint import is_sealed, seal
 
 __all__ = ["HeadGaussian", "SampledHead", "find_layer", "training_features"]
 
-_FORMAT = "tsynd sampled head 1"
-_TENSORS = {
-    "full": {"mean", "cholesky"},
-    "diag": {"mean", "std"},
-    "kron": {"mean"},
-    "low_rank": {"mean", "variance", "deviations"},
-}
+_FORMAT = "tsynd sampled head 2"
 
 
 @dataclass(frozen=True)
@@ -202,6 +198,7 @@ class SampledHead(Posterior):
             "trunk": _fingerprint(self.classifier, self._linear),
         }
         tensors = {name: value.contiguous() for name, value in self.gaussian.tensors.items()}
+        about = seal(about | {"tensors": _digest(tensors)})
         content = require("safetensors.torch", "models").save(tensors, {"tsynd": json.dumps(about)})
         target = Path(path)
         with atomic_path(target) as temporary:
@@ -217,7 +214,7 @@ class SampledHead(Posterior):
             classifier: with the weights it had; those of the last layer do not matter.
 
         Raises:
-            InputError: another kind of file, or a classifier with other weights.
+            InputError: another kind of file, a damaged one, or a classifier with other weights.
             MissingExtraError: safetensors is not installed.
         """
         try:
@@ -228,10 +225,10 @@ class SampledHead(Posterior):
             raise
         except Exception as error:  # safetensors' own kinds of errors
             raise InputError(f"path: {path} cannot be read ({error}), wanted a file of SampledHead.save") from None
-        kind = about.get("kind")
-        if about.get("format") != _FORMAT or kind not in _TENSORS or not _TENSORS[kind] <= set(tensors):
-            raise InputError(f"path: {path} holds something else, wanted a file of SampledHead.save")
-        head = SampledHead(classifier, HeadGaussian(kind, tensors), about["layer"], about["samples"], about["seed"])
+        if not is_sealed(about) or [about["format"], about["tensors"]] != [_FORMAT, _digest(tensors)]:
+            raise InputError(f"path: {path} is damaged or holds something else, wanted a file of SampledHead.save")
+        gaussian = HeadGaussian(about["kind"], tensors)
+        head = SampledHead(classifier, gaussian, about["layer"], about["samples"], about["seed"])
         if _fingerprint(classifier, head._linear) != about["trunk"]:
             raise InputError(f"classifier: its weights are not those that {path} was made with, wanted the same")
         return head
@@ -292,9 +289,12 @@ def training_features(
 def _fingerprint(classifier: nn.Module, linear: nn.Linear) -> str:
     """Hash of all weights but the last layer's."""
     own = {id(linear.weight), id(linear.bias)}
+    return _digest({k: v for k, v in classifier.state_dict(keep_vars=True).items() if id(v) not in own})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, value in classifier.state_dict(keep_vars=True).items():
-        if id(value) not in own:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

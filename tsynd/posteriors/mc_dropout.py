@@ -337,7 +337,10 @@ class MCDropout(Posterior):
             self._note_whole(reason)
         if right(self._whole):
             return self._whole
-        self._notes.append("gives other logits with its passes side by side than one by one, so they run one by one")
+        self._notes.append(
+            "gives other logits with its passes side by side than one by one, so they run one by one, and an image's "
+            "masks may depend on the batch"
+        )
         return loop
 
 

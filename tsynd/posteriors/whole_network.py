@@ -85,6 +85,9 @@ class AddressedDropoutMode(TorchFunctionMode):
                 raise InputError("classifier: calls dropout more often than before, wanted always as often")
             axis = self.axes[layer]
         if axis is None:
+            if x.shape[0] != 1 and self.source.only is not None and not kind.startswith(("channel", "path")):
+                ids = torch.zeros(1, dtype=torch.int64, device=x.device)  # weights, say: the same for all images
+                return addressed(x[None], kind, p, layer, True, replace(self.source, sample_ids=ids, shared=True))[0]
             if x.shape[0] != 1:
                 raise InputError(
                     f"classifier: a dropout's input {list(x.shape)} has no axis of images, so its mask cannot differ "
@@ -332,7 +335,7 @@ class WholeNetwork:
 
     def _in_training(self, images: Tensor) -> _Observer | None:
         """One pass in training mode, on buffers of its own; None where that fails."""
-        before = torch.get_rng_state()
+        before, observer = torch.get_rng_state(), None
         trial = WholeNetwork(self.network, False)
         for module in trial._own():
             vars(module)["_buffers"] = {
@@ -342,12 +345,12 @@ class WholeNetwork:
             set_training(trial.network)
             for module in trial._own():
                 module.training &= not drops_paths(module)
-            return trial._observe(images)[1]
+            observer = trial._observe(images)[1]
         except Exception:  # whatever the network's own code raises in training, where it may want labels
-            return None
-        finally:
-            if not torch.equal(before, torch.get_rng_state()):
-                torch.set_rng_state(before)
+            pass
+        if observer is None or observer.random:  # else what was drawn is another thread's
+            torch.set_rng_state(before)
+        return observer
 
     def _drop_in(self, names: set[str], strict: bool, images: Tensor, logits: Tensor) -> list[DropoutCall] | None:
         """The calls of a pass with these modules in training; None where it then gives other logits."""

@@ -32,6 +32,7 @@ _STYLES: dict[str, tuple[str, str, str]] = {
     "standard": ("#a6761d", "<", ":"),
     "randaugment": ("#8067d6", "X", ":"),
 }
+_OWN_COLOURS = ("#5b5ea6", "#0f9aa8", "#9b2335", "#7a8b00")
 _MORE_MARKERS = "ovs^DPX*<>"
 _TITLES = {"jpeg": "JPEG", "fgsm": "FGSM", "pgd": "PGD-20", "apgd": "AutoPGD", "square": "Square (no gradient)"}
 _NAMES = {"real": "real only", "randaugment": "RandAugment", "trades": "TRADES"}
@@ -50,7 +51,9 @@ def _style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
     """Of the arm's kind; of several in turn the last one's, with other dashes."""
     head = arm.split(",")[0]
     kind = head.split("+")[-1]
-    colour, marker, dashes = _STYLES.get(kind, (INK, "h", "-"))
+    own = [other for other in arms if ":" in other.split(",")[0]]
+    usual = (_OWN_COLOURS[own.index(arm) % len(_OWN_COLOURS)], "d", "-.") if arm in own else (INK, "h", "-")
+    colour, marker, dashes = _STYLES.get(kind, usual)
     brothers = [other for other in arms if other.split(",")[0].split("+")[-1] == kind]
     place = brothers.index(arm)
     if place:  # variants of one kind: the same colour, another marker and dashes

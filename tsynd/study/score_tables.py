@@ -70,18 +70,22 @@ def _value(mean: float, half: float, measure: Measure) -> str:
 
 
 def score_table(rows: Sequence[Row], size: int, brief: bool = False) -> Table:
-    """Mean ± 95 % interval over the seeds, and what the training cost; ``brief`` keeps the headline's scores."""
+    """Mean ± 95 % interval over the seeds, and what the training cost; ``brief``: the headline's means."""
     measures, lines = (headline if brief else all_measures)(rows), []
     for arm in arms_of(rows):
         cells = [row for row in rows if row["arm"] == arm and row["size"] == size]
         if not cells:
             continue
-        texts = [_value(*mean_interval(list(values(rows, arm, size, m.key).values())), m) for m in measures]
+        found = [mean_interval(list(values(rows, arm, size, m.key).values())) for m in measures]
+        texts = [_value(mean, math.nan if brief else half, m) for (mean, half), m in zip(found, measures, strict=True)]
+        if brief:
+            lines.append((label_of(arm), *texts))
+            continue
         seconds = sum(row["seconds"]["training"] for row in cells) / len(cells)
         share = sum(row["training"]["augmentation_share"] for row in cells) / len(cells)
         lines.append((label_of(arm), str(len(cells)), *texts, f"{seconds:.0f} s", f"{100 * share:.0f} %"))
     units = [m.title + (" %" if m.percent else "") + (" ↓" if not m.up else "") for m in measures]
-    head = ("Arm", "Seeds", *units, "Training", "of it extra images")
+    head = ("Arm", *units) if brief else ("Arm", "Seeds", *units, "Training", "of it extra images")
     return Table(f"{size} labelled images", head, tuple(lines), {})
 
 
@@ -141,7 +145,7 @@ def _differences(rows: Sequence[Row], against: str, sizes: Sequence[int], name: 
             scale, digits = (100, 1) if measure.percent else (1, 3)
             text = "–" if math.isnan(one.mean) else _minus(f"{scale * one.mean:+.{digits}f}")
             text += "" if math.isnan(one.half_width) else f" ± {scale * one.half_width:.{digits}f}"
-            if one.half_width < abs(one.mean):
+            if one.half_width < abs(one.mean) and smallest_p(one.pairs) <= 0.05:
                 marks[len(lines), len(line)] = "up" if (one.mean > 0) == measure.up else "down"
             line += [text, _p(one.p, one.pairs)]
         lines.append(tuple(line))

@@ -39,7 +39,7 @@ from tsynd.study.summary import Row, arms_of, difference, headline, severities_o
 from tsynd.utils.atomic import atomic_path
 from tsynd.utils.fingerprint import plain_settings
 
-__all__ = ["write_study"]
+__all__ = ["lead", "write_study"]
 
 _MORE_STYLE = """
 body { max-width: 1120px; } .wide { overflow-x: auto; }
@@ -82,7 +82,7 @@ def write_study(place: Workplace, rows: Sequence[Row], facts: dict[str, Any]) ->
         heading=f"Does targeted synthesis help on {facts['data']}?",
         style=STYLE + _MORE_STYLE,
         facts=_facts(rows, facts, place),
-        lead=[*_power(rows), _summary(rows)],
+        lead=lead(rows),
         sections=[
             ("Scores by arm", "".join(figures)),
             ("All scores", _SCORES + "".join(to_html(one) for size in sizes for one in _score_tables(rows, size))),
@@ -98,7 +98,8 @@ _SCORES = """<p class="soft">Mean ± 95 % t interval over the seeds. ↓: less i
 mutual information tells wrong predictions from right ones (area under the ROC curve, 50 % is chance).</p>
 """
 _DIFFERENCES = """<p class="soft">In percentage points of balanced accuracy (NLL: nats), over pairs of equal size and
-seed, with their 95 % t interval; coloured where that leaves out 0. p: exact paired permutation (sign-flip) test,
+seed, with their 95 % t interval; coloured where that leaves out 0 and the pairs are enough for p < .05, which takes
+six. p: exact paired permutation (sign-flip) test,
 two-sided, not corrected for the number of comparisons; * marks the smallest value that so many pairs can give (5 pairs:
 0.0625). Pairs of several sizes share test and training images, so that p over all sizes is optimistic.</p>
 """
@@ -116,6 +117,11 @@ distance (well below 1: close to a copy). KID and FID: distance to the {place.se
 real only; the row “real training images” is what real images of the same number get. Cosine: of the gradients of mutual
 information and entropy.</p>
 {"".join(map(to_html, tables))}"""
+
+
+def lead(rows: Sequence[Row]) -> list[str]:
+    """What the seeds can show, and what the targeted arm did against its controls."""
+    return [*_power(rows), _summary(rows)]
 
 
 def _power(rows: Sequence[Row]) -> list[str]:
@@ -179,7 +185,8 @@ def _summary(rows: Sequence[Row]) -> str:
                 where = f"on {measure.title.lower()} images" if measure.key in ("clean", "shifts") else None
                 where = where or (f"at {measure.title[3:]}" if measure.key[:3] == "at:" else f"on {measure.title}")
                 surety = f"p = {found.p:.2g}, {found.pairs} pairs" if found.pairs > 1 else "one pair"
-                surety += "" if found.half_width < abs(found.mean) else ", within noise"
+                clear = found.half_width < abs(found.mean) and smallest_p(found.pairs) <= 0.05
+                surety += "" if clear else ", within noise"
                 if len(sizes_of(rows)) > 1:  # a mean over sizes may hide a loss at one of them
                     each = [(n, difference(rows, targeted, against, [n], measure.key)) for n in sizes_of(rows)]
                     surety = (

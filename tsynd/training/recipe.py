@@ -44,26 +44,27 @@ def recipe(
         flip: flips that leave an image possible, see :class:`StandardAugmentation`.
         targets: [M, C, H, W] in [0, 1], unlabelled images of where the classifier will be used; None takes the training
             images.
-        offline: for :class:`tsynd.OfflineRounds`, which makes its images once for many steps: three steps of ascent,
-            the standard images beside the real ones as a third kind, and what the autoencoder loses of an image is
-            added back, for a pretrained encoder sees the blur.
+        offline: for :class:`tsynd.OfflineRounds`, which makes its images once for many steps, on a pretrained encoder:
+            targeted images by three steps of ascent, to which what the autoencoder loses of an image is added back, for
+            such an encoder sees the blur, and standard ones in turn. No consistency: a head alone does not learn it.
         seed: of whatever is drawn.
 
     Raises:
         InputError: an unknown name, or an argument that cannot be used.
     """
     check_choice("recipe", name, RECIPES)
-    visit: dict[str, Any] = {"steps": 3 if offline else 1, "task": task, "seed": seed}
-    consistency = PixelConsistency(budget=3 / 255, weight=3.0, **visit)
+    shared: dict[str, Any] = {"task": task, "seed": seed}
     targeted = TargetedAugmentation(
         autoencoder,
         objective="expected_information",
         targets=targets,
         samples=8,
         radius=0.5,
+        steps=3 if offline else 1,
         residual=1.0 if offline else 0.0,
-        **visit,
+        **shared,
     )
     if offline:
-        return Alternation(consistency, targeted, StandardAugmentation(flip, seed=seed))
+        return Alternation(targeted, StandardAugmentation(flip, seed=seed))
+    consistency = PixelConsistency(budget=3 / 255, steps=1, weight=3.0, **shared)
     return InPlace(StandardAugmentation(flip, seed=seed + IN_PLACE), Alternation(consistency, targeted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"0 class folders; .* rename it or list the files in a table"):
         load_data(tmp_path / "flat")
     assert load_data(tmp_path / "words").class_names == ("broken", "valid")
+    for number, names in enumerate([("1_train", "2_test"), ("chest train (1)", "chest val (1)", "notes")]):
+        tree(tmp_path / str(number), names[:2])
+        with pytest.raises(InputError, match=rf"{re.escape(repr(names[0]))}, .*sound like splits; wanted.*train, val"):
+            load_data(tmp_path / str(number))
+    assert load_data(tree(tmp_path / "stations", ("train station", "bus station"), 9)).num_classes == 2
 
 
 @pytest.mark.parametrize("depth", ["", "/session1"])
@@ -240,6 +246,32 @@ def test_labels_as_spreadsheets_write_them(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("\n".join(rows))
     data = load_data(tmp_path / "t.csv", label_column="edema,mass")
     assert data.unlabelled.labels.tolist() == [[float(i % 2), float(i % 3 > 0)] for i in levels(data.unlabelled)]
+
+
+def test_tables_written_on_windows(tmp_path: Path) -> None:
+    rows = ["path,label", *(f"images\\{index:02d}.png,{'ab'[index % 2]}" for index in range(20))]
+    for index in range(20):
+        picture(tmp_path / "images" / f"{index:02d}.png", index)
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    data = load_data(tmp_path / "t.csv")
+    assert sorted(levels(data.unlabelled) + levels(data.val) + levels(data.test)) == list(range(20))
+
+
+def test_pictures_inside_a_table_are_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    cells = [{"bytes": b"\x89PNG", "path": f"{index}.png"} for index in range(8)]
+    table = pyarrow.table({"image": cells, "label": [index % 2 for index in range(8)]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"image holds dict values.*datasets\.load_dataset"):
+        load_data(tmp_path / "t.parquet", path_column="image")
+
+
+def test_classes_that_differ_in_case_and_dark_arrays_are_pointed_out(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 2, (40, 4, 4), np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels, labels=np.arange(40) % 3, class_names=["Benign", "benign ", "other"])
+    with pytest.warns(UserWarning, match="no pixel is brighter than 1 of 255"):
+        data = load_data(tmp_path / "x.npz")
+    assert any("classes that differ in case or spaces alone ('benign')" in line for line in data.summary.lines())
 
 
 def test_one_hot_labels_are_pointed_out(tmp_path: Path) -> None:
