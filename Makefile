@@ -37,7 +37,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 
 # laplace-torch and its backends apart from the extras: they ask for torchvision, which they do not use here and which
 # exists for one torch alone
-LAPLACE := "laplace-torch>=0.2.2.2" curvlinops-for-pytorch backpack-for-pytorch asdfghjkl==0.1a4 opt-einsum einconv \
+LAPLACE := "laplace-torch>=0.2.3" curvlinops-for-pytorch backpack-for-pytorch asdfghjkl==0.1a4 opt-einsum einconv \
   linear-operator unfoldNd jaxtyping wadler-lindig mpmath
 # tsynd itself is there by now: this adds what its extras ask for
 $(VENV)/.tested: $(VENV)/.built pyproject.toml
