@@ -37,7 +37,7 @@ STANDS_ON = {
 # import nothing, so that a module inside can be had without what its neighbours need
 EMPTY = ("export/__init__.py", "distributed/__init__.py")
 
-LINES, ARROWS, FLOORS = 24990, 90, 9
+LINES, ARROWS, FLOORS = 25000, 90, 9
 PARAMETERS = 12
 # functions with more parameters: this list only shrinks; `synthesize` stays, as the public face of all settings
 WIDE = {

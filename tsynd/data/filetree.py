@@ -411,7 +411,8 @@ def _samples(tar: str, key: str, parts: Members) -> tuple[list[Record], list[str
             ignored.append("second images of a sample")
             continue
         records.append(Record(tar, key + stem, part[len(stem) :], parts[part], json, cls))
-    return records, ignored
+    used = {place for record in records for place in (record.image, record.json, record.cls)}
+    return records, ignored + [_kind(part) for part in parts if parts[part] not in used and part not in dotted]
 
 
 def _kind(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import numpy as np
 from tsynd.data.formats import folder_names
 from tsynd.data.sources import decode_image
 from tsynd.distributed.shards import image_bytes
-from tsynd.utils.atomic import atomic_path, clear_leftovers
+from tsynd.utils.atomic import atomic_path, clear_leftovers, durable
 from tsynd.utils.errors import InputError
 from tsynd.utils.fingerprint import hash_file, is_sealed
 from tsynd.utils.progress import progress_bar
@@ -115,29 +114,26 @@ def _write_npz(folder: Path, manifest: dict[str, Any], path: Path, done: Callabl
         raise InputError(f"shards: {channels} channels; wanted 1 or 3 for an .npz of this kind")
     shape = (count, *sides) if channels == 1 else (count, *sides, channels)
     rows: list[dict[str, Any]] = []
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(cast("Any", member), header)
-                for row, suffix, content in _samples(folder, manifest):
-                    member.write(np.ascontiguousarray(_pixels(content, suffix)).tobytes())
-                    rows.append(row)
-                    done()
-            arrays: dict[str, np.ndarray[Any, Any]] = {
-                "sample_ids": np.array([row["sample_id"] for row in rows], np.int64),
-                "initial_uncertainty": np.array([row["uncertainty_before"] for row in rows], np.float32),
-                "uncertainty": np.array([row["uncertainty"] for row in rows], np.float32),
-            }
-            if rows[0]["label"] is not None:
-                arrays["labels"] = np.array([row["label"] for row in rows], np.int64)
-            if manifest["class_names"]:
-                arrays["class_names"] = np.array(manifest["class_names"])
-            for name, array in arrays.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                    np.save(cast("Any", member), array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    with durable(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(cast("Any", member), header)
+            for row, suffix, content in _samples(folder, manifest):
+                member.write(np.ascontiguousarray(_pixels(content, suffix)).tobytes())
+                rows.append(row)
+                done()
+        arrays: dict[str, np.ndarray[Any, Any]] = {
+            "sample_ids": np.array([row["sample_id"] for row in rows], np.int64),
+            "initial_uncertainty": np.array([row["uncertainty_before"] for row in rows], np.float32),
+            "uncertainty": np.array([row["uncertainty"] for row in rows], np.float32),
+        }
+        if rows[0]["label"] is not None:
+            arrays["labels"] = np.array([row["label"] for row in rows], np.int64)
+        if manifest["class_names"]:
+            arrays["class_names"] = np.array(manifest["class_names"])
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.save(cast("Any", member), array, allow_pickle=False)
 
 
 def _write_folders(folder: Path, manifest: dict[str, Any], path: Path, done: Callable[[], None]) -> None:

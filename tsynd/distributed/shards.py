@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tsynd.utils.atomic import atomic_path, check_writable, clear_leftovers
+from tsynd.utils.atomic import check_writable, clear_leftovers, durable
 from tsynd.utils.errors import InputError, check_whole, require
 from tsynd.utils.fingerprint import differences, hash_file, read_sealed, seal
 
@@ -93,17 +93,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def durable(path: Path) -> Iterator[BinaryIO]:
+def _written(path: Path) -> Iterator[BinaryIO]:
     """A file to write that is on the disk under its name when the block ends, or not there.
 
     Raises:
         InputError: the disk is full, or cannot be written to.
     """
     try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
+        with durable(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         _sync_folder(path.parent)
     except OSError as error:
         raise InputError(
@@ -247,7 +245,7 @@ class ShardFolder:
         for path in (tar, index, sheet):
             clear_leftovers(path.parent, unit.name)
         rows: list[dict[str, Any]] = []
-        with durable(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        with _written(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for sample in samples:
                 rows.append(sample.row())
                 key = f"{sample.sample_id:012d}"
@@ -256,7 +254,7 @@ class ShardFolder:
             ids = [row["sample_id"] for row in rows]
             if ids != list(range(unit.start, unit.stop)):
                 raise RuntimeError(f"{unit.name}: made {len(ids)} samples, not {unit.start} .. {unit.stop - 1}")
-        with durable(index) as file:
+        with _written(index) as file:
             _write_index(file, unit, rows)
         receipt = {
             "unit": unit.number,
@@ -268,7 +266,7 @@ class ShardFolder:
             "files": {p.name: {"size": p.stat().st_size, "sha256": hash_file(p)} for p in (tar, index)},
             "fingerprint": self.fingerprint,
         }
-        with durable(sheet) as file:
+        with _written(sheet) as file:
             file.write(json.dumps(seal(receipt)).encode())
         return receipt
 
@@ -291,7 +289,7 @@ class ShardFolder:
             "fingerprint": self.fingerprint,
             "shards": shards or [],
         }
-        with durable(self.folder / "manifest.json") as file:
+        with _written(self.folder / "manifest.json") as file:
             file.write(json.dumps(seal(content), indent=1).encode() + b"\n")
         return content
 

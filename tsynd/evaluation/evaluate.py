@@ -164,9 +164,7 @@ def evaluate(
         check_whole(name, value, optional=name.endswith("_images"))
     chosen, wanted = choose_conditions(conditions), parse_attacks(attacks)
     check_robustness(wanted)
-    batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = logits_of(classifier)
-    target = place(device, classifier)
+    batches, classifier, target = _opened(classifier, data, task, device)
     with evaluating(classifier):
         classes, found = _logits(classifier, batches, chosen, seed, batch_size, target)
         labels = batches.labels(classes)
@@ -179,6 +177,14 @@ def evaluate(
                 attacked.add(attack, subsets.get(attack.kind, pool), queries, target)
             results |= attacked.results | attacked.worst()
     return results
+
+
+def _opened(
+    classifier: nn.Module, data: Any, task: str, device: torch.device | str | None
+) -> tuple[LabelledBatches, ClassifierAdapter, torch.device]:
+    """Data and classifier as they are used here, and where."""
+    batches, network = LabelledBatches(data, task=task, name="data", by_index=True), logits_of(classifier)
+    return batches, network, place(device, network)
 
 
 @torch.no_grad()
@@ -214,9 +220,7 @@ def predictions(
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """What :func:`evaluate` scores, arguments as there: condition → logits [N, C] float32, on the CPU."""
-    batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    network = logits_of(classifier)
-    target = place(device, network)
+    batches, network, target = _opened(classifier, data, task, device)
     with evaluating(network):
         return _logits(network, batches, choose_conditions(conditions), seed, batch_size, target)[1]
 
@@ -335,9 +339,7 @@ def evaluate_uncertainty(
         InputError: no active dropout, or data that do not fit the classifier.
     """
     check_task(task)
-    batches = LabelledBatches(data, task=task, name="data", by_index=True)
-    classifier = logits_of(classifier)
-    target = place(device, classifier)
+    batches, classifier, target = _opened(classifier, data, task, device)
     posterior = MCDropout(classifier, samples, masks, seed)
     values, logits = [], []
     with posterior.frozen(), torch.no_grad():

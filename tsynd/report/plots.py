@@ -13,7 +13,7 @@ from torch import Tensor
 from tsynd.report.pictures import nats
 from tsynd.utils.errors import require
 
-__all__ = ["INK", "SOFT", "curves", "histogram", "inline_svg"]
+__all__ = ["INK", "SOFT", "curves", "histogram", "inline_svg", "quiet_axis"]
 
 # stand-ins that matplotlib draws with and the page replaces, so that plots follow its light or dark scheme
 INK, SOFT, _BEFORE, _AFTER = "#010101", "#020202", "#030303", "#040404"
@@ -25,10 +25,15 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
     axis = figure.subplots()
     axis.set_xlabel(x, fontsize=10, color=INK)
     axis.set_ylabel(y, fontsize=10, color=INK)
+    quiet_axis(axis)
+    return figure, axis
+
+
+def quiet_axis(axis: Any) -> None:
+    """Soft ticks and spines, none above and on the right."""
     axis.tick_params(which="both", labelsize=9, color=SOFT, labelcolor=SOFT)
     axis.spines[:].set_color(SOFT)
     axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis
 
 
 def _svg(figure: Any, axis: Any, key: str, title: str, caption: str, alt: str) -> str:

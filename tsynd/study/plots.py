@@ -11,7 +11,7 @@ import numpy as np
 
 from tsynd.evaluation.attacks import KINDS
 from tsynd.evaluation.evaluate import FAMILIES
-from tsynd.report.plots import INK, SOFT, inline_svg
+from tsynd.report.plots import INK, SOFT, inline_svg, quiet_axis
 from tsynd.study.statistics import mean_interval
 from tsynd.study.summary import Measure, Row, arms_of, attack_budgets, severities_of, severity_curve, sizes_of, values
 from tsynd.utils.errors import require
@@ -69,9 +69,7 @@ def _grid(columns: int, rows: int, height: float, **options: Any) -> tuple[Any, 
     figure = require("matplotlib.figure", "cli").Figure(figsize=(9.6, height))
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
-        axis.tick_params(which="both", labelsize=9, color=SOFT, labelcolor=SOFT)
-        axis.spines[:].set_color(SOFT)
-        axis.spines[["top", "right"]].set_visible(False)
+        quiet_axis(axis)
         axis.grid(axis="y", color=SOFT, alpha=0.18, linewidth=0.7)
     return figure, axes
 

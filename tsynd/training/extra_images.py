@@ -25,6 +25,7 @@ __all__ = [
     "ExtraFunction",
     "ExtraImages",
     "Mixture",
+    "Parts",
     "PerImage",
     "as_augmentation",
     "as_parts",
@@ -399,8 +400,33 @@ class BatchAugmentation(Augmentation):
         return images, labels
 
 
-class _Several(Augmentation):
-    """Augmentations that are told the same and kept together."""
+class Parts(Augmentation):
+    """Base of those made of others, its ``parts``, which are told the same and kept together."""
+
+    parts: tuple[Augmentation, ...]
+
+    def prepare(self, batches: Iterable[Tensor]) -> None:
+        """Prepare every part."""
+        for part in self.parts:
+            part.prepare(batches)
+
+    def set_progress(self, fraction: float) -> None:
+        """Tell every part."""
+        for part in self.parts:
+            part.set_progress(fraction)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        for part, own in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(own)
+
+
+class _Several(Parts):
+    """Two or more, between which the images of a training are shared out."""
 
     def __init__(self, parts: Sequence[ExtraFunction | None]) -> None:
         if len(parts) < 2:
@@ -418,29 +444,18 @@ class _Several(Augmentation):
         """How many of so many calls reach each part."""
         return [steps] * len(self.parts)
 
-    def prepare(self, batches: Iterable[Tensor]) -> None:
-        """Prepare every part."""
-        for part in self.parts:
-            part.prepare(batches)
-
-    def set_progress(self, fraction: float) -> None:
-        """Tell every part."""
-        for part in self.parts:
-            part.set_progress(fraction)
-
     def set_ids(self, ids: Tensor) -> None:
         """See :meth:`Augmentation.set_ids`."""
         self._ids = ids
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls and the parts' states."""
-        return {"calls": self.calls, "parts": [part.state_dict() for part in self.parts]}
+        return {"calls": self.calls, **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
+        super().load_state_dict(state)
         self.calls = int(state["calls"])
-        for part, own in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(own)
 
 
 def _nothing(classifier: nn.Module, images: Tensor, labels: Tensor) -> Extra:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import Tensor, nn
 
-from tsynd.training.extra_images import Augmentation, BatchAugmentation, Extra, ExtraFunction, as_augmentation
+from tsynd.training.extra_images import BatchAugmentation, Extra, ExtraFunction, Parts, as_augmentation
 from tsynd.utils.errors import InputError
 
 __all__ = ["InPlace"]
 
 
-class InPlace(Augmentation):
+class InPlace(Parts):
     """Every batch of real images is changed, also during the warm-up, and extra images are made of what it became.
 
     Over several processes each changes its own images.
@@ -29,7 +26,7 @@ class InPlace(Augmentation):
     def __init__(self, change: BatchAugmentation, extra: ExtraFunction) -> None:
         if not isinstance(change, BatchAugmentation) or (change.ratio, change.every) != (1.0, 1):
             raise InputError("change: wanted an augmentation of a batch with ratio=1 and every=1")
-        self.change, self.extra = change, as_augmentation(extra)
+        self.change, self.extra = self.parts = change, as_augmentation(extra)
 
     def transform(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The changed images [B, C, H, W] and their labels; called before each step's other calls."""
@@ -43,14 +40,6 @@ class InPlace(Augmentation):
         """See :meth:`Augmentation.check`."""
         self.extra.check(classifier, steps)
 
-    def prepare(self, batches: Iterable[Tensor]) -> None:
-        """See :meth:`Augmentation.prepare`."""
-        self.extra.prepare(batches)
-
-    def set_progress(self, fraction: float) -> None:
-        """See :meth:`Augmentation.set_progress`."""
-        self.extra.set_progress(fraction)
-
     def set_ids(self, ids: Tensor) -> None:
         """See :meth:`Augmentation.set_ids`."""
         self.extra.set_ids(ids)
@@ -58,12 +47,3 @@ class InPlace(Augmentation):
     def set_rows(self, rows: Tensor, total: int) -> Tensor | None:
         """See :meth:`Augmentation.set_rows`."""
         return self.extra.set_rows(rows, total)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Both parts' states."""
-        return {"change": self.change.state_dict(), "extra": self.extra.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        self.change.load_state_dict(state["change"])
-        self.extra.load_state_dict(state["extra"])

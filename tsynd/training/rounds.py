@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tsynd.data.dataset import LabelledBatches
-from tsynd.training.extra_images import Augmentation, ExtraFunction, ExtraImages, as_augmentation, as_parts
+from tsynd.training.extra_images import Augmentation, ExtraFunction, ExtraImages, Parts, as_augmentation, as_parts
 from tsynd.utils.errors import InputError, check_whole
 from tsynd.utils.fingerprint import hash_parts
 from tsynd.utils.tensors import hash_tensors, read_tensors, write_tensors
@@ -21,7 +20,7 @@ from tsynd.utils.tensors import hash_tensors, read_tensors, write_tensors
 __all__ = ["OfflineRounds"]
 
 
-class OfflineRounds(Augmentation):
+class OfflineRounds(Parts):
     """Any augmentations' images of the whole training set, made in rounds and kept.
 
     At its first call and then at equal distances, one of the augmentations, in turn, is asked for extra images of all
@@ -75,11 +74,6 @@ class OfflineRounds(Augmentation):
         for part in self.parts:
             part.check(classifier, math.ceil(len(self.batches) / self.at_once))
 
-    def prepare(self, batches: Iterable[Tensor]) -> None:
-        """Prepare every augmentation."""
-        for part in self.parts:
-            part.prepare(batches)
-
     def set_progress(self, fraction: float) -> None:
         """Take the part of the augmented training that is done."""
         self.progress = fraction
@@ -91,7 +85,7 @@ class OfflineRounds(Augmentation):
     def state_dict(self) -> dict[str, Any]:
         """The images of the rounds so far, or where they are; and the augmentations' states."""
         held = [[_plain(extra) for extra in made] for made in self.made] if self.folder is None else len(self.made)
-        return {"made": held, "parts": [part.state_dict() for part in self.parts]}
+        return {"made": held, **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken.
@@ -103,8 +97,7 @@ class OfflineRounds(Augmentation):
         self.made = [self._read_round(n) for n in range(held)] if isinstance(held, int) else [
             [ExtraImages(**extra) for extra in made] for made in held
         ]  # fmt: skip
-        for part, own in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(own)
+        super().load_state_dict(state)
 
     def __call__(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> list[ExtraImages]:
         """A round's images of the step's images."""

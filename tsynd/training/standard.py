@@ -50,10 +50,7 @@ class StandardAugmentation(BatchAugmentation):
 class RandAugmentation(BatchAugmentation):
     """RandAugment (Cubuk et al. 2020): two operations of strength 10 of 30; grey pictures pass as RGB.
 
-    Args:
-        ratio: extra images per real image of the batch, in (0, 1]; the batch's first are taken.
-        every: only calls 0, n, 2n, ... give images, the others none.
-        seed: call n draws from seed + n; torch's global state is left as it was.
+    Arguments are those of :class:`StandardAugmentation`, without ``flip``.
     """
 
     def __init__(self, ratio: float = 1.0, every: int = 1, seed: int = 0) -> None:

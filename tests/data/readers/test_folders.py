@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"0 class folders; .* rename it or list the files in a table"):
         load_data(tmp_path / "flat")
     assert load_data(tmp_path / "words").class_names == ("broken", "valid")
+    for number, names in enumerate([("1_train", "2_test"), ("chest train (1)", "chest val (1)", "notes")]):
+        tree(tmp_path / str(number), names[:2])
+        with pytest.raises(InputError, match=rf"{re.escape(repr(names[0]))}, .*sound like splits; wanted.*train, val"):
+            load_data(tmp_path / str(number))
+    assert load_data(tree(tmp_path / "stations", ("train station", "bus station"), 9)).num_classes == 2
 
 
 @pytest.mark.parametrize("depth", ["", "/session1"])

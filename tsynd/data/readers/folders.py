@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -85,6 +86,15 @@ def _splits(tree: FileTree, folders: Sequence[str]) -> dict[str, str]:
     """The folder of every split; empty where the folders are classes."""
     named = {folder: split for folder in folders if (split := split_name(folder)) is not None}
     bare = [folder for folder in named if not tree.folders(folder)]
+    if not named:
+        words = {name: {s for word in re.split("[^a-zA-Z]+", name) if (s := split_name(word))} for name in folders}
+        inner = {tuple(tree.folders(name)) for name, found in words.items() if found}
+        if len(set().union(*words.values())) > 1 and len(inner) == 1 and len(next(iter(inner))) > 1:
+            raise InputError(
+                f"{tree.path('')}: {', '.join(map(repr, filter(words.get, folders)))} hold the same folders and sound "
+                "like splits; wanted the names train, val and test, or, where they are classes, a table (.csv) with "
+                "the columns path and label"
+            )
     if not named or (bare and len(named) == 1 and len(folders) > 1 and not set(named) & set(SPLITS)):
         return {}  # such as the classes "valid" and "broken"
     if bare:
