@@ -99,7 +99,7 @@ def test_says_what_was_measured(tmp_path: Path) -> None:
     assert '<td class="up">' in page
     assert "does not yet reproduce your pictures of well" in page
     assert "pictures of sick" not in page
-    assert "&lt;i&gt;sick&lt;/i&gt; 300" in page
+    assert "300 of &lt;i&gt;sick&lt;/i&gt;" in page
     assert "tsynd experiment --data &#x27;a b&#x27;" in page
     again = report.write_report(tmp_path / "again.html", **inputs()).read_text()
     assert page == again
