@@ -206,7 +206,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(arms)), [arm.replace("*", "").split(":")[0] for arm in arms], fontsize=9)
     axes[0].invert_yaxis()
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
