@@ -108,23 +108,24 @@ def blur(images: Tensor, indices: Tensor, seed: int, *, sigma: float = 1.0 / 28)
     return blurred.reshape(images.shape).clamp(0, 1)
 
 
-def _up_or_down(adjust: str, images: Tensor, indices: Tensor, seed: int, up: float, down: float) -> Tensor:
-    """kornia's adjustment of each image by one of two factors, with equal chance."""
+def _up_or_down(images: Tensor, indices: Tensor, seed: int, up: float, down: float) -> tuple[Tensor, Tensor]:
+    """[B, C, H, W], a volume's slices one below the other; and a factor [B, 1, 1, 1], each of the two as likely."""
     factors = torch.where(_uniform(indices, seed, 1)[:, 0] < 0, down, up).to(images)
-    # a volume's slices one below the other: its channels keep their meaning
-    flat = images.flatten(2, 3) if images.ndim == 5 else images
-    changed: Tensor = getattr(require("kornia.enhance", "train"), adjust)(flat, factors)
-    return changed.reshape(images.shape)
+    return images.flatten(2, 3) if images.ndim == 5 else images, factors.view(-1, 1, 1, 1)
 
 
 def brightness(images: Tensor, indices: Tensor, seed: int, *, up: float = 1.3, down: float = 0.7) -> Tensor:
     """Multiply each image by ``up`` or ``down``, which of them by an even chance, and clip to [0, 1]."""
-    return _up_or_down("adjust_brightness_accumulative", images, indices, seed, up, down)
+    flat, factors = _up_or_down(images, indices, seed, up, down)
+    return (flat * factors).clamp(0, 1).reshape(images.shape)
 
 
 def contrast(images: Tensor, indices: Tensor, seed: int, *, up: float = 1.3, down: float = 0.7) -> Tensor:
     """Stretch each image around its mean grey by ``up`` or ``down``, by an even chance, and clip to [0, 1]."""
-    return _up_or_down("adjust_contrast_with_mean_subtraction", images, indices, seed, up, down)
+    flat, factors = _up_or_down(images, indices, seed, up, down)
+    # not by kornia, which took the mean of the whole batch until 0.9
+    grey = require("kornia.color", "train").rgb_to_grayscale(flat) if images.shape[1] == 3 else flat
+    return (flat * factors + grey.mean((1, 2, 3), True) * (1 - factors)).clamp(0, 1).reshape(images.shape)
 
 
 def jpeg(images: Tensor, indices: Tensor, seed: int, *, quality: int = 30) -> Tensor:
