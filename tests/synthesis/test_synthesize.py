@@ -282,7 +282,7 @@ def test_save_npz_and_folders(
         np.testing.assert_allclose(file["uncertainty"], result.uncertainty)
     assert tsynd.load_data(path).class_names == ("a", "b", "c")
     folder = result.save(tmp_path / "folders", class_names=("a", "b", "c"))
-    assert sorted(p.name for p in folder.iterdir()) == ["a", "b", "c"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a", "b", "c", "croissant.json"]
     assert sum(1 for _ in folder.rglob("*.png")) == len(images)
     unlabelled = tsynd.synthesize(autoencoder, classifier, images, **QUIET)
     with pytest.raises(tsynd.InputError, match="labels"):
