@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path):
         fit_classifier(SmallResNet(widths=(4, 8)), _data(), iterations=2, **options)
     about = {"settings": "[" * 100_000, "step": "2", "extra": "{}", "digest": ""}
     save_file({"x": torch.zeros(1)}, checkpoint.path, about)
-    with pytest.raises(InputError, match=r"cannot be read \(RecursionError\)"):
+    with pytest.raises(InputError, match="cannot be read"):
         fit_classifier(SmallResNet(widths=(4, 8)), _data(), iterations=2, **options)
     with pytest.raises(InputError, match="every 0"):
         Checkpoint(tmp_path / "x", 0)
