@@ -15,6 +15,7 @@ from conftest import TinyAutoencoder, TinyClassifier
 from torch import Tensor, nn
 
 import tsynd
+from tsynd.fx.layout import LaidOut, channels_last
 
 QUIET: dict[str, Any] = {"progress": False, "latent_std": 0.4, "samples": 4, "steps": 2}
 THREADS = 8
@@ -232,3 +233,15 @@ def test_calls_leave_everything_as_it_was(
         for parameter in classifier.parameters():
             parameter.grad = None
         assert state(autoencoder, classifier) == before
+
+
+def test_weights_that_are_exchanged_while_they_are_laid_out() -> None:
+    """As by a thread that folds the same network: it puts equal weights in their place."""
+    network = nn.Conv2d(2, 3, 3)
+
+    def order(weight: Tensor) -> Tensor:
+        network.weight = nn.Parameter(network.weight.detach().clone())
+        return channels_last(weight)
+
+    x = torch.rand(1, 2, 5, 5)
+    torch.testing.assert_close(LaidOut(network, order).module(x), network(x))

@@ -49,7 +49,9 @@ class LaidOut:
     def refresh(self) -> None:
         """Take over the weights as they are now."""
         laid: dict[int, nn.Parameter | None] = {id(None): None}
-        for part, weights in self._weights:
+        # looked at once: a thread that folds the same network puts other tensors in their place meanwhile
+        held = [(part, dict(weights)) for part, weights in self._weights]
+        for part, weights in held:
             for weight in weights.values():
                 if weight is not None and id(weight) not in laid:
                     copied = self._order(weight.detach())
