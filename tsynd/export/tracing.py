@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import warnings
@@ -30,7 +31,14 @@ def _batch(shapes: Sequence[Sequence[int]]) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporters' notes on their own insides (and on torchvision, which is not needed) stay unsaid."""
+    """The exporters' notes on their own insides (and on torchvision, which is not needed) stay unsaid.
+
+    Nor is garbage collected: the frames of old exceptions may hold guards of torch's, which put the thread's dispatch
+    state back when they go, and must not in the middle of a trace.
+    """
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
     names = ("torch.onnx", "torch.export", "torch._inductor", "onnxscript", "onnx_ir")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -44,6 +52,8 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if collecting:
+            gc.enable()
 
 
 def record(function: Callable[..., Any], shapes: Sequence[Sequence[int]], table: Table) -> fx.GraphModule:
