@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,3 +110,13 @@ def real_data() -> Path:
             f"no real test images: set TSYND_TEST_DATA to a folder with pneumoniamnist.npz (looked in {folder})"
         )
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small npz in MedMNIST's layout."""
+    from tsynd.data.phantom import phantom
+
+    path = tmp_path_factory.mktemp("data") / "cells.npz"
+    np.savez(path, **phantom(train=60, val=20, test=40))
+    return path

@@ -27,15 +27,6 @@ FLAGS = [text for name, value in SHORT.items() if name not in ("batch_size", "au
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tsynd.data.phantom import phantom
-
-    path = tmp_path_factory.mktemp("data") / "cells.npz"
-    np.savez(path, **phantom(train=60, val=20, test=40))
-    return path
-
-
-@pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small residual network, saved as transformers does."""
     transformers = pytest.importorskip("transformers")

@@ -36,16 +36,6 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small npz in MedMNIST's layout."""
-    from tsynd.data.phantom import phantom
-
-    path = tmp_path_factory.mktemp("data") / "cells.npz"
-    np.savez(path, **phantom(train=60, val=20, test=40))
-    return path
-
-
-@pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("run") / "out"
     return folder, pipeline.run(data, folder, TINY, device="cpu", progress=False)
