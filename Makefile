@@ -65,13 +65,14 @@ test-slow: $(VENV)/.tested
 test-python: $(VENV)/.tested
 	$(PYTEST) -m "not slow and not study"
 
+# ninja takes the descriptors that make -j names but does not hand on for an error: MAKEFLAGS=
 # the CUDA kernels' own code on the host, by one order of the threads; ORDERS=others, ORDERS=all: by the rest, by all
 ORDERS ?= one
 ORDERS_one := -LE orders
 ORDERS_others := -L orders
 test-kernels: $(VENV)/.torch
 	$(BIN)/cmake -S tests/cpp -B build/kernel-tests -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" > /dev/null
-	$(BIN)/cmake --build build/kernel-tests
+	MAKEFLAGS= $(BIN)/cmake --build build/kernel-tests
 	$(BIN)/ctest --test-dir build/kernel-tests -j 2 --output-on-failure $(ORDERS_$(ORDERS))
 
 # with the torch, cmake and ninja that $(PYTHON) has: no network, nothing installed but tsynd itself
@@ -100,7 +101,7 @@ sanitize: $(VENV)/.tested
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" -DTSYND_SANITIZE=ON \
 	  -DTSYND_CUDA=OFF -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
-	$(BIN)/cmake --build $(SANITIZED)
+	MAKEFLAGS= $(BIN)/cmake --build $(SANITIZED)
 	for run in "1 avx512" "2 avx512" "7 avx512" "2 avx2" "2 generic"; do \
 	  set -- $$run; echo "threads $$1, TSYND_ISA=$$2"; \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
