@@ -9,7 +9,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tsynd.evaluation.evaluate import predictions
 from tsynd.evaluation.image_quality import POOR_RECONSTRUCTION, unexplained
 from tsynd.evaluation.intervals import compare
 from tsynd.evaluation.metrics import errors, scores
-from tsynd.jobs.job import Job
+from tsynd.jobs.job import STATE, Job
 from tsynd.jobs.steps import (
     NetworkChoice,
     fit_autoencoder_step,
@@ -58,6 +58,7 @@ __all__ = ["RunSettings", "run"]
 
 # far from the ascent's seed, so that the reported uncertainty is not that of the samples climbed on
 _FRESH = 1_000_003
+_EVERY = 50  # steps between two states of a training
 _CONDITIONS = ("clean", "noise", "rotation")
 _NEEDED = (
     "monai.networks.nets",
@@ -120,7 +121,7 @@ def run(
 ) -> dict[str, Any]:
     """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
 
-    A run that was interrupted goes on behind its last finished stage when started again with the same arguments.
+    A run that was interrupted goes on where it was, a training at its last 50th step, when started in the same way.
 
     Args:
         data: anything :func:`tsynd.load_data` takes.
@@ -151,15 +152,16 @@ def run(
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
+    command = _study_command(str(data), Path(output).name, source, external, settings)
     settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
-        return _stages(job, str(data), source, elsewhere, settings, where, progress, track)
+        return _stages(job, command, source, elsewhere, settings, where, progress, track)
 
 
 def _stages(
     job: Job,
-    data: str,
+    command: str,
     source: DataSource,
     elsewhere: Mapping[str, LabelledImages],
     settings: RunSettings,
@@ -180,6 +182,7 @@ def _stages(
             iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
+            checkpoint=Checkpoint(path.with_suffix(STATE), _EVERY),
             track=tracked("autoencoder"),
         )
         return {}
@@ -188,7 +191,6 @@ def _stages(
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
     def train_classifier(path: Path, augmentation: Augmentation | None) -> dict[str, Any]:
-        checkpoint = Checkpoint(job.folder / "training.safetensors", 50) if settings.rounds else None
         _, report = fit_classifier_step(
             source,
             path,
@@ -201,11 +203,9 @@ def _stages(
             augmentation_weight=settings.augmentation_weight,
             device=where,
             progress=progress,
-            checkpoint=checkpoint,
+            checkpoint=Checkpoint(path.with_suffix(STATE), _EVERY),
             track=tracked(path.stem),
         )
-        if checkpoint is not None:  # of this classifier's training alone
-            checkpoint.path.unlink(missing_ok=True)
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
     def classifier_of(name: str, augmentation: Augmentation | None) -> nn.Module:
@@ -240,32 +240,34 @@ def _stages(
     plain = TargetedAugmentation(autoencoder, task=source.task, direction="reconstruction", seed=settings.seed)
     models["reconstruction"] = classifier_of("classifier_reconstruction", in_rounds(plain, "rounds_reconstruction"))
     models["targeted"] = classifier_of("classifier", in_rounds(augmentation, "rounds"))
-    return _finish(
-        job,
-        source,
-        elsewhere,
-        settings,
-        synthesis,
-        autoencoder,
-        models,
-        where,
-        _study_command(job, data, source, settings),
-    )
+    return _finish(job, source, elsewhere, settings, synthesis, autoencoder, models, where, command)
 
 
-def _study_command(job: Job, data: str, source: DataSource, settings: RunSettings) -> str:
-    """What would settle whether the extra images help, ready to paste."""
+def _study_command(data: str, folder: str, source: DataSource, others: External, settings: RunSettings) -> str:
+    """What would settle whether the extra images help, of the same data, networks and test sets; ready to paste."""
     options: dict[str, Any] = {
-        "--data": data,
-        "--output": f"{job.folder.name}-study",
-        "--train-size": len(source.train),
-        "--seeds": 6,  # five cannot give p < .05
-        "--iterations": settings.iterations,
-        "--batch-size": settings.batch_size,
-        "--autoencoder-data": settings.autoencoder_data,
-        "--autoencoder-iterations": settings.autoencoder_iterations,
+        "data": data,
+        "output": f"{folder}-study",
+        "train_size": len(source.train),
+        "seeds": 6,  # five cannot give p < .05
+        "iterations": settings.iterations,
+        "batch_size": settings.batch_size,
+        "autoencoder_data": settings.autoencoder_data,
+        "autoencoder_iterations": settings.autoencoder_iterations,
     }
-    words = ["tsynd", "experiment", *(str(word) for option in options.items() for word in option), "--arms"]
+    names = ["dropout", "augmentation_weight", *(part.name for part in fields(NetworkChoice))]
+    if settings.recipe == "targeted":
+        names += ["masks", "radius", "step_size", "rule", "label_consistency"]
+    options |= {name: own for name in names if (own := getattr(settings, name)) != getattr(RunSettings, name)}
+    options |= settings.reading.given()
+    files = {name: found for name, found in others.sources.items() if isinstance(found, str | Path)}
+    options["test_data"] = [f"{name}={found}" for name, found in files.items()]
+    options["class_map"] = [f"{theirs}={ours}" for theirs, ours in others.class_map.items() if files]
+    words = ["tsynd", "experiment"]
+    for name, value in options.items():
+        flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+        words += [flag, *(str(one) for one in values if one is not True)] if values else []
+    words.append("--arms")
     for arm in ("real", "standard", "reconstruction", "random", "trades", "mutual_information", "recipe"):
         flips = arm in ("standard", "recipe") and settings.flip != "none"
         words.append(f"{arm},flip={settings.flip}" if flips else arm)
@@ -478,15 +480,8 @@ def _draw(
         typical = np.linspace(0, len(train) - 1, count).astype(int).tolist()
         labels = [""] * count
     pick = torch.tensor(typical)
-    draw_examples(
-        path,
-        train.pixels()[pick],
-        reconstructions[pick],
-        result.images[pick],
-        before[pick],
-        after[pick],
-        labels,
-    )
+    shown = [part[pick] for part in (train.pixels(), reconstructions, result.images, before, after)]
+    draw_examples(path, *shown, labels)
 
 
 def _machine(device: str) -> dict[str, str]:

@@ -133,13 +133,9 @@ def write_report(
         _example(texts[i], [x[i] for x in stages], limit, (i, before[i], after[i], short), verdicts[i]) for i in chosen
     )
     flipped = (
-        ""
-        if judged is None
-        else (
-            " Below the targeted image: what a classifier that was not climbed on takes it for, and how surely; a "
-            "red frame where that is not its label any more."
-        )
-    )
+        " Below the targeted image: what a classifier that was not climbed on takes it for, and how surely; a red "
+        "frame where that is not its label any more."
+    ) * (judged is not None)
     colours = ", mean over channels" if stages[0].shape[1] == 3 else ""
     shown = (
         f'<p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks. '
