@@ -291,6 +291,34 @@ def test_command_synthesize(data: Path, finished: tuple[Path, dict[str, Any]], t
     assert "exists already" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "option"),
+    [
+        (["--variants", "2"], {"variants": 2}),
+        (["--balance"], {"balance": True}),
+        (["--start", "noise"], {"start": "noise"}),
+        (["--start", "interpolate"], {"start": "interpolate"}),
+        (["--most-uncertain", "3"], {"most_uncertain": 3}),
+    ],
+)
+def test_command_synthesize_chooses_its_sources(
+    data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path, flags: list[str], option: dict[str, Any]
+) -> None:
+    """As the function does, and not as without the option."""
+    models = [finished[0] / f"{name}.safetensors" for name in ("autoencoder", "classifier")]
+    words = ["synthesize", "--data", data, "--autoencoder", models[0], "--classifier", models[1], "--split", "val"]
+    words += ["--samples", "4", "--steps", "2", "--quiet", "--device", "cpu", "--output", tmp_path / "new.npz"]
+    done = run_tsynd(*words, *flags)
+    assert done.returncode == 0, done.stderr
+    found, images = load_result(tmp_path / "new.npz"), tsynd.load_data(data).val
+    both = [tsynd.load_model(path) for path in models]
+    given: dict[str, Any] = {"samples": 4, "steps": 2, "device": "cpu", "progress": False}
+    wanted, usual = (tsynd.synthesize(*both, images, **given, **more) for more in (option, {}))
+    assert torch.equal(found.sample_ids, wanted.sample_ids)
+    torch.testing.assert_close(found.latents, wanted.latents, rtol=0, atol=1e-5)
+    assert len(found) != len(usual) or not torch.allclose(found.latents, usual.latents, atol=1e-5)
+
+
 def test_command_info() -> None:
     done = run_tsynd("info")
     assert done.returncode == 0, done.stderr
