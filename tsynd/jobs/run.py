@@ -26,13 +26,7 @@ from tsynd.evaluation.image_quality import POOR_RECONSTRUCTION, unexplained
 from tsynd.evaluation.intervals import compare
 from tsynd.evaluation.metrics import errors, scores
 from tsynd.jobs.job import STATE, Job
-from tsynd.jobs.steps import (
-    NetworkChoice,
-    fit_autoencoder_step,
-    fit_classifier_step,
-    new_autoencoder,
-    new_classifier,
-)
+from tsynd.jobs.steps import NetworkChoice, fit_autoencoder_step, fit_classifier_step, new_autoencoder, new_classifier
 from tsynd.models.checkpoint import load_model
 from tsynd.ops.reference import OBJECTIVES
 from tsynd.report.pictures import draw_examples
