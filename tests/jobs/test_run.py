@@ -267,7 +267,7 @@ def test_report_of_other_data(tmp_path: Path, channels: int, multilabel: bool) -
     worse = torch.cat([right[:6].roll(1, 1), right[6:]])  # two of each class are lost
     metrics["comparison"] = compare({"real": {"clean": right}, "targeted": {"clean": worse}}, truth)
     page = write_report(tmp_path / "r.html", metrics, result, images, images, names, values, values * 2).read_text()
-    assert "On clean test images (60 of them) training with the extra images lost 10.0 points (95 % interval −" in page
+    assert "on 60 clean test images, against real images alone, training with the extra images lost 10.0 points" in page
     assert "Scores on test images" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script>alert(1)" not in page
