@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-import tsynd
+from tsynd.data.load import load_data
+from tsynd.evaluation.evaluate import evaluate
+from tsynd.training.classifier import fit_classifier
 from tsynd.utils.errors import require
 
 __all__ = ["score"]
@@ -21,14 +23,14 @@ __all__ = ["score"]
 
 def score(data: Path, seed: int, epochs: float = 20, batch_size: int = 64) -> dict[str, float]:
     """Accuracy, balanced accuracy and AUROC on the test images."""
-    source = tsynd.load_data(data)
+    source = load_data(data)
     torch.manual_seed(seed)
     network = require("monai.networks.nets", "models").resnet18(
         spatial_dims=2, n_input_channels=source.channels, num_classes=source.num_classes, conv1_t_stride=2
     )
     steps = max(1, round(epochs * len(source.train) / batch_size))
-    tsynd.fit_classifier(network, source.train, iterations=steps, batch_size=batch_size, seed=seed)
-    clean = tsynd.evaluate(network, source.test, conditions=("clean",))["clean"]
+    fit_classifier(network, source.train, iterations=steps, batch_size=batch_size, seed=seed)
+    clean = evaluate(network, source.test, conditions=("clean",))["clean"]
     return {"seed": seed} | {name: clean[name] for name in ("accuracy", "balanced_accuracy", "auroc")}
 
 
