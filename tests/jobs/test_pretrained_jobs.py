@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,10 @@ def test_the_command_line(data: Path, network: str, tmp_path: Path) -> None:
     assert isinstance(tsynd.load_model(tmp_path / "trained" / "classifier.safetensors"), PretrainedClassifier)
 
 
-def test_what_cannot_be_used_is_one_line_and_exit_code_2(data: Path, network: str, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(
+    data: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
     monai = pytest.importorskip("monai.networks.nets")
