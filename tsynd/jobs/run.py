@@ -474,8 +474,8 @@ def _draw(
         typical = np.linspace(0, len(train) - 1, count).astype(int).tolist()
         labels = [""] * count
     pick = torch.tensor(typical)
-    shown = [part[pick] for part in (train.pixels(), reconstructions, result.images, before, after)]
-    draw_examples(path, *shown, labels)
+    stages = train.pixels()[pick], reconstructions[pick], result.images[pick]
+    draw_examples(path, *stages, before[pick], after[pick], labels)
 
 
 def _machine(device: str) -> dict[str, str]:
