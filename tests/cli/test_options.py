@@ -19,6 +19,7 @@ from tsynd.cli.options import field_texts
 from tsynd.data.readers.options import ReadOptions
 from tsynd.distributed.worker import ShardSettings
 from tsynd.jobs.run import RunSettings
+from tsynd.jobs.steps import ClassifierChoice, NetworkChoice
 from tsynd.jobs.train import TrainSettings
 from tsynd.study.settings import StudySettings
 from tsynd.synthesis.ascent import AscentSettings
@@ -53,6 +54,17 @@ def test_options_are_the_fields(command: str, settings: Any) -> None:
             assert given == wanted or wanted is dataclasses.MISSING, name
 
 
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("run", NetworkChoice), ("train", ClassifierChoice), ("experiment", StudySettings), ("synthesize", ReadOptions)],
+)
+def test_every_choice_is_an_option(command: str, settings: Any) -> None:
+    """And so are those of how files are read."""
+    made = {p.name for p in COMMANDS.commands[command].params}
+    assert {f.name for part in (settings, ReadOptions) for f in dataclasses.fields(part)} - {"reading"} <= made
+
+
+COMMANDS: Any = typer.main.get_command(app)
 MODELS = ["--autoencoder", "a.safetensors", "--classifier", "c.safetensors"]
 MADE = ["synthesize", "--data", "phantom", "--output", "out.npz"]
 EXPORT = ["export", "--output", "f.onnx", *MODELS]
@@ -98,9 +110,6 @@ def test_what_cannot_act_is_refused(
     assert (code, errors.count("\n")) == (2, 1), errors
     assert errors.startswith(f"tsynd: {words}"), errors
     assert list(tmp_path.iterdir()) == []
-
-
-COMMANDS: Any = typer.main.get_command(app)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.commands))
