@@ -135,7 +135,7 @@ def test_guessing_is_called_guessing(tmp_path: Path) -> None:
     truth = torch.arange(200) % 2
     blind = {name: {"clean": torch.rand(200, 2, generator=draw)} for name in ("real", "standard", "targeted")}
     said = "None of these classifiers can be told from guessing"
-    assert said in verdict(compare(blind, truth))[1]
+    assert said in verdict(compare(blind, truth))[0]
     blind["targeted"]["clean"] += torch.nn.functional.one_hot(truth, 2) / 2
     assert not [text for text in verdict(compare(blind, truth)) if said in text]
 

@@ -72,6 +72,6 @@ def run(
         "autoencoder misses of the variance: " + ", ".join(f"{name} {part:.0%}" for name, part in lost.items())
     )
     console.print(
-        f"pictures: tsynd predict --classifier {output / 'classifier.safetensors'} --data FOLDER", soft_wrap=True
+        f"on new pictures: tsynd predict --classifier {output / 'classifier.safetensors'} --data FOLDER", soft_wrap=True
     )
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)

@@ -212,7 +212,7 @@ def _stages(
     synthesis = job.stage(
         "synthesis",
         "synthetic.npz",
-        lambda path: _synthesise(path, autoencoder, real, source, settings, where, progress),
+        lambda path: _synthesise(path, autoencoder, real, source, settings, device=where, progress=progress),
     )
     augmentation: Augmentation
     if settings.recipe == "targeted":
@@ -290,13 +290,7 @@ def _check(settings: RunSettings) -> None:
 
 
 def _synthesise(
-    path: Path,
-    autoencoder: Any,
-    classifier: nn.Module,
-    source: DataSource,
-    settings: RunSettings,
-    device: str,
-    progress: bool,
+    path: Path, autoencoder: Any, classifier: nn.Module, source: DataSource, settings: RunSettings, **place: Any
 ) -> dict[str, Any]:
     start, phases = time.perf_counter(), Phases()
     result = synthesize(
@@ -305,9 +299,8 @@ def _synthesise(
         source.train.pixels(),
         source.train.labels,
         seed=settings.seed,
-        device=device,
-        progress=progress,
         phases=phases,
+        **place,
         **settings.options(),
     )
     speed = len(result) / (time.perf_counter() - start)
@@ -409,7 +402,7 @@ def _finish(
             after,
             seen[1].softmax(1) if source.task == "multiclass" else seen[1].sigmoid(),
         )
-        _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
+        _draw(job.folder / "examples.png", source, result, reconstructions, before, after)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -452,16 +445,10 @@ def _reconstruction(source: DataSource, reconstructions: Tensor) -> dict[str, An
 
 
 def _draw(
-    path: Path,
-    train: LabelledImages,
-    result: SynthesisResult,
-    reconstructions: Tensor,
-    before: Tensor,
-    after: Tensor,
-    source: DataSource,
+    path: Path, source: DataSource, result: SynthesisResult, reconstructions: Tensor, before: Tensor, after: Tensor
 ) -> None:
     """Examples of typical gain, one class after another: four pictures, or two volumes."""
-    count = 4 if source.spatial_dims == 2 else 2
+    count, train = 4 if source.spatial_dims == 2 else 2, source.train
     if source.task == "multiclass":
         typical = []
         for number in range(count):

@@ -98,9 +98,10 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
         f"images {_judge(first[1], comparison)}."
     ]
     if all(own[first[0]]["auroc"][1] <= 0.5 for own in comparison["scores"].values()):
-        texts.append(
+        texts.insert(
+            0,
             "None of these classifiers can be told from guessing yet (AUROC .5), so that changes between them say "
-            "little: train longer (--iterations) or on more images."
+            "little: train longer (--iterations) or on more images.",
         )
     for name, own in list(changes.items())[1:]:
         change = own[first[0]]
