@@ -183,11 +183,18 @@ def per_set(rows: Sequence[Row]) -> list[str]:
                 line.append(
                     f"{scale * mean:.{1 if scale == 100 else 3}f} ± {scale * half:.{1 if scale == 100 else 3}f}"
                 )
-            line.append(f"{np.mean([measure_of(row, 'auroc') for row in mine]) * 100:.1f}")
+            auroc, ece, size, covered = (
+                float(np.mean([measure_of(row, name) for row in mine]))
+                for name in ("auroc", "ece", "conformal_size", "conformal_coverage")
+            )
+            line += [f"{auroc * 100:.1f}", f"{ece * 100:.1f}", f"{size:.2f} ({covered * 100:.0f} %)"]
             line.append(f"{np.mean([row['seconds']['training'] for row in mine]):.0f} s")
             lines.append(line)
         text += [f"**{data}, {size} labels**", ""]
-        text += [*_table(["Arm", "Seeds", *_TITLES, "AUROC %", "Training"], lines), ""]
+        text += [
+            *_table(["Arm", "Seeds", *_TITLES, "AUROC %", "ECE % ↓", "Conformal set ↓ (covers)", "Training"], lines),
+            "",
+        ]
     return text
 
 
