@@ -357,7 +357,7 @@ def test_ensembles_are_their_networks(name: str, x: Tensor) -> None:
 @pytest.mark.parametrize("structure", [None, "full", "kron"])
 @pytest.mark.parametrize("name", [
     "own", "head", "timm-like", "transformers", "monai", "tuple", "dict", "data class", "wrapped twice", "compiled",
-    "compiled transformers", "hook: on the dropout", "hook: on an identity", "hook: before the head", "half", "double",
+    "compiled transformers", "hook: on the dropout", "hook: on an identity", "half", "double",
 ])  # fmt: skip
 def test_sampled_heads_are_their_samples(name: str, structure: str | None, x: Tensor) -> None:
     network = NETWORKS[name]().eval()
@@ -383,7 +383,9 @@ def test_sampled_heads_are_their_samples(name: str, structure: str | None, x: Te
     torch.testing.assert_close(value.double(), mutual_information(torch.stack(logits)), **rough)
 
 
-@pytest.mark.parametrize("name", ["hook: temperature", "hook: on the whole", "another forward"])
+@pytest.mark.parametrize(
+    "name", ["hook: temperature", "hook: before the head", "hook: on the whole", "another forward"]
+)
 def test_logits_that_are_not_the_last_layers_are_refused(name: str, x: Tensor) -> None:
     data = x, torch.arange(6) % 4
     with pytest.raises(InputError, match=r"classifier: its logits are not the output of layer '4'"):
