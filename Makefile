@@ -133,7 +133,7 @@ wheel: $(VENV)/.torch $(SOURCES)
 # every package at its lowest declared version (torch at its pin): something of every extra must run
 lowest: $(VENV)/.torch $(SOURCES)
 	rm -rf dist $(VENV)-lowest
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -C cmake.define.TSYND_CUDA=OFF -w dist .
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/pip install -q "$(TORCH)" $$($(PYTHON) packaging/lowest.py test dicom-codecs | grep -v "^torch==")
 	$(VENV)-lowest/bin/pip install -q --no-deps $(subst >=,==,$(LAPLACE)) dist/tsynd-*.whl

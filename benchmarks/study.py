@@ -46,10 +46,14 @@ ARMS = (
     f"trades+random,trades.{_CHEAP},{_BASE}",
     f"trades+mutual_information,{_CHEAP},{_BASE}",
     f"trades+entropy,{_CHEAP},{_BASE}",
+    "real,iterations=575",
+    "standard,iterations=375",
 )
 _NAMES = {
     "real": "real only",
+    ARMS[12]: "real only, as long as the recipe trains",
     "standard": "standard augmentation, beside",
+    ARMS[13]: "standard augmentation, beside, as long",
     "randaugment": "RandAugment",
     "adversarial": "adversarial training",
     "trades": "TRADES",
@@ -229,7 +233,8 @@ def main() -> None:
         for name, flip in SETS.items():
             short = name.split("_")[0]
             arms = [
-                f"standard,flip={flip}" if arm == "standard" else arm.replace(_BASE, f"{_BASE}:{flip}") for arm in ARMS
+                f"{arm},flip={flip}" if arm.startswith("standard") else arm.replace(_BASE, f"{_BASE}:{flip}")
+                for arm in ARMS
             ]
             small, place = options.output / "data" / f"{short}.npz", options.output / short
             experiment(small, place, options.sizes, seeds, arms, SETTINGS, workers=options.workers, report=False)

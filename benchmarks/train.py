@@ -25,7 +25,7 @@ __all__ = ["SHAPES", "run", "summary"]
 # images of 28 x 28 in a batch, T, K
 SHAPES: dict[str, tuple[int, int, int]] = {"R1": (64, 8, 3), "GR1": (512, 8, 3)}
 FLOOR, TARGETED = "floor: real images alone", "tsynd, targeted"
-LOOP = "targeted by T passes, loop"
+LOOP, PERSISTENT = "targeted by T passes, loop", "tsynd, targeted, persistent"
 CONSISTENCY, EXPECTED = "tsynd, recipe's step of consistency", "tsynd, recipe's targeted step"
 _CLASSES = 4
 
@@ -37,7 +37,8 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
     autoencoder = SmallAutoencoder(1).to(device)
     autoencoder.latent_std.fill_(1.0)
     images = torch.rand(count, 1, 28, 28, device=device)
-    labels = torch.arange(count, device=device) % _CLASSES
+    numbers = torch.arange(count)
+    labels = numbers.to(device) % _CLASSES
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
     def step(make: Callable[[], ExtraImages] | None) -> float:
@@ -63,11 +64,17 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
         LOOP: ("uncertainty", peers.PassesPosterior(network, samples, batched=False)),
     }
 
-    def maker(direction: str, classifier: nn.Module | Posterior) -> Callable[[], ExtraImages]:
-        made = TargetedAugmentation(autoencoder, direction=direction, samples=samples, steps=steps)
-        return lambda: ExtraImages(*made(classifier, images, labels))
+    def maker(direction: str, classifier: nn.Module | Posterior, **options: Any) -> Callable[[], ExtraImages]:
+        made = TargetedAugmentation(autoencoder, direction=direction, **{"samples": samples, "steps": steps, **options})
+
+        def make() -> ExtraImages:
+            made.set_ids(numbers)
+            return ExtraImages(*made(classifier, images, labels))
+
+        return make
 
     makers = {name: maker(direction, classifier) for name, (direction, classifier) in made_by.items()}
+    makers[PERSISTENT] = maker("uncertainty", network, steps=1, persistent=True)
     plain = uncertainty(network, makers["reconstructions"]().images).mean()
     for name in (TARGETED, LOOP):
         made = makers[name]().images
@@ -83,6 +90,8 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
     makers |= {CONSISTENCY: partial(part, 0), EXPECTED: partial(part, 1)}
     methods: dict[str, Callable[[], object]] = {FLOOR: lambda: step(None)}
     methods |= {name: partial(step, make) for name, make in makers.items()}
+    ready = ExtraImages(images.flip(0), labels)
+    methods["phase: step with extra images at hand"] = lambda: step(lambda: ready)
     return methods | _phases(network, autoencoder, images, samples)
 
 
@@ -147,9 +156,11 @@ def summary(rows: list[Row]) -> list[str]:
         for row in rows
         if row.method != FLOOR and not row.method.startswith("phase: ")
     ]
+    trainings = {"the recipe": (CONSISTENCY, EXPECTED), TARGETED: (TARGETED,), PERSISTENT: (PERSISTENT,)}
     for shape in dict.fromkeys(row.shape for row in rows):
-        turns = [row.over_floor for row in rows if row.shape == shape and row.method in (CONSISTENCY, EXPECTED)]
-        if turns:
+        for name, methods in trainings.items():
+            turns = [row.over_floor for row in rows if row.shape == shape and row.method in methods]
             whole = 0.3 + 0.7 * sum(turns) / len(turns)
-            lines.append(f"{shape.split()[0]}, a training with the recipe, warm-up 0.3: {whole:.2f}× real images alone")
+            name = name.removeprefix("tsynd, ")
+            lines.append(f"{shape.split()[0]}, a training with {name}, warm-up 0.3: {whole:.2f}× real images alone")
     return lines

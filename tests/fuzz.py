@@ -207,13 +207,14 @@ def work(first: int, cases: int) -> int:
             (folder / name).write_bytes(content)
             if name not in ("manifest.json", "receipt.json"):  # whose digest and files the packer and the job write
                 read(folder / name)
-        refused, names = 0, list(held)
+        refused, slowest, names = 0, (0.0, first), list(held)
         for case in range(first, first + cases):
             name = names[case % len(names)]
             content, read = held[name]
             (folder / name).write_bytes(damaged(content, np.random.default_rng(case)))
             print(f"case {case}: {name}", flush=True)
             signal.alarm(SECONDS)
+            start = time.monotonic()
             try:
                 read(folder / name)
             except tsynd.InputError as error:
@@ -227,7 +228,9 @@ def work(first: int, cases: int) -> int:
             finally:
                 signal.alarm(0)
                 (folder / name).write_bytes(content)
-        print(f"refused {refused}", flush=True)
+            slowest = max(slowest, (time.monotonic() - start, case))
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+        print(json.dumps({"refused": refused, "slowest": slowest, "mebibytes": largest / 2**10}), flush=True)
     return 0
 
 
@@ -239,7 +242,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.cases is not None:
         return work(options.first, options.cases)
-    start, case, faults, refused = time.monotonic(), options.first, 0, 0
+    start, case, faults = time.monotonic(), options.first, 0
+    ended: list[dict[str, Any]] = []  # what the workers that ended well say
     while time.monotonic() - start < 60 * options.minutes:
         line = [sys.executable, __file__, "--first", str(case), "--cases", str(CHUNK)]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -250,9 +254,13 @@ def main() -> int:
             failed = done.stdout[done.stdout.find("FAILED") :] if "FAILED" in done.stdout else done.stderr[-2000:]
             print(f"case {last}, exit {done.returncode}: {failed}")
         else:
-            refused += int(lines[-1].split()[1])
+            ended.append(json.loads(lines[-1]))
         case = last + 1
+    refused = sum(one["refused"] for one in ended)
     print(f"{case - options.first} damaged files, {refused} refused in workers that ended well, {faults} faults")
+    if ended:
+        seconds, slow = max(one["slowest"] for one in ended)
+        print(f"slowest {seconds:.2f} s (case {slow}), largest worker {max(one['mebibytes'] for one in ended):.0f} MiB")
     return int(faults > 0)
 
 

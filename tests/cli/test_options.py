@@ -19,6 +19,7 @@ from tsynd.cli.options import field_texts
 from tsynd.data.readers.options import ReadOptions
 from tsynd.distributed.worker import ShardSettings
 from tsynd.jobs.run import RunSettings
+from tsynd.jobs.steps import ClassifierChoice, NetworkChoice
 from tsynd.jobs.train import TrainSettings
 from tsynd.study.settings import StudySettings
 from tsynd.synthesis.ascent import AscentSettings
@@ -53,6 +54,17 @@ def test_options_are_the_fields(command: str, settings: Any) -> None:
             assert given == wanted or wanted is dataclasses.MISSING, name
 
 
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("run", NetworkChoice), ("train", ClassifierChoice), ("experiment", StudySettings), ("synthesize", ReadOptions)],
+)
+def test_every_choice_is_an_option(command: str, settings: Any) -> None:
+    """And so are those of how files are read."""
+    made = {p.name for p in COMMANDS.commands[command].params}
+    assert {f.name for part in (settings, ReadOptions) for f in dataclasses.fields(part)} - {"reading"} <= made
+
+
+COMMANDS: Any = typer.main.get_command(app)
 MODELS = ["--autoencoder", "a.safetensors", "--classifier", "c.safetensors"]
 MADE = ["synthesize", "--data", "phantom", "--output", "out.npz"]
 EXPORT = ["export", "--output", "f.onnx", *MODELS]
@@ -100,9 +112,6 @@ def test_what_cannot_act_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-COMMANDS: Any = typer.main.get_command(app)
-
-
 @pytest.mark.parametrize("command", sorted(COMMANDS.commands))
 def test_help_is_readable(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
@@ -112,6 +121,53 @@ def test_help_is_readable(command: str) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("╭─ Options"))
     assert next(number for number, line in enumerate(lines[start:]) if line.startswith("╰")) <= 30
     assert "--help" in shown.stdout
+
+
+JOBS = {
+    "run": ("tsynd.cli.run.job.run", ["--output", "o"], {}),
+    "train": ("tsynd.cli.train.train_model", ["--output", "o", "--autoencoder", "a"], {"autoencoder": "is given"}),
+    "experiment": ("tsynd.cli.experiment.study.experiment", ["--output", "o", "--train-size", "9"], {}),
+    "synthesize": ("tsynd.cli.synthesize.synthesize_shards", ["--output", "o", *MODELS, "--shard-size", "8"],
+                   dict.fromkeys(("balance", "model", "most_uncertain", "start", "variants"), "is refused")
+                   | dict.fromkeys(("autoencoder", "classifier", "shard_size"), "is given")),
+}  # fmt: skip
+VALUES = {
+    "channels": "3", "frames": "split", "slices": "axial", "group": "none", "seeds": "4,7", "verify": "size",
+    "test_data": "north=n.npz", "class_map": "A=b", "split": "val", "label_consistency": "0.25",
+    "objective": "entropy", "masks": "independent", "rule": "linf", "image_format": "png",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", sorted(JOBS))
+def test_every_option_reaches_the_job(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that is left on the way would change nothing and say nothing."""
+    place, needed, elsewhere = JOBS[command]
+    handed: list[str] = []
+
+    def taken(*given: Any, **options: Any) -> None:
+        handed.append(repr((given, options)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, taken)
+    monkeypatch.chdir(tmp_path)
+
+    def handed_over(*words: str) -> str:
+        code, errors = in_process([command, "--data", "d", *needed, *words])
+        assert code == 130, (words, errors)
+        return handed.pop()
+
+    usual, tried = handed_over(), 0
+    for option in COMMANDS.commands[command].params:
+        if option.name in ("help", "data", "output", "train_size", *elsewhere):
+            continue
+        values = [VALUES.get(option.name, "7")] * option.nargs
+        beside = ["--test-data", "s=s.npz"] if option.name == "class_map" else []
+        flag = [option.opts[0]] if option.is_flag else [option.opts[0], *values]
+        if option.secondary_opts:
+            flag = [option.secondary_opts[0]]
+        assert handed_over(*flag, *beside) != (handed_over(*beside) if beside else usual), flag
+        tried += 1
+    assert tried > 15
 
 
 def test_version() -> None:

@@ -41,6 +41,8 @@ def test_a_folder_is_brought_to_the_classifier(pictures: Path) -> None:
     assert len(set(found.groups.tolist())) == 4
     with pytest.raises(tsynd.InputError, match=r"'other' is none of the classifier's.*'other=NAME'"):
         load_test(pictures, NAMES, class_map={"normal": "NORMAL", "pneumonia": "SICK"}, image_shape=[1, 12, 12])
+    with pytest.raises(tsynd.InputError, match=r"'normal', 'other', .* are none.*'normal=NORMAL' 'other=NAME'"):
+        load_test(pictures, NAMES, class_map={"NORMAL": "normal"}, image_shape=[1, 12, 12])  # the wrong way round
 
 
 def test_archives_of_any_splits(tmp_path: Path) -> None:

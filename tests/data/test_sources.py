@@ -94,7 +94,6 @@ def test_class_folders_tars_patterns_and_addresses(tmp_path):
 
 
 def test_a_web_server_may_not_send_us_elsewhere_nor_fail_unclearly(monkeypatch):
-    pytest.importorskip("aiohttp")
     buffer, hosts = io.BytesIO(), set()
     np.savez(buffer, images=PIXELS, labels=LABELS)
     content = buffer.getvalue()

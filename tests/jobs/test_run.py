@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer.main
 from helpers import in_process, run_tsynd
 from torch.nn import functional
 
 import tsynd
+from tsynd.cli.app import _spread, app
+from tsynd.data.external import External
+from tsynd.data.readers.options import ReadOptions
 from tsynd.evaluation.intervals import compare
 from tsynd.jobs import run as pipeline
+from tsynd.jobs.steps import NetworkChoice
 from tsynd.report.pictures import draw_examples
 from tsynd.report.run_report import write_report
 from tsynd.synthesis.result import SynthesisResult, load_result
+from tsynd.training import loop
 
 TINY = pipeline.RunSettings(
     train_size=24, autoencoder_iterations=12, iterations=10, batch_size=16, samples=8, steps=2, augmentation_steps=1
@@ -99,6 +106,46 @@ def test_a_finished_run_is_not_repeated_and_an_interrupted_one_goes_on(
     assert resumed["synthesis"]["uncertainty_after"] == metrics["synthesis"]["uncertainty_after"]
 
 
+def test_a_training_goes_on_inside_a_stage(
+    data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted behind every state of every training, each step is done once, and the models are the same ones."""
+    monkeypatch.setattr(pipeline, "_EVERY", 5)
+    folder, whole, steps = tmp_path / "out", finished[0], []
+    save, step = loop.save_state, torch.optim.AdamW.step
+
+    def saved(path: Path, *state: Any) -> None:
+        save(path, *state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_state", saved)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: (steps.append(1), step(*given))[1])
+    for _ in range(3 + 4 * 2):  # the autoencoder's 12 steps have three states, the classifiers' ten have two
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(data, folder, TINY, device="cpu", progress=False)
+    assert len(list(folder.glob("*.training"))) == 1
+    pipeline.run(data, folder, TINY, device="cpu", progress=False)
+    assert len(steps) == 12 + 4 * 10
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    for path in whole.glob("*.safetensors"):
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_state_of_what_is_made_again_is_not_used(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one of a stage behind it, which a training of the old file had left."""
+    folder = tmp_path / "out"
+    monkeypatch.setattr(pipeline, "_EVERY", 5)
+    pipeline.run(data, folder, TINY, device="cpu", progress=False)
+    before = (folder / "classifier.safetensors").read_bytes()
+    for name in ("autoencoder", "classifier"):
+        (folder / f"{name}.training").write_bytes(b"of another training")
+    (folder / "autoencoder.safetensors").unlink()
+    with pytest.warns(UserWarning, match="is gone or damaged"):
+        pipeline.run(data, folder, TINY, device="cpu", progress=False)
+    assert (folder / "classifier.safetensors").read_bytes() == before
+    assert not list(folder.glob("*.training"))
+
+
 def test_another_run_does_not_mix_with_a_folder(data: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
     with pytest.raises(tsynd.InputError, match=r"other settings \(radius 0\.5 → 0\.7\)"):
@@ -129,6 +176,37 @@ def test_report_holds_everything(finished: tuple[Path, dict[str, Any]]) -> None:
     assert 0 <= metrics["synthesis"]["label_kept"] <= 1
     assert set(metrics["reconstruction"]["by_class"]) <= set(metrics["data"]["class_names"])
     assert sum(metrics["data"]["test_counts"].values()) == 40
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recipe": "targeted", "radius": 1.5, "masks": "independent", "label_consistency": 0.25, "dropout": "stages"},
+        {"classifier": "timm:resnet18", "encoder_size": 96, "trains": "all", "rounds": 0, "autoencoder_data": "all"},
+        {"reading": ReadOptions(image_size=48, channels=1, window=(-600.0, 1500.0), group="none")},
+        {"reading": ReadOptions(volumes=True, inside=True, spacing=(1.0, 1.0, 2.5)), "flip": "both"},
+    ],
+)
+def test_the_printed_study_is_of_the_same_things(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """What the command line makes of it: every setting that both have, and the test sets, are the run's."""
+    settings, folder = replace(TINY, train_size=30, **changes), tmp_path / "a study"
+    others = External({"north": tmp_path / "the north", "south": "s.npz"}, {"ILL": "ill", "odd one": ""})
+    line = pipeline._study_command(str(data), folder.name, tsynd.load_data(data, train_size=30), others, settings)
+    commands: Any = typer.main.get_command(app)
+    words = _spread(shlex.split(line))
+    given = commands.commands["experiment"].make_context("experiment", words[2:]).params
+    assert (words[:2], given["output"], given["train_size"], given["data"]) == (
+        ["tsynd", "experiment"], Path("a study-study"), [30], str(data),
+    )  # fmt: skip
+    names = ["masks", "radius", "label_consistency", "dropout", "augmentation_weight", "iterations", "batch_size"]
+    names += ["autoencoder_data", "autoencoder_iterations", *(part.name for part in fields(NetworkChoice))]
+    for name in names:
+        assert given[name] == getattr(settings, name), name
+    assert ReadOptions(**{part.name: given[part.name] for part in fields(ReadOptions)}) == settings.reading
+    assert given["test_data"] == [f"north={tmp_path / 'the north'}", "south=s.npz"]
+    assert given["class_map"] == ["ILL=ill", "odd one="]
+    assert ("recipe,flip=both" in given["arms"]) == (settings.flip == "both")
 
 
 def test_the_second_classifier_is_trained_by_the_recipe_that_is_named(data: Path, tmp_path: Path) -> None:
@@ -189,7 +267,7 @@ def test_report_of_other_data(tmp_path: Path, channels: int, multilabel: bool) -
     worse = torch.cat([right[:6].roll(1, 1), right[6:]])  # two of each class are lost
     metrics["comparison"] = compare({"real": {"clean": right}, "targeted": {"clean": worse}}, truth)
     page = write_report(tmp_path / "r.html", metrics, result, images, images, names, values, values * 2).read_text()
-    assert "On clean test images (60 of them) training with the extra images lost 10.0 points (95 % interval −" in page
+    assert "on 60 clean test images, against real images alone, training with the extra images lost 10.0 points" in page
     assert "Scores on test images" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script>alert(1)" not in page
@@ -211,6 +289,34 @@ def test_command_synthesize(data: Path, finished: tuple[Path, dict[str, Any]], t
     done = run_tsynd("synthesize", *flags, "--output", tmp_path / "new.npz")
     assert done.returncode == 2
     assert "exists already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "option"),
+    [
+        (["--variants", "2"], {"variants": 2}),
+        (["--balance"], {"balance": True}),
+        (["--start", "noise"], {"start": "noise"}),
+        (["--start", "interpolate"], {"start": "interpolate"}),
+        (["--most-uncertain", "3"], {"most_uncertain": 3}),
+    ],
+)
+def test_command_synthesize_chooses_its_sources(
+    data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path, flags: list[str], option: dict[str, Any]
+) -> None:
+    """As the function does, and not as without the option."""
+    models = [finished[0] / f"{name}.safetensors" for name in ("autoencoder", "classifier")]
+    words = ["synthesize", "--data", data, "--autoencoder", models[0], "--classifier", models[1], "--split", "val"]
+    words += ["--samples", "4", "--steps", "2", "--quiet", "--device", "cpu", "--output", tmp_path / "new.npz"]
+    done = run_tsynd(*words, *flags)
+    assert done.returncode == 0, done.stderr
+    found, images = load_result(tmp_path / "new.npz"), tsynd.load_data(data).val
+    both = [tsynd.load_model(path) for path in models]
+    given: dict[str, Any] = {"samples": 4, "steps": 2, "device": "cpu", "progress": False}
+    wanted, usual = (tsynd.synthesize(*both, images, **given, **more) for more in (option, {}))
+    assert torch.equal(found.sample_ids, wanted.sample_ids)
+    torch.testing.assert_close(found.latents, wanted.latents, rtol=0, atol=1e-5)
+    assert len(found) != len(usual) or not torch.allclose(found.latents, usual.latents, atol=1e-5)
 
 
 def test_command_info() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from tsynd import InputError
 from tsynd.evaluation.intervals import compare
 from tsynd.report import pictures as figures
 from tsynd.report import run_report as report
-from tsynd.report.verdict import Interval, images_needed, range_text
+from tsynd.report.verdict import Interval, images_needed, range_text, verdict
 from tsynd.synthesis.result import SynthesisResult
 
 NAMES = ("normal", "<b>odd</b>", "a & $b$")
@@ -126,6 +127,30 @@ def test_a_small_change_is_noise_and_says_how_many_images_it_would_take(tmp_path
     assert '<td class="up">' not in page
     assert images_needed(Interval(0.01, -0.03, 0.05), 100) == 1600
     assert images_needed(Interval(0.0, -0.03, 0.05), 100) is None
+
+
+def test_guessing_is_called_guessing(tmp_path: Path) -> None:
+    """Classifiers that have learnt nothing differ by chance: said before any change is read."""
+    draw = torch.Generator().manual_seed(1)
+    truth = torch.arange(200) % 2
+    blind = {name: {"clean": torch.rand(200, 2, generator=draw)} for name in ("real", "standard", "targeted")}
+    said = "None of these classifiers can be told from guessing"
+    assert said in verdict(compare(blind, truth))[0]
+    blind["targeted"]["clean"] += torch.nn.functional.one_hot(truth, 2) / 2
+    assert not [text for text in verdict(compare(blind, truth)) if said in text]
+
+
+def test_what_to_do_now_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines that the page shows make the pictures that it promises."""
+    given = inputs()
+    page = report.write_report(tmp_path / "my run" / "r.html", **given).read_text()
+    given["result"].save(tmp_path / "my run" / "synthetic.npz")
+    lines = html.unescape(page).splitlines()
+    assert "<pre>tsynd predict --classifier my run/classifier.safetensors --data FOLDER" in html.unescape(page)
+    saving = next(line for line in lines if line.startswith("load_result("))
+    monkeypatch.chdir(tmp_path)
+    exec(next(line for line in lines if line.startswith("from tsynd")) + "\n" + saving.removesuffix("</pre>"), {})
+    assert len(list((tmp_path / "targeted").rglob("*.png"))) == 30
 
 
 def test_what_a_picture_is_taken_for(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ pytest.importorskip("accelerate")
 from tsynd.evaluation.image_quality import distribution_distances, memorisation, penultimate_features
 from tsynd.study import experiment
 from tsynd.study.arms import augmentation_of, parse_arm
-from tsynd.study.score_tables import masked_gradients, score_table, to_markdown
+from tsynd.study.score_tables import difference_tables, masked_gradients, score_table, to_markdown
 from tsynd.study.settings import Cell, StudySettings, Workplace, cells_of
 from tsynd.study.statistics import mean_interval, sign_flip_p, smallest_p
 from tsynd.study.study_report import write_study
@@ -261,6 +261,22 @@ def test_report_holds_the_numbers(finished: tuple[Path, list[dict[str, Any]]]) -
         "Selective accuracy",
     ):
         assert title in page.text
+
+
+@pytest.mark.parametrize(
+    ("change", "accuracy", "nll"),
+    [(0.0234, "+2.3", "+0.023"), (-0.0234, "−2.3", "−0.023"), (0.0004, "±0.0", "±0.000"), (-0.0004, "±0.0", "±0.000"),
+     (0.0006, "+0.1", "+0.001"), (-0.6, "−60.0", "−0.600"), (0.0, "±0.0", "±0.000")],
+)  # fmt: skip
+def test_a_difference_keeps_its_sign(change: float, accuracy: str, nll: str) -> None:
+    rows = []
+    for seed, (arm, more) in itertools.product((0, 1), (("real", 0.0), ("random", change))):
+        scores = {"balanced_accuracy": 0.7 + more, "nll": 0.9 + more}
+        rows.append({"size": 16, "seed": seed, "arm": arm, "scores": {"clean": scores}})
+    table = difference_tables(rows)[0]
+    line = dict(zip(table.head, table.rows[0], strict=True))
+    assert line["Clean"].split(" ± ")[0] == accuracy
+    assert line["NLL"].split(" ± ")[0] == nll
 
 
 def test_shifted_accuracy_weighs_kinds_alike(finished: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -30,6 +30,7 @@ def test_items_and_parts(result: tsynd.SynthesisResult, tmp_path: Path) -> None:
     assert torch.equal(image, result.images[4])
     assert int(label) == 1
     assert torch.equal(result[-1][0], result.images[22])
+    assert torch.equal(result[result.gain.argmax()][0], result.images[int(result.gain.argmax())])
     with pytest.raises(IndexError):
         result[23]
     pairs = list(result)

@@ -100,7 +100,7 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command goes on behind the last finished stage", 130)
+        _fail("interrupted; the same command takes it up again", 130)
     except Exception as error:
         show = getattr(error, "show", None)  # the parser's own errors know how to print themselves
         if show is None or not hasattr(error, "exit_code"):

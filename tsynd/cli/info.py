@@ -16,32 +16,11 @@ from tsynd.utils.version import __version__
 
 __all__ = ["info"]
 
-_OPTIONAL = (
-    "monai",
-    "accelerate",
-    "torchmetrics",
-    "kornia",
-    "safetensors",
-    "pillow",
-    "pooch",
-    "matplotlib",
-    "adversarial-robustness-toolbox",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "scipy",
-    "ray",
-    "webdataset",
-    "pyarrow",
-    "fsspec",
-    "aiohttp",
-    "pydicom",
-    "nibabel",
-    "datasets",
-    "transformers",
-    "diffusers",
-    "laplace-torch",
-)
+_OPTIONAL = """
+monai accelerate torchmetrics kornia safetensors pillow pooch matplotlib adversarial-robustness-toolbox onnx
+onnxscript onnxruntime scipy ray webdataset pyarrow fsspec aiohttp pydicom nibabel datasets transformers diffusers
+laplace-torch
+"""
 
 
 def info(
@@ -69,7 +48,7 @@ def info(
         kernels.add_row(name, by["CPU"], by["CUDA"])
     console.print(kernels)
     extras = Table("optional package", "version")
-    for package in _OPTIONAL:
+    for package in _OPTIONAL.split():
         try:
             extras.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:

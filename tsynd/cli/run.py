@@ -71,4 +71,7 @@ def run(
     console.print(
         "autoencoder misses of the variance: " + ", ".join(f"{name} {part:.0%}" for name, part in lost.items())
     )
+    console.print(
+        f"on new pictures: tsynd predict --classifier {output / 'classifier.safetensors'} --data FOLDER", soft_wrap=True
+    )
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)

@@ -144,7 +144,7 @@ def load_test(
     pixels, numbers = torch.cat(images), torch.cat(labels)
     count = numbers.shape[1] if task == "multilabel" else int(numbers.max()) + 1
     theirs = find_class_names(arrays, name, count, where)
-    places = [_place(one, known.get(one, one), class_names, where) for one in theirs]
+    places = _places(theirs, known, class_names, where)
     kept, numbers = _renumbered(numbers, places, len(class_names), task, where)
     patients = torch.cat(groups)[kept] if groups and sum(map(len, groups)) == len(kept) else None
     return LabelledImages(pixels[kept].contiguous(), numbers, patients)
@@ -156,16 +156,18 @@ def _of_files(source: Any) -> bool:
     return path.is_dir() or path.suffix.lower() in TABLES
 
 
-def _place(theirs: str, ours: str, class_names: Sequence[str], where: str) -> int | None:
-    """The number of a class among the classifier's; None for one that is left out."""
-    if not ours:
-        return None
-    if ours not in class_names:
+def _places(theirs: Sequence[str], known: Mapping[str, str], names: Sequence[str], where: str) -> list[int | None]:
+    """The number of each class among the classifier's; None for one that is left out."""
+    ours = [known.get(one, one) for one in theirs]
+    if wrong := [one for one, name in zip(theirs, ours, strict=True) if name and name not in names]:
+        alike = {name.casefold(): name for name in names}
+        wanted = " ".join(repr(f"{one}={alike.get(one.casefold(), 'NAME')}") for one in wrong)
+        kind, verb = ("classes", "are") if len(wrong) > 1 else ("class", "is")
         raise InputError(
-            f"{where}: class {theirs!r} is none of the classifier's ({', '.join(class_names)}); wanted "
-            f"class_map={{{theirs!r}: ...}} (--class-map '{theirs}=NAME'; '{theirs}=' leaves its images out)"
+            f"{where}: {kind} {', '.join(map(repr, wrong))} {verb} none of the classifier's ({', '.join(names)}); "
+            f"wanted --class-map {wanted} (class_map in Python; '{wrong[0]}=' leaves its images out)"
         )
-    return list(class_names).index(ours)
+    return [list(names).index(name) if name else None for name in ours]
 
 
 def _renumbered(labels: Tensor, places: list[int | None], count: int, task: str, where: str) -> tuple[Tensor, Tensor]:

@@ -106,9 +106,9 @@ def summarise(
             name = printable(class_names[number])
             warnings.append(f"class {name!r} has {count or 'no'} test images: its scores say little")
     if classes:
-        warnings.append(f"{classes} exact doubles have different labels")
+        warnings.append(f"exact doubles with different labels: {classes}")
     if leaks:
-        warnings.append(f"{leaks} exact doubles lie in several splits: test scores are too good")
+        warnings.append(f"exact doubles in several splits: {leaks}; test scores are too good")
     return Summary(
         counts,
         {split: len(labels) for split, (_, labels) in splits.items()},

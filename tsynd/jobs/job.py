@@ -14,7 +14,10 @@ from tsynd.utils.atomic import FolderLock, atomic_path, clear_leftovers
 from tsynd.utils.errors import InputError
 from tsynd.utils.fingerprint import differences, hash_file, is_sealed, seal
 
-__all__ = ["Job"]
+__all__ = ["STATE", "Job"]
+
+STATE = ".training"
+"""Ends the name of a file in which an unfinished stage keeps its state, beside the file that it makes."""
 
 
 class Job:
@@ -93,7 +96,8 @@ class Job:
     def stage(self, name: str, file: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Make a file unless an earlier call of the same job did; return what ``make`` said about it.
 
-        A file that is gone or not as it was written is made again, and so is what later stages made of it.
+        A file that is gone or not as it was written is made again, and so is what later stages made of it. A stage's
+        state is removed when it is finished or made again.
         """
         self.check_folder()
         path = self.folder / file
@@ -106,11 +110,14 @@ class Job:
             for later in [*stages][[*stages].index(name) :]:
                 del stages[later]
                 files.pop(later, None)
+            for state in self.folder.glob(f"*{STATE}"):
+                state.unlink()
             self._write()
         start = time.perf_counter()
         facts = make(path)
         facts["seconds"] = round(time.perf_counter() - start, 2)
         self.check_folder()
+        path.with_suffix(STATE).unlink(missing_ok=True)
         stages[name], files[name] = facts, _hashes(path)
         self._write()
         return facts

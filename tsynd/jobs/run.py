@@ -9,7 +9,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,8 @@ from tsynd.evaluation.evaluate import predictions
 from tsynd.evaluation.image_quality import POOR_RECONSTRUCTION, unexplained
 from tsynd.evaluation.intervals import compare
 from tsynd.evaluation.metrics import errors, scores
-from tsynd.jobs.job import Job
-from tsynd.jobs.steps import (
-    NetworkChoice,
-    fit_autoencoder_step,
-    fit_classifier_step,
-    new_autoencoder,
-    new_classifier,
-)
+from tsynd.jobs.job import STATE, Job
+from tsynd.jobs.steps import NetworkChoice, fit_autoencoder_step, fit_classifier_step, new_autoencoder, new_classifier
 from tsynd.models.checkpoint import load_model
 from tsynd.ops.reference import OBJECTIVES
 from tsynd.report.pictures import draw_examples
@@ -58,6 +52,7 @@ __all__ = ["RunSettings", "run"]
 
 # far from the ascent's seed, so that the reported uncertainty is not that of the samples climbed on
 _FRESH = 1_000_003
+_EVERY = 50  # steps between two states of a training
 _CONDITIONS = ("clean", "noise", "rotation")
 _NEEDED = (
     "monai.networks.nets",
@@ -120,7 +115,7 @@ def run(
 ) -> dict[str, Any]:
     """Train, synthesise, train with targeted images, test, report; see ``docs/run.md`` for the files.
 
-    A run that was interrupted goes on behind its last finished stage when started again with the same arguments.
+    A run that was interrupted goes on where it was, a training at its last 50th step, when started in the same way.
 
     Args:
         data: anything :func:`tsynd.load_data` takes.
@@ -151,15 +146,16 @@ def run(
     settings = replace(settings, task=source.task)
     new_classifier(source, settings.seed, **settings.classifier_network(settings.dropout))
     new_autoencoder(source, settings.seed, **settings.autoencoder_network())
+    command = _study_command(str(data), Path(output).name, source, external, settings)
     settings = replace(settings, rounds=settings.rounds_of_training())
     content = [x for part in (source.train, source.unlabelled, source.test) for x in (part.images, part.labels)]
     with Job(Path(output).expanduser(), fingerprint(settings, content, **settings.content())) as job:
-        return _stages(job, str(data), source, elsewhere, settings, where, progress, track)
+        return _stages(job, command, source, elsewhere, settings, where, progress, track)
 
 
 def _stages(
     job: Job,
-    data: str,
+    command: str,
     source: DataSource,
     elsewhere: Mapping[str, LabelledImages],
     settings: RunSettings,
@@ -180,6 +176,7 @@ def _stages(
             iterations=settings.autoencoder_iterations,
             device=where,
             progress=progress,
+            checkpoint=Checkpoint(path.with_suffix(STATE), _EVERY),
             track=tracked("autoencoder"),
         )
         return {}
@@ -188,7 +185,6 @@ def _stages(
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
     def train_classifier(path: Path, augmentation: Augmentation | None) -> dict[str, Any]:
-        checkpoint = Checkpoint(job.folder / "training.safetensors", 50) if settings.rounds else None
         _, report = fit_classifier_step(
             source,
             path,
@@ -201,11 +197,9 @@ def _stages(
             augmentation_weight=settings.augmentation_weight,
             device=where,
             progress=progress,
-            checkpoint=checkpoint,
+            checkpoint=Checkpoint(path.with_suffix(STATE), _EVERY),
             track=tracked(path.stem),
         )
-        if checkpoint is not None:  # of this classifier's training alone
-            checkpoint.path.unlink(missing_ok=True)
         return {"augmentation_share": round(report.augmentation_share, 3)}
 
     def classifier_of(name: str, augmentation: Augmentation | None) -> nn.Module:
@@ -218,7 +212,7 @@ def _stages(
     synthesis = job.stage(
         "synthesis",
         "synthetic.npz",
-        lambda path: _synthesise(path, autoencoder, real, source, settings, where, progress),
+        lambda path: _synthesise(path, autoencoder, real, source, settings, device=where, progress=progress),
     )
     augmentation: Augmentation
     if settings.recipe == "targeted":
@@ -240,32 +234,34 @@ def _stages(
     plain = TargetedAugmentation(autoencoder, task=source.task, direction="reconstruction", seed=settings.seed)
     models["reconstruction"] = classifier_of("classifier_reconstruction", in_rounds(plain, "rounds_reconstruction"))
     models["targeted"] = classifier_of("classifier", in_rounds(augmentation, "rounds"))
-    return _finish(
-        job,
-        source,
-        elsewhere,
-        settings,
-        synthesis,
-        autoencoder,
-        models,
-        where,
-        _study_command(job, data, source, settings),
-    )
+    return _finish(job, source, elsewhere, settings, synthesis, autoencoder, models, where, command)
 
 
-def _study_command(job: Job, data: str, source: DataSource, settings: RunSettings) -> str:
-    """What would settle whether the extra images help, ready to paste."""
+def _study_command(data: str, folder: str, source: DataSource, others: External, settings: RunSettings) -> str:
+    """What would settle whether the extra images help, of the same data, networks and test sets; ready to paste."""
     options: dict[str, Any] = {
-        "--data": data,
-        "--output": f"{job.folder.name}-study",
-        "--train-size": len(source.train),
-        "--seeds": 6,  # five cannot give p < .05
-        "--iterations": settings.iterations,
-        "--batch-size": settings.batch_size,
-        "--autoencoder-data": settings.autoencoder_data,
-        "--autoencoder-iterations": settings.autoencoder_iterations,
+        "data": data,
+        "output": f"{folder}-study",
+        "train_size": len(source.train),
+        "seeds": 6,  # five cannot give p < .05
+        "iterations": settings.iterations,
+        "batch_size": settings.batch_size,
+        "autoencoder_data": settings.autoencoder_data,
+        "autoencoder_iterations": settings.autoencoder_iterations,
     }
-    words = ["tsynd", "experiment", *(str(word) for option in options.items() for word in option), "--arms"]
+    names = ["dropout", "augmentation_weight", *(part.name for part in fields(NetworkChoice))]
+    if settings.recipe == "targeted":
+        names += ["masks", "radius", "step_size", "rule", "label_consistency"]
+    options |= {name: own for name in names if (own := getattr(settings, name)) != getattr(RunSettings, name)}
+    options |= settings.reading.given()
+    files = {name: found for name, found in others.sources.items() if isinstance(found, str | Path)}
+    options["test_data"] = [f"{name}={found}" for name, found in files.items()]
+    options["class_map"] = [f"{theirs}={ours}" for theirs, ours in others.class_map.items() if files]
+    words = ["tsynd", "experiment"]
+    for name, value in options.items():
+        flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+        words += [flag, *(str(one) for one in values if one is not True)] if values else []
+    words.append("--arms")
     for arm in ("real", "standard", "reconstruction", "random", "trades", "mutual_information", "recipe"):
         flips = arm in ("standard", "recipe") and settings.flip != "none"
         words.append(f"{arm},flip={settings.flip}" if flips else arm)
@@ -294,13 +290,7 @@ def _check(settings: RunSettings) -> None:
 
 
 def _synthesise(
-    path: Path,
-    autoencoder: Any,
-    classifier: nn.Module,
-    source: DataSource,
-    settings: RunSettings,
-    device: str,
-    progress: bool,
+    path: Path, autoencoder: Any, classifier: nn.Module, source: DataSource, settings: RunSettings, **place: Any
 ) -> dict[str, Any]:
     start, phases = time.perf_counter(), Phases()
     result = synthesize(
@@ -309,9 +299,8 @@ def _synthesise(
         source.train.pixels(),
         source.train.labels,
         seed=settings.seed,
-        device=device,
-        progress=progress,
         phases=phases,
+        **place,
         **settings.options(),
     )
     speed = len(result) / (time.perf_counter() - start)
@@ -413,7 +402,7 @@ def _finish(
             after,
             seen[1].softmax(1) if source.task == "multiclass" else seen[1].sigmoid(),
         )
-        _draw(job.folder / "examples.png", source.train, result, reconstructions, before, after, source)
+        _draw(job.folder / "examples.png", source, result, reconstructions, before, after)
     metrics["seconds"]["report"] = phases.rounded()["report"]
     with atomic_path(job.folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -456,16 +445,10 @@ def _reconstruction(source: DataSource, reconstructions: Tensor) -> dict[str, An
 
 
 def _draw(
-    path: Path,
-    train: LabelledImages,
-    result: SynthesisResult,
-    reconstructions: Tensor,
-    before: Tensor,
-    after: Tensor,
-    source: DataSource,
+    path: Path, source: DataSource, result: SynthesisResult, reconstructions: Tensor, before: Tensor, after: Tensor
 ) -> None:
     """Examples of typical gain, one class after another: four pictures, or two volumes."""
-    count = 4 if source.spatial_dims == 2 else 2
+    count, train = 4 if source.spatial_dims == 2 else 2, source.train
     if source.task == "multiclass":
         typical = []
         for number in range(count):
@@ -478,15 +461,8 @@ def _draw(
         typical = np.linspace(0, len(train) - 1, count).astype(int).tolist()
         labels = [""] * count
     pick = torch.tensor(typical)
-    draw_examples(
-        path,
-        train.pixels()[pick],
-        reconstructions[pick],
-        result.images[pick],
-        before[pick],
-        after[pick],
-        labels,
-    )
+    stages = train.pixels()[pick], reconstructions[pick], result.images[pick]
+    draw_examples(path, *stages, before[pick], after[pick], labels)
 
 
 def _machine(device: str) -> dict[str, str]:

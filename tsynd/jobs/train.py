@@ -94,7 +94,7 @@ def train_model(
     if settings.model == "classifier":
         new_classifier(
             source, settings.seed, **settings.classifier_network()
-        )  # what cannot be made is refused before the folder is
+        )  # what cannot be is refused before the folder
     elif settings.classifier != "small":
         raise InputError(f"classifier: got {settings.classifier!r} with model autoencoder, wanted it for a classifier")
     given = fingerprint(settings, [source.train.images, source.train.labels], **_parts(settings))

@@ -133,18 +133,15 @@ def write_report(
         _example(texts[i], [x[i] for x in stages], limit, (i, before[i], after[i], short), verdicts[i]) for i in chosen
     )
     flipped = (
-        ""
-        if judged is None
-        else (
-            " Below the targeted image: what a classifier that was not climbed on takes it for, and how surely; a "
-            "red frame where that is not its label any more."
-        )
-    )
+        " Below the targeted image: what a classifier that was not climbed on takes it for, and how surely; a red "
+        "frame where that is not its label any more."
+    ) * (judged is not None)
     colours = ", mean over channels" if stages[0].shape[1] == 3 else ""
     shown = (
-        f'<p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks. '
-        f"Below reconstruction and targeted: their {html.escape(measure)} in nats, under fresh posterior samples"
-        f"{_scale(metrics, short)}.{flipped}{_volume_note(stages[0])} Select a picture to enlarge it.</p>"
+        f'<p class="soft">Spread over the classes and, within a class, from small to large gain; not picked for looks; '
+        f"numbered as in synthetic.npz. Below reconstruction and targeted: their {html.escape(measure)} in nats, under "
+        f"fresh posterior samples{_scale(metrics, short)}.{flipped}{_volume_note(stages[0])} Select a "
+        f"picture to enlarge it.</p>"
         f'<p class="soft scale">Difference, targeted − reconstruction: <span>−{limit:.2f}<i></i>+{limit:.2f}</span> of '
         f'the intensity range{colours}</p><div class="pair">{"".join(examples)}</div>'
     )
@@ -160,6 +157,7 @@ def write_report(
         sections=[
             *([("Scores on test images", _scores(metrics))] if "comparison" in metrics else []),
             *([("The same classifiers elsewhere", _elsewhere(metrics))] if others else []),
+            ("What to do now", _next(path.absolute().parent.name, class_names)),
             ("Examples", shown),
             ("Do the pictures still show their class?", _pictures(metrics)),
             ("Uncertainty", f'<div class="pair">{"".join(plots)}</div>{_status_list(metrics["synthesis"])}'),
@@ -178,6 +176,21 @@ use fresh samples, so they do not flatter the ascent; the curves show the sample
 uncertainty rose says that the ascent works, not that training gained by it: only the scores above say that.
 <em>Noise</em>: grain of a twentieth of the intensity range is added. <em>Rotation</em>: each picture is turned by up to
 15°. Targeted images are made to train on, not to diagnose from.</p>"""
+
+
+_NEXT = """<p>For pictures without labels, a table of each one's class, probability and uncertainty:</p>
+<pre>tsynd predict --classifier {run}/classifier.safetensors --data FOLDER --output predictions.csv</pre>
+<p>In Python, the same, and the targeted images as PNG in a folder for each class:</p>
+<pre>import tsynd
+from tsynd.synthesis.result import load_result
+
+model = tsynd.load_model("{run}/classifier.safetensors")
+print(tsynd.predict(model, tsynd.load_data("images.npz").test).probabilities)
+load_result("{run}/synthetic.npz").save("targeted", {names})</pre>"""
+
+
+def _next(run: str, names: Sequence[str]) -> str:
+    return _NEXT.format(run=html.escape(run), names=html.escape(repr(tuple(map(str, names)))))
 
 
 def _scale(metrics: dict[str, Any], short: str) -> str:
@@ -375,7 +388,7 @@ def _example(
     label: str, stages: list[Tensor], limit: float, about: tuple[int, Tensor, Tensor, str], taken: tuple[str, bool]
 ) -> str:
     index, before, after, short = about
-    notes = ("", f"{short} {nats(before)}", f"{short} {nats(after)}", "")
+    notes = (f"image {index}", f"{short} {nats(before)}", f"{short} {nats(after)}", "")
     label, strips, shown = html.escape(label), "", views(stages)
     for number, (title, pictures) in enumerate(shown):
         cells, last = "", number == len(shown) - 1
@@ -384,7 +397,7 @@ def _example(
             kinds = " ".join(["small"] * (max(pixels.shape) < 128) + ["flipped"] * (targeted and taken[1]))
             kind = f' class="{kinds}"' if kinds else ""
             alt = f"{name} of image {index} ({label})" + (f", {title}" if title else "")
-            alt += f", {note} nats" if note else ""
+            alt += f", {note} nats" if name in COLUMNS[1:3] else ""
             cells += f'<div><img{kind} tabindex="0" src="{inline_png(pixels)}" alt="{alt}">'
             said = f"<span>{html.escape(taken[0])}</span>" if targeted and taken[0] else ""
             cells += f'<div class="cap">{name}<span>{note}</span>{said}</div></div>' if last else "</div>"

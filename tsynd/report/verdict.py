@@ -15,6 +15,8 @@ ARMS = {
 }
 """Classifier → what it was trained with besides the real images."""
 
+_SHOWN = {"noise": "noisy", "rotation": "rotated"}
+
 
 class Interval(NamedTuple):
     """A score, or a change of one, and the bounds of its 95 % interval; NaN where it is not defined."""
@@ -54,7 +56,7 @@ def range_text(interval: Interval) -> str:
 
 
 def _count(number: int) -> str:
-    return "more than a million" if number > 10**6 else f"about {number:,}".replace(",", " ")
+    return "more than a million" if number > 10**6 else f"about {number:,}".replace(",", "\N{NO-BREAK SPACE}")
 
 
 def _judge(change: Interval, comparison: dict[str, Any]) -> str:
@@ -92,9 +94,15 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
     }
     first, *others = next(iter(changes.values())).items()
     texts = [
-        f"On {first[0]} test images ({images} of them) training with the extra images {_judge(first[1], comparison)} "
-        f"in balanced accuracy against {ARMS['real']}."
+        f"In balanced accuracy on {images} {first[0]} test images, against {ARMS['real']}, training with the extra "
+        f"images {_judge(first[1], comparison)}."
     ]
+    if all(own[first[0]]["auroc"][1] <= 0.5 for own in comparison["scores"].values()):
+        texts.insert(
+            0,
+            "None of these classifiers can be told from guessing yet (AUROC .5), so that changes between them say "
+            "little: train longer (--iterations) or on more images.",
+        )
     for name, own in list(changes.items())[1:]:
         change = own[first[0]]
         if change.clear:
@@ -103,7 +111,7 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
         else:
             texts.append(f"It cannot be told from {ARMS[name]} ({range_text(change)}): a gain may be theirs.")
     if others:
-        text = "; ".join(f"on {name} images it {_judge(change, comparison)}" for name, change in others)
+        text = "; ".join(f"on {_SHOWN.get(name, name)} images it {_judge(one, comparison)}" for name, one in others)
         texts.append(f"O{text[1:]}.")
     return texts
 

@@ -58,7 +58,9 @@ class Table:
 
 
 def _minus(text: str) -> str:
-    return "±0.0" + text[4:] if text[:4] in ("-0.0", "+0.0") else text.replace("-", "−")
+    """A number with the minus sign of print, and ± before one that rounds to nothing."""
+    nothing = text[0] in "+-" and not text.partition(" ")[0].strip("+-0.")
+    return f"±{text[1:]}" if nothing else text.replace("-", "−")
 
 
 def _value(mean: float, half: float, measure: Measure) -> str:

@@ -132,7 +132,7 @@ def _power(rows: Sequence[Row]) -> list[str]:
     needed = next(n for n in range(2, 99) if smallest_p(n) <= 0.05)
     return [
         f"With {pairs} seed{'s' if pairs > 1 else ''} no difference at one size can reach p = .05 (the smallest p is "
-        f"{smallest_p(pairs):.2g}): that takes {needed} seeds, and eight for p < .01."
+        f"{smallest_p(pairs):.2g}): that takes {needed} seeds, and eight for p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}.01."
     ]
 
 

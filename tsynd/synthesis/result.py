@@ -124,7 +124,7 @@ class SynthesisResult(torch.utils.data.Dataset[Any]):
             IndexError: a position outside.
             InputError: a mask of another length, or no position at all.
         """
-        if isinstance(index, (int, np.integer)):
+        if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.ndim == 0):
             position = range(len(self))[index]
             return self.images[position] if self.labels is None else (self.images[position], self.labels[position])
         if not isinstance(index, slice):
