@@ -144,7 +144,7 @@ def _whole(name: str, device: str) -> list[Row]:
     machine, spent = describe_machine(device), phases.rounded()
     total = sum(spent.values())
     rows = []
-    for key, value in {"all phases": total, **spent}.items():
+    for key, value in {"all phases": total, **{key: value for key, value in spent.items() if value}}.items():
         each, held = value / count * 1e3, peak if key == "all phases" else None
         method = f"synthesize, 5 steps, per image: {key}" + (f", memory_limit {_LIMIT:g} GiB" if held else "")
         rows.append(
@@ -176,12 +176,16 @@ def summary(rows: list[Row]) -> list[str]:
         if (shape, _OURS) in by:
             ours, loop, floor = (by[shape, method] for method in (_OURS, _LOOP, _FLOOR))
             lines.append(
-                f"- {shape}: T passes cost {ours.median_ms / floor.median_ms:.2f} × the deterministic ascent, the loop "
+                f"{shape}: T passes cost {ours.median_ms / floor.median_ms:.2f} × the deterministic ascent, the loop "
                 f"{loop.median_ms / ours.median_ms:.1f} × as much as tsynd"
             )
         if (shape, _KEPT) in by:
             ratio = by[shape, _THROUGH].median_ms / by[shape, _KEPT].median_ms
+            lines.append(f"{shape}: a step of the head on kept features is {ratio:.0f} × faster, bit-equal in features")
+    for row in rows:
+        if "memory_limit" in row.method and row.peak_bytes is not None:
             lines.append(
-                f"- {shape}: a step of the head on kept features is {ratio:.0f} × faster, bit-equal in features"
+                f"{row.shape}: synthesize under memory_limit={_LIMIT:g} ({_LIMIT * 2**10:.0f} MiB) took at most "
+                f"{row.peak_bytes / 2**20:.0f} MiB"
             )
     return lines

@@ -37,7 +37,8 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
     autoencoder = SmallAutoencoder(1).to(device)
     autoencoder.latent_std.fill_(1.0)
     images = torch.rand(count, 1, 28, 28, device=device)
-    labels = torch.arange(count, device=device) % _CLASSES
+    numbers = torch.arange(count)
+    labels = numbers.to(device) % _CLASSES
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
     def step(make: Callable[[], ExtraImages] | None) -> float:
@@ -65,7 +66,12 @@ def _methods(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[],
 
     def maker(direction: str, classifier: nn.Module | Posterior, **options: Any) -> Callable[[], ExtraImages]:
         made = TargetedAugmentation(autoencoder, direction=direction, **{"samples": samples, "steps": steps, **options})
-        return lambda: ExtraImages(*made(classifier, images, labels))
+
+        def make() -> ExtraImages:
+            made.set_ids(numbers)
+            return ExtraImages(*made(classifier, images, labels))
+
+        return make
 
     makers = {name: maker(direction, classifier) for name, (direction, classifier) in made_by.items()}
     makers[PERSISTENT] = maker("uncertainty", network, steps=1, persistent=True)

@@ -242,6 +242,49 @@ def test_what_cannot_be_exported(autoencoder: nn.Module, classifier: nn.Module, 
     assert list(tmp_path.iterdir()) == []
 
 
+class Branching(TinyClassifier):
+    """Its course depends on the values of the images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images * 2 if images.mean() > 0.3 else images)
+
+
+class BranchingAutoencoder(TinyAutoencoder):
+    """Its decoder's course depends on the values of the latents."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents * 2 if latents.mean() > 0.3 else latents)
+
+
+def test_control_flow_that_depends_on_values_is_one_clear_error(classifier: nn.Module, tmp_path: Path) -> None:
+    shape = {"image_shape": [1, 12, 12]}
+    ends = {export_torchscript: "pt", export_onnx: "onnx", export_aoti: "pt2"}
+    for export, end in ends.items():
+        kind = "features" if export is export_aoti else "classifier"
+        with pytest.raises(tsynd.InputError, match=r"^classifier: Branching cannot be recorded for a file, wanted"):
+            export(None, Branching(), tmp_path / f"c.{end}", kind, **shape)
+        with pytest.raises(tsynd.InputError, match=r"^autoencoder: BranchingAutoencoder cannot be recorded"):
+            export(BranchingAutoencoder(), None, tmp_path / f"d.{end}", "decoder", **shape)
+    with pytest.raises(tsynd.InputError, match=r"^autoencoder or classifier: BranchingAutoencoder cannot"):
+        export_torchscript(BranchingAutoencoder(), classifier, tmp_path / "s.pt", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("larger", "message"), [
+    (lambda images: len(images) > 4, "^classifier: works for a batch of . alone"),
+    (lambda images: images.shape[0] > 4, "probabilities of the exported file differs from torch's"),
+])  # fmt: skip
+def test_a_file_for_some_batch_sizes_is_refused(larger: Any, message: str, tmp_path: Path) -> None:
+    class Sized(TinyClassifier):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images * 2 if larger(images) else images)
+
+    for export, end in ((export_torchscript, "pt"), (export_onnx, "onnx")):
+        with pytest.raises(tsynd.InputError, match=message):
+            export(None, Sized(), tmp_path / f"c.{end}", "classifier", image_shape=[1, 12, 12])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_file_is_deleted(classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export = torch.onnx.export
 

@@ -155,6 +155,10 @@ class Written(nn.Module):
         z = self.wide(images.flatten(1) / (images.amax() ** 8 if self.way == "brightest" else 1)).relu()
         if self.way == "in place":
             F.dropout(z, 0.5, self.training, inplace=True)
+        elif self.way == "in place by torch":
+            torch.dropout_(z, 0.5, self.training)
+        elif self.way == "in place by torch, named":
+            z = torch.alpha_dropout_(z, p=0.5, train=self.training)
         elif self.way == "of weights":
             return F.linear(z, self.drop(self.head.weight), self.head.bias)
         elif self.way == "both sides":
@@ -297,6 +301,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "compiled transformers": lambda: torch.compile(hugging(), backend="eager"),
     "compiled and hooked": lambda: hooked_whole(torch.compile(head(), backend="eager")),
     **{way: lambda way=way: Written(way) for way in ("in place", "of weights", "both sides", "brightest", "thrice")},
+    **{way: lambda way=way: Written(way) for way in ("in place by torch", "in place by torch, named")},
     **{f"in training: {way}": lambda way=way: Flagged(way) for way in ("flag", "rate", "branch", "attention", "never")},
 }
 PLANS = {
@@ -351,8 +356,8 @@ def test_ensembles_are_their_networks(name: str, x: Tensor) -> None:
 
 @pytest.mark.parametrize("structure", [None, "full", "kron"])
 @pytest.mark.parametrize("name", [
-    "own", "head", "timm-like", "transformers", "tuple", "dict", "data class", "wrapped twice", "compiled",
-    "compiled transformers", "hook: on the dropout", "half", "double",
+    "own", "head", "timm-like", "transformers", "monai", "tuple", "dict", "data class", "wrapped twice", "compiled",
+    "compiled transformers", "hook: on the dropout", "hook: on an identity", "half", "double",
 ])  # fmt: skip
 def test_sampled_heads_are_their_samples(name: str, structure: str | None, x: Tensor) -> None:
     network = NETWORKS[name]().eval()
@@ -376,6 +381,18 @@ def test_sampled_heads_are_their_samples(name: str, structure: str | None, x: Te
     assert value.max() > 1e-3
     rough = {"rtol": 5e-2, "atol": 1e-2} if name == "half" else {"rtol": 1e-3, "atol": 1e-5}
     torch.testing.assert_close(value.double(), mutual_information(torch.stack(logits)), **rough)
+
+
+@pytest.mark.parametrize(
+    "name", ["hook: temperature", "hook: before the head", "hook: on the whole", "another forward"]
+)
+def test_logits_that_are_not_the_last_layers_are_refused(name: str, x: Tensor) -> None:
+    data = x, torch.arange(6) % 4
+    with pytest.raises(InputError, match=r"classifier: its logits are not the output of layer '4'"):
+        SampledHead(NETWORKS[name](), identity(head())).uncertainty(x)
+    pytest.importorskip("laplace", reason="laplace-torch is not installed")
+    with pytest.raises(InputError, match=r"classifier: its logits are not the output of layer '4'"):
+        tsynd.LaplaceHead.fit(NETWORKS[name](), data)
 
 
 def test_a_regression_laplace_is_refused() -> None:

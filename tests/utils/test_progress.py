@@ -25,6 +25,21 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatc
     assert re.fullmatch(r"synthesising: 40 of 40 in \d s", said[-1])
 
 
+def test_what_was_done_before_is_not_the_pace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST", 0.3)
+    monkeypatch.setattr(progress, "EVERY", 0.3)
+    with progress.progress_bar("training", 10_000) as report:
+        report(9_000, "resumed")
+        time.sleep(0.5)
+        report(1, "")
+        time.sleep(0.5)
+    said = capsys.readouterr().err.splitlines()
+    assert not [line for line in said if "9000 of" in line and "left" in line]
+    assert re.fullmatch(r"training: 9001 of 10000 in \d+ s, about \d+ min \d+ s left", said[-1])  # a step, 999 to go
+
+
 def test_short_work_and_quiet_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with progress.progress_bar("short", 2) as report:
         report(2, "")

@@ -55,8 +55,7 @@ def export_aoti(
     inductor = torch._inductor
     settings = AscentSettings(samples=1)
     with prepare(kind, classifier, autoencoder, image_shape, settings, 0, None, AOTI_KINDS) as program:
-        shapes = list(program.inputs.values())
-        exported = to_program(record(program.run, shapes, {}), shapes)
+        exported = to_program(record(program, {}), program)
         with atomic_path(target) as temporary:
             try:
                 with quiet():

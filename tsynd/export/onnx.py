@@ -103,15 +103,8 @@ def export_onnx(
 
 def _convert(program: Program) -> Any:
     """The program as an ``onnx.ModelProto``."""
-    shapes = list(program.inputs.values())
-    try:
-        module = record(program.run, shapes, decompositions())
-        exported = to_program(module, shapes)
-    except InputError:
-        raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"model: cannot be recorded for export: {first_line(error)}") from error
-    axes = tuple({0: "batch"} for _ in shapes)
+    exported = to_program(record(program, decompositions()), program)
+    axes = tuple({0: "batch"} for _ in program.inputs)
     try:
         with quiet():
             converted = torch.onnx.export(

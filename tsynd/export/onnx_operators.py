@@ -41,8 +41,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
             _aten.upsample_nearest2d.default: _nearest,
             _aten.upsample_nearest2d.vec: _nearest_vec,
             _aten.upsample_nearest2d_backward.default: _nearest_backward,
-            _aten.log1p.default: _log1p,
-            _aten.expm1.default: _expm1,
+            # the format has neither of the two; in double the plain formula keeps what float32 can hold
+            _aten.log1p.default: lambda x: (x.double() + 1).log().to(x.dtype),
+            _aten.expm1.default: lambda x: (x.double().exp() - 1).to(x.dtype),
             _ours.ascend_.default: reference.ascend_,
             _ours.head_uncertainty.default: _pair(reference.head_uncertainty),
             _ours.logits_uncertainty.default: _pair(reference.logits_uncertainty),
@@ -52,15 +53,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         }
     )
     return table
-
-
-def _log1p(x: Tensor) -> Tensor:
-    # the file format has neither of the two; in double the plain formula keeps what float32 can hold
-    return (x.double() + 1).log().to(x.dtype)
-
-
-def _expm1(x: Tensor) -> Tensor:
-    return (x.double().exp() - 1).to(x.dtype)
 
 
 def _pair(twin: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -117,16 +109,8 @@ def _prelu_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor
     return gradient * (positive * (1 - weight) + weight), torch.zeros_like(weight)
 
 
-def _max_pool_backward(
-    gradient: Tensor,
-    x: Tensor,
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Tensor:
+def _max_pool_backward(gradient: Tensor, x: Tensor, *pooling: Any) -> Tensor:
+    indices = pooling[-1]  # behind kernel, stride, padding, dilation and ceil_mode
     flat = torch.zeros_like(x).flatten(2)
     return flat.scatter_add(2, indices.flatten(2), gradient.flatten(2)).reshape(x.shape)
 

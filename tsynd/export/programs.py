@@ -68,6 +68,12 @@ class Program:
     measure: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     limits: tuple[float, float, str] | None = None
 
+    @property
+    def argument(self) -> str:
+        """Where its networks come from, for errors."""
+        given = {"autoencoder": _NEEDS_AUTOENCODER, "classifier": _NEEDS_POSTERIOR}
+        return " or ".join(name for name, kinds in given.items() if self.kind in kinds)
+
     def examples(self, count: int, seed: int = 0) -> dict[str, Tensor]:
         """Random images, or what the autoencoder makes of them, as inputs."""
         generator = torch.Generator().manual_seed(seed)
@@ -180,7 +186,7 @@ def _program(
         "seed": getattr(posterior, "seed", None),
         "task": settings.task if posterior else None,
     }
-    encode = (lambda x: x) if model is None else _without_gradient(lambda x: model.encode(x).float())
+    encode = (lambda x: x) if model is None else torch.no_grad()(lambda x: model.encode(x).float())
     if not climbs:
         inputs = {"latents": latent} if kind == "decoder" else {"images": shape}
         run = _plain(kind, posterior, encode, decode, settings.task)
@@ -250,15 +256,7 @@ def _plain(
         return (decode(latents).clamp(0, 1),)
 
     run = {"classifier": classify, "features": features, "encoder": lambda x: (encode(x),), "decoder": decoded}[kind]
-    return _without_gradient(run)
-
-
-def _without_gradient(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    def run(x: Tensor) -> Any:
-        with torch.no_grad():
-            return function(x)
-
-    return run
+    return torch.no_grad()(run)
 
 
 def _check_shape(image_shape: Sequence[int]) -> list[int]:

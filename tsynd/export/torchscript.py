@@ -62,7 +62,7 @@ def export_torchscript(
     with prepare(
         kind, classifier, autoencoder, image_shape, chosen, seed, class_names, layout=channels_last
     ) as program:
-        module = _scriptable(record(program.run, list(program.inputs.values()), {}))
+        module = _scriptable(record(program, {}))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*TorchScript", category=UserWarning)
             warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)

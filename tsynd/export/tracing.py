@@ -6,8 +6,9 @@ import contextlib
 import gc
 import itertools
 import logging
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsynd.utils.errors import InputError
+from tsynd.export.programs import Program
+from tsynd.utils.errors import InputError, first_line
 
 __all__ = ["layer_of", "quiet", "record", "to_program"]
 
 Table = dict[Any, Callable[..., Any]]
 
 
-def _batch(shapes: Sequence[Sequence[int]]) -> int:
+def _batch(shapes: Iterable[Sequence[int]]) -> int:
     """A batch size that torch takes neither for a constant (0, 1) nor for another of the sizes."""
     return next(size for size in itertools.count(5) if not any(size in shape for shape in shapes))
 
@@ -56,12 +58,11 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def record(function: Callable[..., Any], shapes: Sequence[Sequence[int]], table: Table) -> fx.GraphModule:
-    """The function's graph of operators for any batch size.
+def record(program: Program, table: Table) -> fx.GraphModule:
+    """The graph of operators of a program's function, for any batch size.
 
     Args:
-        function: tensors -> tuple of tensors; may call ``torch.autograd.grad``. Parameters become constants.
-        shapes: of one item of every argument.
+        program: its function may call ``torch.autograd.grad``. Parameters become constants.
         table: operator overload -> function of plainer operators that replaces it.
 
     Raises:
@@ -69,36 +70,53 @@ def record(function: Callable[..., Any], shapes: Sequence[Sequence[int]], table:
     """
 
     def plain(*arguments: Tensor) -> Any:  # a bound method's own argument would be counted too
-        return function(*arguments)
+        return program.run(*arguments)
 
-    generator = torch.Generator().manual_seed(0)
+    generator, shapes = torch.Generator().manual_seed(0), program.inputs.values()
     examples = [torch.rand(_batch(shapes), *shape, generator=generator) for shape in shapes]
     trace = make_fx(plain, table, "symbolic", _allow_non_fake_inputs=True)
     # attention by its formula: the fused kernels have no counterpart in a file
-    with sdpa_kernel(SDPBackend.MATH), quiet():
+    with _named(program), sdpa_kernel(SDPBackend.MATH), quiet():
         module: fx.GraphModule = trace(*examples)
-    if isinstance(size := module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0], int):
-        raise InputError(f"model: works for a batch of {size} alone, wanted any batch size")
+    size = module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0]
+    if isinstance(size, int) or size.node.maybe_as_int() is not None:
+        raise InputError(f"{program.argument}: works for a batch of {size} alone, wanted any batch size")
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
-def to_program(module: nn.Module, shapes: Sequence[Sequence[int]]) -> ExportedProgram:
-    """The module as an exported program with a dynamic leading axis ``batch``.
+def to_program(module: nn.Module, program: Program) -> ExportedProgram:
+    """The recorded module as an exported program with a dynamic leading axis ``batch``.
 
     Raises:
         InputError: the module's course depends on the batch size or on the values in it.
     """
+    shapes = program.inputs.values()
     examples = tuple(torch.rand(_batch(shapes), *shape) for shape in shapes)
     batch = Dim("batch", min=1)
+    with _named(program), quiet():
+        return torch.export.export(module, examples, dynamic_shapes=tuple({0: batch} for _ in shapes))
+
+
+@contextlib.contextmanager
+def _named(program: Program) -> Iterator[None]:
+    """What torch and a network's own code raise under tracing becomes one error, which names the layer."""
     try:
-        with quiet():
-            return torch.export.export(module, examples, dynamic_shapes=tuple({0: batch} for _ in shapes))
+        yield
+    except InputError:
+        raise
     except torch._dynamo.exc.UserError as error:
         reason = str(error).strip().splitlines()
         detail = next((line.strip(" -") for line in reason if "dynamic" in line), reason[0])
-        raise InputError(f"model: works for one batch size alone, wanted any ({detail})") from error
+        raise InputError(f"{program.argument}: works for one batch size alone, wanted any ({detail})") from error
+    except Exception as error:
+        owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [type(owner).__name__ for owner in owners if isinstance(owner, nn.Module)]
+        raise InputError(
+            f"{program.argument}: {names[-1] if names else 'its code'} cannot be recorded for a file, wanted the same "
+            f"operators whatever the values in a tensor are: {first_line(error)}"
+        ) from error
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

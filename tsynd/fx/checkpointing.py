@@ -106,8 +106,7 @@ def staged(run: Callable[[Tensor], Any], one: Tensor, keep_last: bool = False) -
         one: [1, ...], an input to measure with.
         keep_last: see :class:`Staged`.
     """
-    traced = isinstance(run, fx.GraphModule) and sum(node.op == "placeholder" for node in run.graph.nodes) == 1
-    if not isinstance(run, fx.GraphModule) or not traced:
+    if not isinstance(run, fx.GraphModule) or len(run.graph.find_nodes(op="placeholder")) != 1:
         return Staged([run], kept_per_image(run, one), keep_last)
 
     def weigh(x: Tensor) -> _Weighing:

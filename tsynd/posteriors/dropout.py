@@ -46,6 +46,8 @@ _FUNCTIONS: dict[Any, str] = {
     nn.functional.feature_alpha_dropout: "channel_alpha",
     torch.feature_alpha_dropout: "channel_alpha",
 }
+for _name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):  # the same, written in place
+    _FUNCTIONS[getattr(torch, f"{_name}_")] = _FUNCTIONS[getattr(torch, _name)]
 _MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Dropout, "unit"),
     (nn.Dropout1d, "channel1d"),

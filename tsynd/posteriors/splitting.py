@@ -158,7 +158,8 @@ def _linear_head(
     if len(dropouts) != 1 or len(boundary) != 1:
         return None
     (start, (kind, p)) = next(iter(dropouts.items()))
-    if kind != "unit" or not FINEST <= p < 1 or (start.op == "call_module" and _hooked(network, start)):
+    dropped = network.get_submodule(str(start.target)) if start.op == "call_module" else None
+    if kind != "unit" or not FINEST <= p < 1 or (dropped is not None and has_hooks(dropped)):
         return None
     node, steps = start, 1
     while True:
@@ -167,23 +168,18 @@ def _linear_head(
         node = next(iter(node.users))
         steps += 1
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if module is not None and _hooked(network, node):
+        if module is not None and has_hooks(module):
             return None
         if type(module) is nn.Linear:
             if module._parameters.get("weight") is None:  # made anew before each call
                 return None
             break
-        flattens = _flattens(node, module)
-        if not flattens:
+        if not _flattens(node, module):
             return None
     output = next(iter(node.users)) if len(node.users) == 1 else None
     if output is None or output.op != "output" or output.args[0] is not node or len(tail) != steps + 1:
         return None
     return LinearHead(p, module)
-
-
-def _hooked(network: nn.Module, node: fx.Node) -> bool:
-    return has_hooks(network.get_submodule(str(node.target)))
 
 
 def _flattens(node: fx.Node, module: nn.Module | None) -> bool:

@@ -33,7 +33,8 @@ def progress_bar(text: str, total: int, shown: bool = True) -> Iterator[Report]:
         shown: False gives a bar that does nothing.
 
     Yields:
-        A function to call with the units done since the last call and a short note.
+        A function to call with the units done since the last call and a short note; with the note ``resumed`` they were
+        done before, and tell nothing of the pace.
     """
     if not shown:
         yield lambda done, note: None
@@ -67,7 +68,7 @@ class _Lines:
     """Lines for a log, written by a thread of its own: also while one unit takes minutes."""
 
     def __init__(self, text: str, total: int) -> None:
-        self.text, self.total, self.done, self.note = text, total, 0, ""
+        self.text, self.total, self.done, self.before, self.note = text, total, 0, 0, ""
         self._stream, self._said = sys.stderr, False
         self._over = threading.Event()
         self._start = time.monotonic()
@@ -75,6 +76,7 @@ class _Lines:
 
     def report(self, done: int, note: str) -> None:
         self.done, self.note = self.done + done, note
+        self.before += done if note == "resumed" else 0
 
     def __enter__(self) -> _Lines:
         self._thread.start()
@@ -94,7 +96,8 @@ class _Lines:
 
     def _say(self) -> None:
         self._said, done, passed = True, self.done, time.monotonic() - self._start
-        left = f", about {_span(passed * (self.total - done) / done)} left" if 0 < done < self.total else ""
+        new = done - self.before
+        left = f", about {_span(passed * (self.total - done) / new)} left" if new and done < self.total else ""
         note = f"; {self.note}" if self.note else ""
         print(f"{self.text}: {done} of {self.total} in {_span(passed)}{left}{note}", file=self._stream, flush=True)
 
