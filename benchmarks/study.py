@@ -73,6 +73,7 @@ SETTINGS = StudySettings(
     attack_images=100,
     query_images=40,
 )
+_CLEAN_ALONE = ("f1", "average_precision", "sensitivity_at_90", "recall:")  # not committed of other conditions
 _MEASURES = {"clean": 100, "shifts": 100, "medmnist_c": 100, "worst:2/255": 100, "nll": 1}
 _TITLES = ("Clean %", "Shifted %", "MedMNIST-C %", "Worst attack, 2/255 %", "NLL ↓")
 
@@ -114,6 +115,10 @@ def merge(folder: Path, page: Path) -> int:
     kept = []
     for row in rows:
         slim = {key: value for key, value in row.items() if key not in ("digest", "quality")}
+        slim["scores"] = {
+            name: {k: v for k, v in one.items() if name == "clean" or not k.startswith(_CLEAN_ALONE)}
+            for name, one in row["scores"].items()
+        }
         slim["training"] = {key: value for key, value in row["training"].items() if key != "loss_curve"}
         slim["uncertainty"] = {
             k: v for k, v in row["uncertainty"].items() if k not in ("coverage", "selective_accuracy")
