@@ -185,6 +185,7 @@ def _stages(
     autoencoder = load_model(job.folder / "autoencoder.safetensors", device=where)
 
     def train_classifier(path: Path, augmentation: Augmentation | None) -> dict[str, Any]:
+        say([f"training {path.stem}, one of four"], progress)
         _, report = fit_classifier_step(
             source,
             path,
