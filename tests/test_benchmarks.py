@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from benchmarks import (
     peers,
     posteriors,
     registers,
+    train,
 )
 from tsynd import ops
 from tsynd.ops import reference
@@ -279,3 +281,14 @@ def test_posteriors_are_checked_and_their_paths_named(monkeypatch: pytest.Monkey
     assert "tsynd, MC dropout before the head (fused head)" in methods
     assert "tsynd, MC dropout, not traceable (whole network)" in methods
     assert len(posteriors.summary(rows)) == len(rows) - 1
+
+
+def test_a_training_step_is_measured_with_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SHAPES", {"R9": (8, 4, 2)})
+    monkeypatch.setattr(train, "measure", partial(harness.measure, warmups=0, least_rounds=1))
+    rows = train.run(["R9"], "cpu", torch.float32, 0.01)
+    assert {row.method for row in rows} >= {train.FLOOR, train.TARGETED, train.PERSISTENT, train.CONSISTENCY}
+    assert sum(row.method.startswith("phase: ") for row in rows) == 6
+    lines = train.summary(rows)
+    assert len(lines) == len(rows) - 6 - 1 + 3
+    assert any(line.startswith("R9, a training with the recipe, warm-up 0.3: ") for line in lines)
