@@ -2,7 +2,7 @@
 
 ResNet-18 (MONAI's, random first weights) on all labelled training images of PneumoniaMNIST, 28 × 28 pixels,
 20 epochs, beside Doerrich et al. 2024 (MedMNIST+, arXiv 2404.15786, end to end: accuracy 83.1 ± 1.1 %, AUROC
-95.0 ± 0.3 %). A line of JSON a seed; docs/study.md has the table.
+95.0 ± 0.3 %). A line of JSON a seed; docs/study.md has the means.
 """
 
 from __future__ import annotations

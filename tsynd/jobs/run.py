@@ -213,7 +213,7 @@ def _stages(
     synthesis = job.stage(
         "synthesis",
         "synthetic.npz",
-        lambda path: _synthesise(path, autoencoder, real, source, settings, device=where, progress=progress),
+        lambda path: _synthesise(path, autoencoder, real, source, settings, where, progress),
     )
     augmentation: Augmentation
     if settings.recipe == "targeted":
@@ -291,7 +291,13 @@ def _check(settings: RunSettings) -> None:
 
 
 def _synthesise(
-    path: Path, autoencoder: Any, classifier: nn.Module, source: DataSource, settings: RunSettings, **place: Any
+    path: Path,
+    autoencoder: Any,
+    classifier: nn.Module,
+    source: DataSource,
+    settings: RunSettings,
+    device: str,
+    progress: bool,
 ) -> dict[str, Any]:
     start, phases = time.perf_counter(), Phases()
     result = synthesize(
@@ -300,8 +306,9 @@ def _synthesise(
         source.train.pixels(),
         source.train.labels,
         seed=settings.seed,
+        device=device,
+        progress=progress,
         phases=phases,
-        **place,
         **settings.options(),
     )
     speed = len(result) / (time.perf_counter() - start)
